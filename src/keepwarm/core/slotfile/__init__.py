@@ -1,0 +1,36 @@
+"""Slot files: the bytes that llama-server's `save` writes and its `restore` reads, taken apart.
+
+A file is token ids, *rows* (attention caches that keep every token, so they can be cut after any
+token and put together again) and, for some models, *boundary state* that holds only for the end it
+was saved at. The byte table is in `docs/slot-file-format.md`.
+
+Everything here is pure and reads through views: `parse` copies no rows, `assemble` gives buffers
+for `writev`. Nothing is guessed: bytes that aren't understood raise `SlotFileError`.
+"""
+
+from keepwarm.core.slotfile.assemble import RowsPart, assemble, round_trip_ok
+from keepwarm.core.slotfile.layout import (
+    Buffer,
+    CacheLayout,
+    Layout,
+    MemoryKind,
+    SlotFileError,
+    TensorLayout,
+)
+from keepwarm.core.slotfile.parse import SlotFile, file_tokens, parse, window_range
+
+__all__ = [
+    "Buffer",
+    "CacheLayout",
+    "Layout",
+    "MemoryKind",
+    "RowsPart",
+    "SlotFile",
+    "SlotFileError",
+    "TensorLayout",
+    "assemble",
+    "file_tokens",
+    "parse",
+    "round_trip_ok",
+    "window_range",
+]

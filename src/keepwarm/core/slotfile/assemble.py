@@ -1,0 +1,235 @@
+"""Writing a slot file from parts that came from other files."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keepwarm.core.slotfile.layout import (
+    Buffer,
+    Bytes,
+    CacheLayout,
+    Ints,
+    Layout,
+    MemoryKind,
+    SlotFileError,
+)
+from keepwarm.core.slotfile.parse import (
+    MAGIC,
+    MAX_POSITION,
+    MAX_STREAMS,
+    VERSION,
+    CellBlock,
+    as_view,
+    check_window,
+    parse,
+    read_window,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """The rows of [lo, hi) as `SlotFile.rows` gave them, of which [lo, take) are used.
+
+    `payload` may be a memory-mapped file: it isn't copied unless V is transposed.
+    """
+
+    payload: Buffer
+    lo: int
+    hi: int
+    take: int
+
+
+def assemble(
+    layout: Layout,
+    *,
+    tokens: Ints,
+    parts: Sequence[RowsPart],
+    boundary: Buffer | None,
+    streams: int,
+    slot: int = 0,
+    mend: bool = True,
+) -> list[Buffer]:
+    """A whole slot file, as buffers to be written one after the other (`writev`).
+
+    `streams` is the running engine's count. `slot` is only what the file says: an engine restores
+    into whichever slot it is asked to. `boundary` is what `SlotFile.boundary` gave at exactly this
+    end. With `mend`, a sliding window that begins after position 0 gets one row before it, masked
+    for every later token, without which llama-server prefills everything.
+
+    Raises:
+        SlotFileError: the parts don't make a file that the engine would take.
+    """
+    count = len(tokens)
+    if not 0 < count <= MAX_POSITION:
+        raise SlotFileError(f"{count} tokens", reason="empty" if not count else "tokens")
+    if int(np.min(tokens)) < 0:
+        raise SlotFileError("a token that isn't text", reason="media")
+    if layout.version != VERSION:
+        raise SlotFileError(f"version {layout.version}, {VERSION} is known", reason="version")
+    if not 0 < streams <= MAX_STREAMS or not 0 <= slot < MAX_STREAMS:
+        raise SlotFileError(f"slot {slot} in {streams} streams", reason="streams")
+    if streams > 1 and slot >= streams:
+        raise SlotFileError(f"slot {slot} in {streams} streams", reason="streams")
+    blocks = [_part_tensors(layout.rows, part) for part in _in_a_row(parts, tokens=count)]
+    before, after = _other_streams(streams, slot)
+    out: list[Buffer] = [_header(tokens), before]
+    out += _block(layout.rows, _cells(count, slot=slot), list(zip(*blocks, strict=True)))
+    out.append(after)
+    out += _tail(layout, boundary, tokens=count, before=before, after=after, mend=mend)
+    return [part for part in out if len(part) > 0]
+
+
+def round_trip_ok(buffer: Buffer, kind: MemoryKind) -> bool:
+    """The proof at start-up that this engine's files are understood.
+
+    True when every byte is accounted for and the file put together from its parts is the same
+    file. Meant for a file of a fresh engine: one whose cells lie scattered is written in order, so
+    it isn't the same.
+    """
+    view = as_view(buffer)
+    try:
+        found = parse(view, kind=kind, max_tokens=MAX_POSITION)
+        count = len(found.tokens)
+        cut = count // 2
+        parts = [
+            RowsPart(np.concatenate(found.rows(lo, hi)), lo, hi, hi)
+            for lo, hi in ((0, cut), (cut, count))
+            if lo < hi
+        ]
+        made = assemble(
+            found.layout,
+            tokens=found.tokens,
+            parts=parts,
+            boundary=found.boundary(),
+            streams=found.streams,
+            slot=found.slot,
+            mend=False,
+        )
+    except SlotFileError:
+        return False
+    at = 0
+    for piece in map(as_view, made):
+        there = np.frombuffer(view[at : at + len(piece)], np.uint8)
+        if not np.array_equal(there, np.frombuffer(piece, np.uint8)):
+            return False
+        at += len(piece)
+    return at == len(view)
+
+
+def _header(tokens: Ints) -> bytes:
+    words = np.empty(len(tokens) + 4, "<i4")
+    words[:3] = -1, 1, len(tokens)
+    words[3:-1] = tokens
+    words[-1] = 0
+    return struct.pack("<3I", MAGIC, VERSION, len(words)) + words.tobytes()
+
+
+def _other_streams(streams: int, slot: int) -> tuple[bytes, bytes]:
+    """What stands before and after the one stream that has cells: counts of no cells."""
+    at = slot if streams > 1 else 0
+    return struct.pack(f"<{1 + at}I", streams, *[0] * at), bytes(4 * (streams - at - 1))
+
+
+def _cells(count: int, *, slot: int) -> Ints:
+    meta = np.empty((count, 3), "<i4")
+    meta[:, 0] = np.arange(count)
+    meta[:, 1:] = 1, slot
+    return meta
+
+
+def _in_a_row(parts: Sequence[RowsPart], *, tokens: int) -> Sequence[RowsPart]:
+    at = 0
+    for part in parts:
+        if part.lo != at or not part.lo < part.take <= part.hi:
+            raise SlotFileError(
+                f"rows [{part.lo}, {part.take}) of {part.hi} after {at}", reason="parts"
+            )
+        at = part.take
+    if at != tokens:
+        raise SlotFileError(f"rows of {at} tokens for {tokens}", reason="parts")
+    return parts
+
+
+def _part_tensors(layout: CacheLayout, part: RowsPart) -> list[Bytes]:
+    """The rows that are used of each tensor of a part, as views."""
+    count, used = part.hi - part.lo, part.take - part.lo
+    payload = np.frombuffer(as_view(part.payload), np.uint8)
+    if len(payload) != count * layout.row_bytes:
+        raise SlotFileError(
+            f"{len(payload)} bytes for {count} rows of {layout.row_bytes}", reason="parts"
+        )
+    found: list[Bytes] = []
+    at = 0
+    for tensor in layout.tensors:
+        size = count * tensor.row_bytes
+        data = payload[at : at + size]
+        at += size
+        if tensor.element_bytes:
+            shaped = data.reshape(tensor.width, count, tensor.element_bytes)
+            found.append(shaped[:, :used])
+        else:
+            found.append(data.reshape(count, tensor.row_bytes)[:used])
+    return found
+
+
+def _block(layout: CacheLayout, meta: Ints, tensors: Sequence[Sequence[Bytes]]) -> Iterator[Buffer]:
+    """One stream's cells. Each tensor is given as arrays whose rows follow each other."""
+    yield struct.pack("<I", len(meta)) + meta.tobytes()
+    yield struct.pack("<4I", layout.v_trans, len(layout.keys), *layout.rotation)
+    for tensor, pieces in zip(layout.tensors, tensors, strict=True):
+        if tensor.element_bytes:
+            yield struct.pack("<iII", tensor.type, tensor.element_bytes, tensor.width)
+            joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+            yield np.ascontiguousarray(joined).reshape(-1)
+        else:
+            yield struct.pack("<iQ", tensor.type, tensor.row_bytes)
+            yield from (piece.reshape(-1) for piece in pieces)
+
+
+def _tail(
+    layout: Layout,
+    boundary: Buffer | None,
+    *,
+    tokens: int,
+    before: bytes,
+    after: bytes,
+    mend: bool,
+) -> Iterator[Buffer]:
+    """What follows the rows: nothing, the window's cache, or the recurrent state."""
+    if layout.kind is MemoryKind.PLAIN:
+        if boundary is not None:
+            raise SlotFileError("boundary state for plain attention", reason="boundary")
+        return
+    if boundary is None:
+        raise SlotFileError("this model needs boundary state at its end", reason="boundary")
+    if layout.kind is MemoryKind.HYBRID:
+        yield as_view(boundary)
+        return
+    window = read_window(layout, boundary)
+    check_window(window, tokens=tokens)
+    yield before
+    if mend and int(window.positions.min()) > 0:
+        yield from _mended(window)
+    else:
+        yield as_view(boundary)
+    yield after
+
+
+def _mended(window: CellBlock) -> Iterator[Buffer]:
+    """The window with one row before it: any bytes will do, so the first row's.
+
+    The position before the window's first is never below 0, which would abort the server.
+    """
+    meta = np.empty((1 + len(window.positions), 3), "<i4")
+    meta[0, 0] = window.positions.min() - 1
+    meta[1:, 0] = window.positions
+    meta[:, 1:] = 1, window.sequence
+    tensors = [
+        (data[:, :1], data) if tensor.element_bytes else (data[:1], data)
+        for tensor, data in zip(window.layout.tensors, window.tensors, strict=True)
+    ]
+    yield from _block(window.layout, meta, tensors)
