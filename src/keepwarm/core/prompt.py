@@ -1,0 +1,267 @@
+"""Prefix identity: from a request's body to a chain of marks, without rendering or tokenizing.
+
+Theory of operation. A prompt is read as a *head* (everything a template may render before the first
+message or that changes how messages render: tools, template arguments, adapters) and a list of
+*segments*, one a message. A `Mark` names one position in it by a digest of all that stands before,
+so two requests that share a mark share everything up to it. There is a mark after the head, after
+every `BLOCK_CHARS` characters inside a message (so that prefixes that part in the middle of a long
+message are found) and after each message. The mark behind the leading system messages is the
+*static end*: what a client sends with every task.
+
+Digests are keyed by fingerprint and namespace, and blake2b is used since one tenant must not be
+able to construct another's digest. What doesn't reach the rendered prompt (sampling parameters,
+`stream`, an absent against an empty `content`) is left out of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
+# on a slow CPU), and about one digest a microsecond of hashing.
+BLOCK_CHARS = 256
+# The same for prompts given as token ids.
+BLOCK_TOKENS = 64
+
+Api = Literal["chat", "messages", "responses", "completion"]
+
+# Arguments that change how the template renders. `response_format` is among them because some of
+# llama-server's template handlers write the schema into the system turn.
+_HEAD_KEYS = (
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+    "chat_template",
+    "response_format",
+    "json_schema",
+    "reasoning_effort",
+    "lora",
+    "thinking",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One position in a prompt. `chars` counts canonical characters from its start."""
+
+    digest: bytes
+    chars: int
+    tokens: int | None = None  # exact position, known only for prompts given as token ids
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One message in canonical form; `extra` is what a template may render besides the text."""
+
+    role: str
+    text: str
+    extra: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request's identity.
+
+    `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
+    if there is nothing static; `turns` counts the user messages.
+    """
+
+    api: Api
+    marks: tuple[Mark, ...]
+    static_index: int
+    turns: int
+
+    @property
+    def chars(self) -> int:
+        """Canonical characters of the whole prompt."""
+        return self.marks[-1].chars
+
+    @property
+    def static(self) -> Mark | None:
+        """The mark behind the leading system messages and the tools."""
+        return self.marks[self.static_index] if self.static_index >= 0 else None
+
+    def continued(self, reply: Segment) -> Mark:
+        """The mark that a next request has behind this prompt's reply."""
+        return _segment_marks(self.marks[-1], reply)[-1]
+
+
+def prompt_of(
+    api: Api,
+    body: Mapping[str, Any],
+    *,
+    fingerprint: str,
+    namespace: str,
+    shared_static: bool = False,
+) -> Prompt:
+    """Read the identity of a request.
+
+    Args:
+        api: whose body it is; `completion` takes `prompt` as text or token ids.
+        body: the decoded JSON body. Wrong types are taken as they are: the engine, not
+            Keepwarm, tells the client what is wrong with its request.
+        fingerprint, namespace: what the digests are keyed by.
+        shared_static: the static part is a tier's, the same for all namespaces; only what
+            follows it is the tenant's own.
+    """
+    own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
+    key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_static else own
+    if api == "completion":
+        return _raw_prompt(body.get("prompt"), key)
+    head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
+    if body.get("tool_choice") == "none":
+        head["tool_choice"] = "none"
+    # Key order is kept: templates print tools in the order given, so another order is another
+    # prompt.
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")) if head else ""
+    marks = [Mark(_digest(key, text.encode()), len(text))]
+    static_index = 0 if head.get("tools") else -1
+    in_static = True
+    turns = 0
+    for segment in segments_of(api, body):
+        before = marks[-1]
+        if in_static and segment.role not in ("system", "developer"):
+            in_static = False
+            if shared_static:
+                before = Mark(_digest(before.digest, own), before.chars)
+        marks += _segment_marks(before, segment)
+        if in_static:
+            static_index = len(marks) - 1
+        turns += segment.role == "user"
+    return Prompt(api, tuple(marks), static_index, turns)
+
+
+def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
+    """The messages of a body in canonical form, system text first."""
+    out: list[Segment] = []
+    if api == "messages" and body.get("system"):
+        out.append(Segment("system", _text(body["system"])[0]))
+    if api == "responses":
+        if body.get("instructions"):
+            out.append(Segment("system", str(body["instructions"])))
+        items = body.get("input")
+        if isinstance(items, str):
+            return [*out, Segment("user", items)]
+    else:
+        items = body.get("messages")
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, Mapping):
+            out.append(segment_of(item))
+    return out
+
+
+def segment_of(message: Mapping[str, Any]) -> Segment:
+    """One message, tool call or tool result in canonical form.
+
+    Clients send back what the model said in many shapes (`content` null, empty or absent, reasoning
+    left out, white space trimmed, arguments parsed and printed again); those are one segment here.
+    Where their tokens differ all the same, the engine's `cache_n` tells.
+    """
+    role = str(message.get("role") or message.get("type") or "")
+    text, extra = _text(message.get("content"))
+    if role in ("assistant", "model"):
+        text = text.strip()
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        extra += "".join(_call(c.get("function", c)) for c in calls if isinstance(c, Mapping))
+    if role == "function_call":
+        extra += _call(message)
+    if role == "function_call_output":
+        text = str(message.get("output", ""))
+    return Segment(role, text, extra)
+
+
+def _text(content: object) -> tuple[str, str]:
+    """Text of a content field, and a canonical form of its parts that aren't text."""
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    texts: list[str] = []
+    extra: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, Mapping):
+            texts.append(str(part))
+        elif part.get("type") in ("text", "input_text", "output_text"):
+            texts.append(str(part.get("text", "")))
+        elif part.get("type") == "tool_use":
+            extra.append(_call({"name": part.get("name"), "arguments": part.get("input")}))
+        elif part.get("type") == "tool_result":
+            texts.append(_text(part.get("content"))[0])
+        elif part.get("type") not in ("thinking", "redacted_thinking", "reasoning"):
+            extra.append(_dump(part))
+    return "\n".join(texts), "".join(extra)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            pass
+    return _dump([call.get("name"), arguments])
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(*parts: bytes) -> bytes:
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(len(part).to_bytes(4, "little"))
+        h.update(part)
+    return h.digest()
+
+
+def _segment_marks(before: Mark, segment: Segment) -> list[Mark]:
+    """Marks inside and behind one segment that follows `before`."""
+    h = hashlib.blake2b(digest_size=16)
+    h.update(before.digest)
+    h.update(segment.role.encode())
+    h.update(b"\0")
+    marks: list[Mark] = []
+    text = segment.text
+    for start in range(0, len(text), BLOCK_CHARS):
+        block = text[start : start + BLOCK_CHARS]
+        h.update(block.encode("utf-8", "surrogatepass"))
+        if len(block) == BLOCK_CHARS:
+            marks.append(Mark(h.digest(), before.chars + start + BLOCK_CHARS))
+    h.update(b"\0")
+    h.update(segment.extra.encode("utf-8", "surrogatepass"))
+    h.update(b"\0end")
+    # A message costs a few characters (role and turn tokens) beyond its text.
+    marks.append(Mark(h.digest(), before.chars + len(text) + len(segment.extra) + 16))
+    return marks
+
+
+def _raw_prompt(prompt: object, key: bytes) -> Prompt:
+    """Identity of a `/completion` prompt: text, token ids, or anything else (never shared)."""
+    if isinstance(prompt, str):
+        marks = _segment_marks(Mark(key, 0), Segment("raw", prompt))
+        return Prompt("completion", tuple(marks), -1, 1)
+    if isinstance(prompt, list) and prompt and all(isinstance(t, int) for t in prompt):
+        return Prompt("completion", token_marks(prompt, key), -1, 1)
+    opaque = _digest(key, _dump(prompt).encode())
+    return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
+
+
+def token_marks(tokens: Sequence[int], key: bytes) -> tuple[Mark, ...]:
+    """Marks of a prompt given as token ids: one every `BLOCK_TOKENS`, and the end's."""
+    h = hashlib.blake2b(key, digest_size=16)
+    marks = []
+    for block, end in _blocks(tokens):
+        h.update(b"".join(t.to_bytes(4, "little", signed=True) for t in block))
+        marks.append(Mark(h.digest(), end * 4, end))
+    return tuple(marks)
+
+
+def _blocks(tokens: Sequence[int]) -> Iterable[tuple[Sequence[int], int]]:
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = tokens[start : start + BLOCK_TOKENS]
+        yield block, start + len(block)

@@ -1,0 +1,68 @@
+"""What things cost here, learned while running: the numbers behind every plan.
+
+Each figure is an exponentially weighted mean, so that a plan follows the machine when it slows down
+(thermal limits, a neighbour), and forgets within about ten observations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Weight of a new observation. 0.2 forgets nine tenths of the past in ten observations.
+_ALPHA = 0.2
+
+
+@dataclass(slots=True)
+class Mean:
+    """An exponentially weighted mean that starts from a prior and drops it at once when taught."""
+
+    value: float
+    seen: int = 0
+
+    def learn(self, sample: float) -> None:
+        """Take one observation into the mean."""
+        self.value = sample if not self.seen else self.value + _ALPHA * (sample - self.value)
+        self.seen += 1
+
+
+@dataclass(slots=True)
+class Rates:
+    """Costs of prefill, save and restore on this machine with this model.
+
+    The priors are those of a slow CPU (two cores, a 135M model: 4.6 ms a token, 2 GB/s through
+    /dev/shm), so that before anything was measured Keepwarm errs towards saving.
+    """
+
+    prefill_s_per_token: Mean = field(default_factory=lambda: Mean(0.005))
+    decode_s_per_token: Mean = field(default_factory=lambda: Mean(0.02))
+    restore_s_per_byte: Mean = field(default_factory=lambda: Mean(0.5e-9))
+    save_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))
+    assemble_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))
+    tokens_per_char: Mean = field(default_factory=lambda: Mean(0.26))
+    # A save or restore costs a round trip and a pass of the engine's loop even when it is empty.
+    call_s: float = 0.002
+
+    def prefill_s(self, tokens: float) -> float:
+        """Seconds to prefill so many tokens."""
+        return max(tokens, 0.0) * self.prefill_s_per_token.value
+
+    def restore_s(self, size_bytes: float, *, ready: bool) -> float:
+        """Seconds until a snapshot of this size is in a slot; `ready` if no assembly is needed."""
+        per_byte = self.restore_s_per_byte.value
+        if not ready:
+            per_byte += self.assemble_s_per_byte.value
+        return self.call_s + size_bytes * per_byte
+
+    def save_s(self, size_bytes: float) -> float:
+        """Seconds during which a save keeps the engine's loop busy."""
+        return self.call_s + size_bytes * self.save_s_per_byte.value
+
+    def observe_prefill(self, *, tokens: int, seconds: float) -> None:
+        """Learn from a reply's own count; short prefills measure a batch's latency, not a rate."""
+        if tokens >= 32 and seconds > 0:
+            self.prefill_s_per_token.learn(seconds / tokens)
+
+    def observe_bytes(self, mean: Mean, *, size_bytes: int, seconds: float) -> None:
+        """Learn a bandwidth; small files measure the round trip instead."""
+        if size_bytes >= 1_000_000:
+            mean.learn(max(seconds - self.call_s, 1e-5) / size_bytes)

@@ -1,0 +1,152 @@
+"""What a slot holds, as far as Keepwarm knows, and what it would cost to lose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from keepwarm.core.prompt import Mark, Prompt
+from keepwarm.core.rates import Rates
+
+# A prior, not a measurement: half of the first turns are followed by a second, and nine in ten
+# conversations that have gone on go on again. What it decides (save or not) is cheap to get wrong.
+_RETURNS_FIRST, _RETURNS_LATER = 0.5, 0.9
+# The chance that a conversation comes back halves with every ten minutes of silence.
+_RETURN_HALF_LIFE_S = 600.0
+
+
+class SlotState(StrEnum):
+    """Who may change a slot: nobody else while it isn't idle."""
+
+    IDLE = "idle"
+    PREPARING = "preparing"  # a save, restore, fill or erase is under way
+    SERVING = "serving"  # a request has been forwarded
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a mark lies in a slot's or snapshot's tokens.
+
+    `exact`: counted in tokens; otherwise estimated from characters, and only good for planning.
+    """
+
+    tokens: int
+    exact: bool
+
+
+@dataclass(slots=True)
+class Content:
+    """The prefix a slot holds.
+
+    `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` the user
+    messages in it; `namespace` whose it is ('' for a tier alone).
+    """
+
+    namespace: str
+    marks: dict[bytes, Position]
+    tokens: int
+    saved_tokens: int = 0
+    turns: int = 0
+
+    def match(self, prompt: Prompt) -> tuple[int, Position]:
+        """The last of a prompt's marks that this holds: its index (-1: none) and position."""
+        for index in range(len(prompt.marks) - 1, -1, -1):
+            position = self.marks.get(prompt.marks[index].digest)
+            if position is not None:
+                return index, position
+        return -1, Position(0, exact=True)
+
+    def promise(self, prompt: Prompt, index: int) -> int:
+        """Tokens certain to be reused by a prompt that matches up to mark `index`."""
+        positions = (self.marks.get(m.digest) for m in prompt.marks[: index + 1])
+        return max((p.tokens for p in positions if p and p.exact), default=0)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One llama-server sequence. `job` is the id of the request it is prepared for or serves."""
+
+    id: int
+    state: SlotState = SlotState.IDLE
+    content: Content | None = None
+    job: str | None = None
+    idle_since_s: float = 0.0
+    uses: int = field(default=0)
+
+    def returns(self, now_s: float) -> float:
+        """The estimated chance that this slot's conversation goes on."""
+        if self.content is None:
+            return 0.0
+        chance = _RETURNS_LATER if self.content.turns > 1 else _RETURNS_FIRST
+        return float(chance * 0.5 ** (max(now_s - self.idle_since_s, 0.0) / _RETURN_HALF_LIFE_S))
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What overwriting a slot costs: seconds, and whether its content is to be saved first."""
+
+    seconds: float
+    save: bool
+
+
+def loss(
+    slot: Slot, *, kept_tokens: int, row_bytes: int, rates: Rates, now_s: float, can_save: bool
+) -> Loss:
+    """What is lost when a slot keeps only its first `kept_tokens`.
+
+    What the store holds costs a restore when it is wanted again; what only the slot holds costs
+    its prefill, or a save now if that is less.
+    """
+    content = slot.content
+    if content is None or content.tokens <= kept_tokens:
+        return Loss(0.0, save=False)
+    returns = slot.returns(now_s)
+    size_bytes = content.tokens * row_bytes
+    seconds = returns * rates.restore_s(size_bytes, ready=False)
+    unsaved = content.tokens - max(content.saved_tokens, kept_tokens)
+    if unsaved <= 0:
+        return Loss(seconds, save=False)
+    prefill_s = returns * rates.prefill_s(unsaved)
+    save_s = rates.save_s(size_bytes)
+    if can_save and save_s < prefill_s:
+        return Loss(seconds + save_s, save=True)
+    return Loss(seconds + prefill_s, save=False)
+
+
+def positions(
+    marks: Iterable[Mark], *, known: dict[bytes, Position], total_tokens: int
+) -> dict[bytes, Position]:
+    """Where each of a prompt's marks lies, by interpolation between those whose place is known.
+
+    Args:
+        marks: in order.
+        known: positions from an earlier save, fill or restore of the same prefix.
+        total_tokens: the prompt's length as the engine counted it.
+    """
+    ordered = list(marks)
+    out: dict[bytes, Position] = {}
+    left_chars, left_tokens = 0, 0
+    pending: list[Mark] = []
+
+    def place(right_chars: int, right_tokens: int) -> None:
+        span = max(right_chars - left_chars, 1)
+        for mark in pending:
+            share = (mark.chars - left_chars) / span
+            tokens = left_tokens + int(share * (right_tokens - left_tokens))
+            out[mark.digest] = Position(max(min(tokens, right_tokens), 0), exact=False)
+        pending.clear()
+
+    for mark in ordered:
+        position = known.get(mark.digest)
+        if mark.tokens is not None:
+            position = Position(mark.tokens, exact=True)
+        if position is None or not position.exact or position.tokens > total_tokens:
+            pending.append(mark)
+            continue
+        place(mark.chars, position.tokens)
+        out[mark.digest] = position
+        left_chars, left_tokens = mark.chars, position.tokens
+    if pending:
+        place(pending[-1].chars, total_tokens)
+    return out

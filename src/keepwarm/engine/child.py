@@ -1,0 +1,54 @@
+"""The embedded engine's process: `python -m keepwarm.engine.child`, parameters as JSON on stdin.
+
+It lives exactly as long as its standard input stays open: the parent never closes it, so when the
+parent ends, by SIGKILL too, the pipe breaks and this process leaves. That works on Linux and macOS
+alike, which a parent-death signal would not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+
+def main() -> NoReturn:
+    """Serve one model until standard input closes or a signal comes."""
+    params = json.loads(sys.stdin.readline())
+    # Ctrl-C in a terminal goes to the whole process group; the parent decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    server = _start(params)
+    sys.stdin.read()
+    del server
+    # The C++ server's threads are still running; a normal exit would wait for them.
+    os._exit(0)
+
+
+def _start(params: dict[str, Any]) -> object:
+    import xllamacpp  # noqa: PLC0415 - 100 MB of extension, needed in this process only
+
+    common = xllamacpp.CommonParams()
+    for path, value in params.items():
+        target = common
+        *parents, name = path.split(".")
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, name, _native(xllamacpp, name, value))
+    return xllamacpp.Server(common)
+
+
+def _native(xllamacpp: Any, name: str, value: Any) -> Any:
+    """Enumerations travel as words."""
+    if name in ("cache_type_k", "cache_type_v"):
+        return getattr(xllamacpp.ggml_type, f"GGML_TYPE_{value.upper()}")
+    if name == "flash_attn_type":
+        words = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}
+        return getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{words[value]}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

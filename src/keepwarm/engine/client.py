@@ -1,0 +1,172 @@
+"""The engine's HTTP interface: one method a call, foreign errors translated here and only here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from keepwarm.core.reply import Counts, counts_of
+from keepwarm.errors import EngineDownError, EngineError, EngineRefusedError
+
+# An engine busy with a large batch answers nothing for as long as the batch takes.
+_CALL_TIMEOUT_S = 60.0
+_FILL_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFileInfo:
+    """What a save or restore reported: tokens, bytes, and seconds of the engine's loop."""
+
+    tokens: int
+    size_bytes: int
+    seconds: float
+
+
+class EngineClient:
+    """Calls to one engine at one address. Safe for many tasks; close it when done.
+
+    Every method raises `EngineDownError` if the engine can't be reached or stops answering,
+    `EngineRefusedError` for its 4xx and `EngineError` for its 5xx or an answer that isn't JSON.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # The engine's HTTP layer closes kept connections as it likes, so none is kept for long.
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+            auto_decompress=False,
+        )
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The connection pool, for the gateway's pass-through."""
+        return self._session
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def health(self) -> bool:
+        """Whether the engine is up and its model loaded."""
+        try:
+            await self._call("GET", "/health", timeout_s=5)
+        except EngineDownError:
+            return False
+        return True
+
+    async def props(self) -> dict[str, Any]:
+        """The engine's `/props`: chat template, build, slots, context a slot."""
+        return await self._call("GET", "/props")
+
+    async def slots(self) -> list[dict[str, Any]]:
+        """The engine's `/slots`, a list of objects."""
+        value = await self._call("GET", "/slots")
+        return value if isinstance(value, list) else []
+
+    async def render(self, body: Mapping[str, Any]) -> str:
+        """The rendered prompt of a chat body (`/apply-template`)."""
+        return str((await self._call("POST", "/apply-template", body)).get("prompt", ""))
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of rendered text, special tokens parsed, as the engine does for a prompt."""
+        body = {"content": text, "add_special": True, "parse_special": True}
+        return list((await self._call("POST", "/tokenize", body))["tokens"])
+
+    async def fill(self, tokens: Sequence[int], *, slot: int) -> Counts:
+        """Prefill a slot to exactly these tokens, generating nothing."""
+        body = {"prompt": list(tokens), "n_predict": 0, "id_slot": slot, "cache_prompt": True}
+        reply = await self._call("POST", "/completion", body, timeout_s=_FILL_TIMEOUT_S)
+        counts = counts_of(reply)
+        if counts is None:
+            raise EngineError("The engine's /completion reply holds no timings.")
+        return counts
+
+    async def save(self, slot: int, filename: str) -> SlotFileInfo:
+        """Save a slot under a name in the engine's slot directory."""
+        reply = await self._slot(slot, "save", {"filename": filename})
+        timings = reply.get("timings") or {}
+        return SlotFileInfo(
+            int(reply.get("n_saved", 0)),
+            int(reply.get("n_written", 0)),
+            float(timings.get("save_ms", 0)) / 1e3,
+        )
+
+    async def restore(self, slot: int, filename: str) -> SlotFileInfo:
+        """Restore a slot from a name in the slot directory. A refused restore clears the slot."""
+        reply = await self._slot(slot, "restore", {"filename": filename})
+        timings = reply.get("timings") or {}
+        return SlotFileInfo(
+            int(reply.get("n_restored", 0)),
+            int(reply.get("n_read", 0)),
+            float(timings.get("restore_ms", 0)) / 1e3,
+        )
+
+    async def erase(self, slot: int) -> None:
+        """Empty a slot."""
+        await self._slot(slot, "erase", {})
+
+    async def _slot(self, slot: int, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        reply = await self._call("POST", f"/slots/{slot}?action={action}", body)
+        # An id out of range wraps and hits another slot, so what was hit is compared.
+        if reply.get("id_slot", slot) != slot:
+            raise EngineError(f"The engine acted on slot {reply['id_slot']} instead of {slot}.")
+        return reply
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = _CALL_TIMEOUT_S,
+    ) -> Any:
+        data = None if body is None else msgspec.json.encode(body)
+        for attempt in (1, 2):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self._once(method, path, data)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                # A kept connection that the engine has closed meanwhile; a fresh one tells
+                # whether the engine is there.
+                if attempt == 2 or isinstance(error, aiohttp.ClientConnectorError):
+                    raise EngineDownError(f"The engine doesn't answer: {error}.") from error
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise EngineDownError(
+                    f"The engine gave no answer to {path}: {error or type(error).__name__}."
+                ) from error
+        raise AssertionError("unreachable")
+
+    async def _once(self, method: str, path: str, data: bytes | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        async with self._session.request(
+            method, self.base_url + path, data=data, headers=headers
+        ) as response:
+            raw = await response.read()
+            if response.status == 503:
+                raise EngineDownError(f"The engine isn't ready: {_message(raw)}")
+            if 400 <= response.status < 500:
+                raise EngineRefusedError(_message(raw), status=response.status, body=raw)
+            if response.status >= 500:
+                raise EngineError(f"The engine failed on {path}: {_message(raw)}")
+        try:
+            return msgspec.json.decode(raw)
+        except msgspec.DecodeError as error:
+            raise EngineError(f"The engine's answer to {path} isn't JSON.") from error
+
+
+def _message(raw: bytes) -> str:
+    try:
+        value = msgspec.json.decode(raw)
+        return str(value["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return raw[:200].decode("utf-8", "replace")
+
+

@@ -1,0 +1,82 @@
+"""What an engine is started with, and the flags that follow.
+
+Why these flags (see docs/decisions/0003-slot-setup.md): llama-server's own prompt cache and slot
+choice undo warming (an idle slot is saved to the RAM cache and cleared when another task starts),
+so both are off (`--cache-ram 0`, `-sps 0`) and Keepwarm names the slot in every request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to run an engine over one model.
+
+    `context_tokens` is shared by all slots: one pool if `unified`, else an equal part for each.
+    `extra` goes to an engine binary unchanged, behind all else.
+    """
+
+    model: Path
+    slots: int
+    context_tokens: int
+    slot_dir: Path
+    unified: bool
+    threads: int | None = None
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    flash_attention: str = "auto"
+    chat_template: Path | None = None
+    swa_full: bool = False
+    extra: tuple[str, ...] = field(default=())
+
+    def binary_flags(self, *, host: str, port: int) -> list[str]:
+        """Arguments for a `llama-server` binary."""
+        flags = [
+            *("--model", str(self.model), "--host", host, "--port", str(port)),
+            *("--ctx-size", str(self.context_tokens), "--parallel", str(self.slots)),
+            *("--slot-save-path", f"{self.slot_dir}/", "--cache-ram", "0"),
+            *("--slot-prompt-similarity", "0", "--no-cache-idle-slots", "--metrics", "--jinja"),
+            *("--cache-type-k", self.kv_type_k, "--cache-type-v", self.kv_type_v),
+            *("--flash-attn", self.flash_attention),
+            "--kv-unified" if self.unified else "--no-kv-unified",
+        ]
+        if self.threads:
+            flags += ["--threads", str(self.threads)]
+        if self.chat_template:
+            flags += ["--chat-template-file", str(self.chat_template)]
+        if self.swa_full:
+            flags.append("--swa-full")
+        return [*flags, *self.extra]
+
+    def embedded_params(self, *, host: str, port: int) -> dict[str, Any]:
+        """The same for `xllamacpp.CommonParams`: attribute paths and values."""
+        params: dict[str, Any] = {
+            "model.path": str(self.model),
+            "hostnames": [host],
+            "port": port,
+            "n_ctx": self.context_tokens,
+            "n_parallel": self.slots,
+            "slot_save_path": f"{self.slot_dir}/",
+            "cache_ram_mib": 0,
+            "slot_prompt_similarity": 0.0,
+            "cache_idle_slots": False,
+            "kv_unified": self.unified,
+            "endpoint_metrics": True,
+            "endpoint_props": False,
+            "cache_type_k": self.kv_type_k,
+            "cache_type_v": self.kv_type_v,
+            "flash_attn_type": self.flash_attention,
+            "swa_full": self.swa_full,
+            # The memory fit probes devices by loading the model twice; the owner chose the size.
+            "fit_params": False,
+        }
+        if self.threads:
+            params["cpuparams.n_threads"] = self.threads
+            params["cpuparams_batch.n_threads"] = self.threads
+        if self.chat_template:
+            params["chat_template"] = self.chat_template.read_text(encoding="utf-8")
+        return params

@@ -1,0 +1,200 @@
+"""An engine that Keepwarm starts itself: embedded or a `llama-server` binary.
+
+Both are one child process with a pipe to its standard input that stays open as long as Keepwarm
+lives (see `child` and `guard`), one log that is read line by line, and one end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from keepwarm.engine.options import EngineOptions
+from keepwarm.errors import EngineStartError
+
+# What a person needs of a failed start fits on a screen.
+_KEPT_LINES = 40
+_STOP_TIMEOUT_S = 10.0
+_GUARD_PID = re.compile(r"^keepwarm-guard: pid (\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Which engine it is; part of the fingerprint. `build` changes with every engine upgrade."""
+
+    kind: str
+    build: str
+
+
+class EngineProcess:
+    """One run of an engine. Start it once; a restart is a new object on the same port.
+
+    `exited` is set when the process is gone, for whatever reason; its slots are empty then.
+    """
+
+    def __init__(self, command: list[str], *, port: int, stdin_line: str = "") -> None:
+        self._command = command
+        self._stdin_line = stdin_line
+        self._process: asyncio.subprocess.Process | None = None
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._on_line: Callable[[str], None] | None = None
+        self._pid: int | None = None
+        self.base_url = f"http://127.0.0.1:{port}"
+        self.exited = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's own process id (not the guard's), once it runs."""
+        return self._pid
+
+    @property
+    def last_lines(self) -> str:
+        """The last lines of the engine's log."""
+        return "\n".join(self._lines)
+
+    async def start(self, on_line: Callable[[str], None] | None = None) -> None:
+        """Start the process; it answers on `base_url` some time later.
+
+        Args:
+            on_line: called with each line of the engine's log.
+
+        Raises:
+            EngineStartError: the command can't be executed.
+        """
+        self._on_line = on_line
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                limit=1 << 20,
+            )
+        except OSError as error:
+            raise EngineStartError(
+                f"The engine {self._command[0]} can't be started ({error.strerror}). Check the "
+                "path and that it may be executed."
+            ) from error
+        self._pid = self._process.pid
+        if self._stdin_line:
+            assert self._process.stdin
+            self._process.stdin.write(self._stdin_line.encode() + b"\n")
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._wait())]
+
+    async def stop(self) -> None:
+        """End the process: SIGTERM, then SIGKILL. Does nothing if it is gone."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(self.exited.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                self.kill()
+                await self.exited.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def kill(self) -> None:
+        """SIGKILL, at once: for an engine that hangs."""
+        if self._pid and not self.exited.is_set():
+            try:
+                os.kill(self._pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def failure(self) -> EngineStartError:
+        """Why the engine ended, with its last lines and what to do."""
+        code = self._process.returncode if self._process else None
+        text = self.last_lines
+        advice = "Run the same model with llama-server by hand to see more."
+        if "bind" in text or "address already in use" in text.lower():
+            advice = "Another program listens on the engine's port; stop it, or let Keepwarm choose."
+        elif "failed to allocate" in text or "out of memory" in text.lower():
+            advice = "Give it a smaller --context, fewer --slots or a smaller model."
+        elif "unknown model architecture" in text:
+            advice = "This engine is too old for the model: upgrade it."
+        return EngineStartError(
+            f"The engine ended with status {code} before it was ready. {advice} Its last lines:\n"
+            f"{text or '(it said nothing)'}"
+        )
+
+    async def _read(self) -> None:
+        assert self._process and self._process.stderr
+        async for raw in self._process.stderr:
+            line = raw.decode("utf-8", "replace").rstrip()
+            if match := _GUARD_PID.match(line):
+                self._pid = int(match[1])
+                continue
+            self._lines.append(line)
+            if self._on_line:
+                self._on_line(line)
+
+    async def _wait(self) -> None:
+        assert self._process
+        await self._process.wait()
+        self.exited.set()
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def embedded_engine(options: EngineOptions, *, port: int) -> EngineProcess:
+    """The engine from the `xllamacpp` package, in a process of its own."""
+    params = options.embedded_params(host="127.0.0.1", port=port)
+    command = [sys.executable, "-m", "keepwarm.engine.child"]
+    return EngineProcess(command, port=port, stdin_line=json.dumps(params))
+
+
+def embedded_identity() -> EngineIdentity:
+    """The package's version: the extension itself reports build 0."""
+    return EngineIdentity("xllamacpp", version("xllamacpp"))
+
+
+def binary_engine(binary: Path, options: EngineOptions, *, port: int) -> EngineProcess:
+    """A `llama-server` binary by path, behind the guard."""
+    flags = options.binary_flags(host="127.0.0.1", port=port)
+    command = [sys.executable, "-m", "keepwarm.engine.guard", str(binary), *flags]
+    return EngineProcess(command, port=port)
+
+
+async def binary_identity(binary: Path) -> EngineIdentity:
+    """What `llama-server --version` says.
+
+    Raises:
+        EngineStartError: the binary can't be executed.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            str(binary),
+            "--version",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        raw, _ = await process.communicate()
+    except OSError as error:
+        raise EngineStartError(
+            f"The engine {binary} can't be started ({error.strerror}). Check the path given with "
+            "--engine and that it may be executed."
+        ) from error
+    text = raw.decode("utf-8", "replace")
+    match = re.search(r"version:\s*(.+)", text)
+    return EngineIdentity("llama-server", match[1].strip() if match else text.strip()[:80])
+
+
