@@ -9,6 +9,7 @@ for `writev`. Nothing is guessed: bytes that aren't understood raise `SlotFileEr
 """
 
 from keepwarm.core.slotfile.assemble import RowsPart, assemble, round_trip_ok
+from keepwarm.core.slotfile.boundary import boundary_end, window_range
 from keepwarm.core.slotfile.layout import (
     Buffer,
     CacheLayout,
@@ -17,11 +18,12 @@ from keepwarm.core.slotfile.layout import (
     SlotFileError,
     TensorLayout,
 )
-from keepwarm.core.slotfile.parse import SlotFile, file_tokens, parse, window_range
+from keepwarm.core.slotfile.parse import Checkpoint, SlotFile, file_tokens, parse
 
 __all__ = [
     "Buffer",
     "CacheLayout",
+    "Checkpoint",
     "Layout",
     "MemoryKind",
     "RowsPart",
@@ -29,6 +31,7 @@ __all__ = [
     "SlotFileError",
     "TensorLayout",
     "assemble",
+    "boundary_end",
     "file_tokens",
     "parse",
     "round_trip_ok",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keepwarm.core.slotfile.boundary import boundary_end, read_window
+from keepwarm.core.slotfile.cells import MAX_STREAMS, CellBlock, as_view
 from keepwarm.core.slotfile.layout import (
     Buffer,
     Bytes,
@@ -17,17 +19,7 @@ from keepwarm.core.slotfile.layout import (
     MemoryKind,
     SlotFileError,
 )
-from keepwarm.core.slotfile.parse import (
-    MAGIC,
-    MAX_POSITION,
-    MAX_STREAMS,
-    VERSION,
-    CellBlock,
-    as_view,
-    check_window,
-    parse,
-    read_window,
-)
+from keepwarm.core.slotfile.parse import MAGIC, MAX_POSITION, VERSION, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +44,7 @@ def assemble(
     streams: int,
     slot: int = 0,
     mend: bool = True,
+    appendix: Buffer = b"",
 ) -> list[Buffer]:
     """A whole slot file, as buffers to be written one after the other (`writev`).
 
@@ -80,6 +73,7 @@ def assemble(
     out += _block(layout.rows, _cells(count, slot=slot), list(zip(*blocks, strict=True)))
     out.append(after)
     out += _tail(layout, boundary, tokens=count, before=before, after=after, mend=mend)
+    out.append(appendix)
     return [part for part in out if len(part) > 0]
 
 
@@ -108,6 +102,7 @@ def round_trip_ok(buffer: Buffer, kind: MemoryKind) -> bool:
             streams=found.streams,
             slot=found.slot,
             mend=False,
+            appendix=found.appendix,
         )
     except SlotFileError:
         return False
@@ -206,11 +201,13 @@ def _tail(
         return
     if boundary is None:
         raise SlotFileError("this model needs boundary state at its end", reason="boundary")
+    end_tokens = boundary_end(layout, boundary)
+    if end_tokens != tokens:
+        raise SlotFileError(f"boundary state of {end_tokens} tokens at {tokens}", reason="boundary")
     if layout.kind is MemoryKind.HYBRID:
         yield as_view(boundary)
         return
     window = read_window(layout, boundary)
-    check_window(window, tokens=tokens)
     yield before
     if mend and int(window.positions.min()) > 0:
         yield from _mended(window)

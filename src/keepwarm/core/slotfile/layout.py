@@ -28,6 +28,7 @@ Reason = Literal[
     "sequence",  # a cell belongs to other sequences than the slot's own
     "position",  # positions aren't 0..n-1 (rows), or not up to n-1 (window)
     "layout",  # tensors that aren't understood, or differ from the layout given
+    "checkpoints",  # the appended context checkpoints aren't understood
     "boundary",  # boundary state missing, superfluous, or of another end
     "parts",  # extents don't continue each other, or their size isn't right
 ]
@@ -100,12 +101,16 @@ class CacheLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What two slot files must have in common for rows of one to fit into the other."""
+    """What two slot files must have in common for rows of one to fit into the other.
+
+    `window` is a sliding window's cache, `recurrent` the tensors of a hybrid's recurrent state.
+    """
 
     version: int
     kind: MemoryKind
     rows: CacheLayout
     window: CacheLayout | None = None
+    recurrent: tuple[TensorLayout, ...] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -124,6 +129,7 @@ class Layout:
                 "kind": self.kind.value,
                 "rows": _cache_to_json(self.rows),
                 "window": self.window and _cache_to_json(self.window),
+                "recurrent": self.recurrent and _listed(self.recurrent),
             },
             separators=(",", ":"),
             sort_keys=True,
@@ -138,48 +144,55 @@ class Layout:
         """
         try:
             found = json.loads(text)
-            window = found["window"]
+            window, recurrent = found["window"], found["recurrent"]
             return cls(
                 version=_natural(found["version"]),
                 kind=MemoryKind(found["kind"]),
                 rows=_cache_from_json(found["rows"]),
                 window=None if window is None else _cache_from_json(window),
+                recurrent=None
+                if recurrent is None
+                else _tensors(recurrent, transposed=False, may_be_empty=True),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SlotFileError(f"not a stored layout: {error}", reason="layout") from error
 
 
 def _cache_to_json(cache: CacheLayout) -> dict[str, Any]:
-    def listed(tensors: tuple[TensorLayout, ...]) -> list[list[int]]:
-        return [[t.type, t.row_bytes, t.element_bytes] for t in tensors]
-
     return {
         "v_trans": cache.v_trans,
         "rotation": list(cache.rotation),
-        "keys": listed(cache.keys),
-        "values": listed(cache.values),
+        "keys": _listed(cache.keys),
+        "values": _listed(cache.values),
     }
 
 
-def _cache_from_json(found: Any) -> CacheLayout:
-    def tensors(rows: Any, *, transposed: bool) -> tuple[TensorLayout, ...]:
-        made = tuple(TensorLayout(*(_natural(n) for n in row)) for row in rows)
-        for t in made:
-            if not t.row_bytes or bool(t.element_bytes) != transposed:
-                raise ValueError(f"impossible tensor {t}")
-            if transposed and t.row_bytes % t.element_bytes:
-                raise ValueError(f"impossible tensor {t}")
-        return made
+def _listed(tensors: tuple[TensorLayout, ...]) -> list[list[int]]:
+    return [[t.type, t.row_bytes, t.element_bytes] for t in tensors]
 
+
+def _cache_from_json(found: Any) -> CacheLayout:
     v_trans = found["v_trans"]
     if not isinstance(v_trans, bool):
         raise TypeError("v_trans isn't true or false")
     first, second = found["rotation"]
-    keys = tensors(found["keys"], transposed=False)
-    values = tensors(found["values"], transposed=v_trans)
+    keys = _tensors(found["keys"], transposed=False)
+    values = _tensors(found["values"], transposed=v_trans)
     if not keys or len(keys) != len(values):
         raise ValueError("K and V of different layers")
     return CacheLayout(v_trans, (_natural(first), _natural(second)), keys, values)
+
+
+def _tensors(
+    rows: Any, *, transposed: bool, may_be_empty: bool = False
+) -> tuple[TensorLayout, ...]:
+    made = tuple(TensorLayout(*(_natural(n) for n in row)) for row in rows)
+    for t in made:
+        if (not t.row_bytes and not may_be_empty) or bool(t.element_bytes) != transposed:
+            raise ValueError(f"impossible tensor {t}")
+        if transposed and t.row_bytes % t.element_bytes:
+            raise ValueError(f"impossible tensor {t}")
+    return made
 
 
 def _natural(value: Any) -> int:

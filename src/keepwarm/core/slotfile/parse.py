@@ -1,95 +1,39 @@
-"""Reading a slot file through views, with every claimed size checked against the bytes there are.
-
-Files are written by another program, possibly another version of it, into a directory that a crash
-may leave anything in. So no number from a file is used before it is known to fit: loops are bounded
-by constants, tensors are views of bytes that exist, and in the end every byte is accounted for.
-"""
+"""Reading a slot file: whole, through views, every byte accounted for."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keepwarm.core.slotfile.boundary import (
+    APPENDIX_MAGIC,
+    Boundary,
+    read_boundary,
+    read_checkpoints,
+)
+from keepwarm.core.slotfile.cells import CellBlock, Cursor, as_view, read_cache
 from keepwarm.core.slotfile.layout import (
     Buffer,
     Bytes,
-    CacheLayout,
     Ints,
     Layout,
     MemoryKind,
     SlotFileError,
-    TensorLayout,
 )
 
 MAGIC = 0x67677371  # LLAMA_STATE_SEQ_MAGIC
 VERSION = 4  # LLAMA_STATE_SEQ_VERSION of the builds this was tried with
-TOKENS_AT = 24  # magic, version, word count, then -1, 1, token count
-MAX_STREAMS = 256  # LLAMA_MAX_SEQ; also bounds sequence ids
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_POSITION = 2**31 - 1  # llama_pos is an i32
 
 
 @dataclass(frozen=True, slots=True)
-class CellBlock:
-    """The cells of one stream of one attention cache, as views of the file.
+class Checkpoint:
+    """Boundary state of an earlier end of the same tokens, kept by the engine."""
 
-    `positions` are in the file's order. `tensors` follow `layout.tensors`: arrays
-    [cells, row_bytes] or, transposed, [width, cells, element_bytes].
-    """
-
-    layout: CacheLayout
-    positions: Ints
-    sequence: int
-    tensors: tuple[Bytes, ...]
-
-
-class Cursor:
-    """A place in a buffer that can't leave it."""
-
-    __slots__ = ("at", "view")
-
-    def __init__(self, view: memoryview) -> None:
-        self.view = view
-        self.at = 0
-
-    @property
-    def left(self) -> int:
-        """Bytes not read yet."""
-        return len(self.view) - self.at
-
-    def skip(self, size: int) -> int:
-        """The offset of the next `size` bytes; the place moves behind them."""
-        if size > self.left:
-            raise SlotFileError(
-                f"{size} bytes announced at {self.at}, {self.left} there", reason="truncated"
-            )
-        at = self.at
-        self.at += size
-        return at
-
-    def u32s(self, count: int) -> tuple[int, ...]:
-        """The next `count` numbers."""
-        at = self.skip(4 * count)
-        return struct.unpack_from(f"<{count}I", self.view, at)
-
-    def type_and_size(self) -> tuple[int, int]:
-        """A tensor's type (i32) and the bytes of a row (u64)."""
-        at = self.skip(12)
-        kind, size = struct.unpack_from("<iQ", self.view, at)
-        return kind, size
-
-    def bytes_view(self, size: int) -> Bytes:
-        """The next `size` bytes, not copied."""
-        return np.frombuffer(self.view, np.uint8, size, self.skip(size))
-
-
-def as_view(buffer: Buffer) -> memoryview:
-    """The buffer's bytes as one flat, read-only row."""
-    whole = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
-    return whole.cast("B").toreadonly()
+    end_tokens: int
+    boundary: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +41,16 @@ class SlotFile:
     """A parsed file. Its arrays are views: they keep the buffer, and are valid as long as it is.
 
     `streams` is how many streams the file has (1 with a unified KV cache, else one a slot), `slot`
-    the engine's slot it was saved from (the sequence id).
+    the engine's slot it was saved from. `checkpoints` hold boundary state of earlier ends, in the
+    file's order; `appendix` is the part of the file they are in (empty where there is none).
     """
 
     tokens: Ints
     layout: Layout
     streams: int
     slot: int
+    checkpoints: tuple[Checkpoint, ...]
+    appendix: memoryview
     _cells: CellBlock
     _order: NDArray[np.intp] | None
     _boundary: memoryview | None
@@ -146,26 +93,39 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     """
     cursor = Cursor(as_view(buffer))
     tokens = _read_tokens(cursor, max_tokens=max_tokens)
-    streams, stream, cells, _ = _read_cache(cursor)
-    order = _rows_order(cells, tokens=len(tokens))
-    window: CacheLayout | None = None
-    boundary: memoryview | None = None
-    if kind is MemoryKind.SLIDING_WINDOW:
-        window_streams, window_stream, block, span = _read_cache(cursor)
-        if (window_streams, window_stream) != (streams, stream):
-            raise SlotFileError("the window is in another stream than the rows", reason="streams")
-        check_window(block, tokens=len(tokens))
-        window, boundary = block.layout, cursor.view[span]
-    elif kind is MemoryKind.HYBRID:
-        boundary = cursor.view[cursor.skip(cursor.left) :]
-        if not boundary:
-            raise SlotFileError("no recurrent state after the rows", reason="truncated")
+    cache = read_cache(cursor)
+    order = _rows_order(cache.block, tokens=len(tokens))
+    end: Boundary | None = None
+    if kind is not MemoryKind.PLAIN:
+        end = read_boundary(cursor, kind)
+        if end.end_tokens != len(tokens):
+            raise SlotFileError(
+                f"boundary state of {end.end_tokens} tokens, not {len(tokens)}", reason="position"
+            )
+    layout = Layout(
+        version=VERSION,
+        kind=kind,
+        rows=cache.block.layout,
+        window=None if end is None else end.window,
+        recurrent=None if end is None else end.recurrent,
+    )
+    start = cursor.at
+    checkpoints: tuple[Checkpoint, ...] = ()
+    if end is not None and cursor.starts_with(APPENDIX_MAGIC):
+        checkpoints = tuple(_checked(found, end) for found in read_checkpoints(cursor, kind))
     if cursor.left:
         raise SlotFileError(f"{cursor.left} bytes after the end", reason="trailing")
-    if streams > 1 and cells.sequence != stream:
-        raise SlotFileError(f"sequence {cells.sequence} in stream {stream}", reason="sequence")
-    layout = Layout(VERSION, kind, cells.layout, window)
-    return SlotFile(tokens, layout, streams, cells.sequence, cells, order, boundary)
+    return SlotFile(
+        tokens=tokens,
+        layout=layout,
+        streams=cache.streams,
+        slot=cache.block.sequence,
+        checkpoints=checkpoints,
+        appendix=cursor.view[start:],
+        _cells=cache.block,
+        _order=order,
+        _boundary=None if end is None else end.raw,
+    )
 
 
 def file_tokens(buffer: Buffer) -> Ints:
@@ -177,48 +137,14 @@ def file_tokens(buffer: Buffer) -> Ints:
     return _read_tokens(Cursor(as_view(buffer)), max_tokens=MAX_POSITION)
 
 
-def window_range(layout: Layout, boundary: Buffer) -> tuple[int, int]:
-    """The positions [lo, hi) in a sliding window's boundary state; hi is the end it was saved at.
-
-    With lo > 0 a restore is reused by the engine from `hi` on, since `assemble` mends it. With
-    lo == 0 the prefix fits into the window, and the engine prefills it all after a restore (unless
-    it runs with a full-size window cache).
-
-    Raises:
-        SlotFileError: it isn't a window of this layout.
-    """
-    positions = read_window(layout, boundary).positions
-    return int(positions.min()), int(positions.max()) + 1
-
-
-def read_window(layout: Layout, boundary: Buffer) -> CellBlock:
-    """The cells of a sliding window's boundary state."""
-    cursor = Cursor(as_view(boundary))
-    (count,) = cursor.u32s(1)
-    block = _read_block(cursor, count)
-    if cursor.left or block.layout != layout.window:
-        raise SlotFileError("the window isn't of this layout", reason="boundary")
-    return block
-
-
-def check_window(block: CellBlock, *, tokens: int) -> None:
-    """Refuse a window that isn't some positions in a row up to the end."""
-    positions = np.sort(block.positions)
-    lo = tokens - len(positions)
-    if lo < 0 or not np.array_equal(positions, np.arange(lo, tokens, dtype=np.int32)):
-        raise SlotFileError("the window's positions don't lead up to the end", reason="position")
-
-
 def _read_tokens(cursor: Cursor, *, max_tokens: int) -> Ints:
-    if cursor.left < 8:
-        raise SlotFileError("no room for a header", reason="truncated")
     magic, version = cursor.u32s(2)
     if magic != MAGIC:
         raise SlotFileError(f"magic {magic:#x}", reason="magic")
     if version != VERSION:
         raise SlotFileError(f"version {version}, {VERSION} is known", reason="version")
-    (count,) = cursor.u32s(1)
-    words = np.frombuffer(cursor.view, "<i4", count, cursor.skip(4 * count))
+    count = cursor.number("I")
+    words = np.frombuffer(cursor.take(4 * count), "<i4")
     if count < 4 or words[0] != -1 or words[1] != 1:
         raise SlotFileError("the token list begins in an unknown way", reason="tokens")
     found = int(words[2])
@@ -235,73 +161,6 @@ def _read_tokens(cursor: Cursor, *, max_tokens: int) -> Ints:
     return tokens
 
 
-def _read_cache(cursor: Cursor) -> tuple[int, int, CellBlock, slice]:
-    """One attention cache: how many streams, which has cells, these, and where they lie."""
-    (streams,) = cursor.u32s(1)
-    if not 0 < streams <= MAX_STREAMS:
-        raise SlotFileError(f"{streams} streams", reason="streams")
-    found: tuple[int, CellBlock, slice] | None = None
-    for stream in range(streams):
-        start = cursor.at
-        (count,) = cursor.u32s(1)
-        if count == 0:
-            continue
-        if found is not None:
-            raise SlotFileError("two streams have cells", reason="streams")
-        block = _read_block(cursor, count)
-        found = stream, block, slice(start, cursor.at)
-    if found is None:
-        raise SlotFileError("no stream has cells", reason="empty")
-    return streams, *found
-
-
-def _read_block(cursor: Cursor, count: int) -> CellBlock:
-    """The `count` cells of a stream: whose they are, then the tensors."""
-    meta = np.frombuffer(cursor.view, "<i4", 3 * count, cursor.skip(12 * count)).reshape(count, 3)
-    if not count or (meta[:, 1] != 1).any():
-        raise SlotFileError("a cell that isn't of one sequence", reason="sequence")
-    sequence = int(meta[0, 2])
-    if not 0 <= sequence < MAX_STREAMS or (meta[:, 2] != sequence).any():
-        raise SlotFileError("cells of several sequences", reason="sequence")
-    v_trans, layers, *rotation = cursor.u32s(4)
-    if v_trans > 1 or not 0 < layers <= MAX_LAYERS:
-        raise SlotFileError(f"{layers} layers, V transposed {v_trans}", reason="layout")
-    found = [_read_rows(cursor, count) for _ in range(layers)]
-    read_value = _read_transposed if v_trans else _read_rows
-    found += [read_value(cursor, count) for _ in range(layers)]
-    layouts = [layout for layout, _ in found]
-    return CellBlock(
-        CacheLayout(
-            bool(v_trans),
-            (rotation[0], rotation[1]),
-            tuple(layouts[:layers]),
-            tuple(layouts[layers:]),
-        ),
-        meta[:, 0],
-        sequence,
-        tuple(data for _, data in found),
-    )
-
-
-def _read_rows(cursor: Cursor, count: int) -> tuple[TensorLayout, Bytes]:
-    kind, row_bytes = cursor.type_and_size()
-    if kind < 0 or row_bytes == 0:
-        raise SlotFileError(f"type {kind}, {row_bytes} bytes a row", reason="layout")
-    data = cursor.bytes_view(count * row_bytes)
-    return TensorLayout(kind, row_bytes), data.reshape(count, row_bytes)
-
-
-def _read_transposed(cursor: Cursor, count: int) -> tuple[TensorLayout, Bytes]:
-    kind, element_bytes, width = cursor.u32s(3)
-    if kind >= 2**31 or element_bytes == 0 or width == 0:
-        raise SlotFileError(
-            f"type {kind}, {width} elements of {element_bytes} bytes", reason="layout"
-        )
-    data = cursor.bytes_view(width * count * element_bytes)
-    layout = TensorLayout(kind, width * element_bytes, element_bytes)
-    return layout, data.reshape(width, count, element_bytes)
-
-
 def _rows_order(cells: CellBlock, *, tokens: int) -> NDArray[np.intp] | None:
     """Where each position's cell lies in the file; None when they lie in order.
 
@@ -316,3 +175,11 @@ def _rows_order(cells: CellBlock, *, tokens: int) -> NDArray[np.intp] | None:
     if not np.array_equal(cells.positions[order], expected):
         raise SlotFileError("positions aren't those of the tokens", reason="position")
     return order
+
+
+def _checked(found: Boundary, end: Boundary) -> Checkpoint:
+    if (found.window, found.recurrent) != (end.window, end.recurrent):
+        raise SlotFileError("a checkpoint of another layout", reason="checkpoints")
+    if found.end_tokens > end.end_tokens:
+        raise SlotFileError("a checkpoint from after the end", reason="checkpoints")
+    return Checkpoint(found.end_tokens, found.raw)
