@@ -1,0 +1,184 @@
+"""The tools on offer, prepared once a tools list so that a request is compared with them cheaply.
+
+A `Catalog` holds an index from stem to the tools that use it; comparing a request with it costs one
+look-up a stem of the request plus the details of the few best tools, however many tools there are.
+The same question needs a tool or not depending on the catalog, so this is the router's strongest
+and most transferable evidence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from keepwarm.router.lexicon import STOP_WORDS, TOOL_STOP_WORDS, VERB_CLASSES
+from keepwarm.router.words import concepts, content_stems, name_words, stem, words
+
+#: Characters of a description that are looked at; longer ones turn to details and examples.
+DESCRIPTION_SEEN_CHARS: Final = 400
+
+#: Where a description stops saying what the tool does and starts saying from which arguments.
+_ARGUMENTS = re.compile(
+    r"\b(based on|given|using|by|for|from|with|in|at|according|within|during|that|which|when)\b|[.,;(]",
+    re.IGNORECASE,
+)
+
+VERB_CLASS_OF: Final[dict[str, str]] = {
+    stem(word): kind for kind, listed in VERB_CLASSES.items() for word in listed
+}
+_TOOL_STOP_STEMS: Final = frozenset(stem(word) for word in TOOL_STOP_WORDS)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolText:
+    """What the router reads of a tool: its name and description, in the deployment's words."""
+
+    name: str
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFacts:
+    """One tool, taken apart. Stems are content stems; weights are inverse document frequencies."""
+
+    name: str
+    name_stems: tuple[str, ...]
+    core_stems: tuple[str, ...]
+    all_stems: frozenset[str]
+    weight: float
+    pairs: frozenset[tuple[str, str]]
+    concepts: frozenset[str]
+    verbs: frozenset[str]
+    trigrams: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """A tools list, ready to be compared with requests. Immutable; share it freely.
+
+    `is_own` says that the tools are the tiers' own rather than the client's: then what a request
+    could need is not limited to what its words have in common with a tool.
+    """
+
+    tools: tuple[ToolFacts, ...]
+    index: Mapping[str, tuple[int, ...]]
+    is_own: bool = False
+    is_known: bool = True
+
+    def __len__(self) -> int:
+        return len(self.tools)
+
+
+#: Nothing is on offer: no request can need a tool.
+NO_TOOLS: Final = Catalog(tools=(), index={})
+#: What is on offer can't be told: only the request itself is evidence.
+UNKNOWN_TOOLS: Final = Catalog(tools=(), index={}, is_own=True, is_known=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WordWeights:
+    """Inverse document frequencies, 0 to 1, of stems common in requests and tool descriptions.
+
+    A stem that isn't listed is rare, hence weighs 1.
+    """
+
+    listed: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, found: str) -> float:
+        """The weight of one stem."""
+        return self.listed.get(found, 1.0)
+
+    def total(self, found: Iterable[str]) -> float:
+        """The weight of several stems together."""
+        get = self.listed.get
+        return sum(get(each, 1.0) for each in found)
+
+
+def trigrams(found: Iterable[str]) -> frozenset[str]:
+    """Letter trigrams inside words of four letters or more; they meet where stems just miss."""
+    return frozenset(
+        word[at : at + 3] for word in found if len(word) > 3 for at in range(len(word) - 2)
+    )
+
+
+def tool_texts(tools: Sequence[Any] | None) -> tuple[ToolText, ...]:
+    """Names and descriptions out of a request's `tools`, OpenAI's nested or the flat form.
+
+    What isn't a tool with a name is skipped: the engine will say what it thinks of it.
+    """
+    found: list[ToolText] = []
+    for tool in tools or ():
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            continue
+        description = inner.get("description")
+        found.append(ToolText(inner["name"], description if isinstance(description, str) else ""))
+    return tuple(found)
+
+
+def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
+    """One tool taken apart: done once a tools list."""
+    named = name_words(tool.name)
+    described = words(tool.description[:DESCRIPTION_SEEN_CHARS])
+    head = tool.description[:DESCRIPTION_SEEN_CHARS]
+    # The first word is the verb, so the search for where the arguments begin starts after it.
+    cut = _ARGUMENTS.search(head, min(len(head), 12))
+    core = words(head[: cut.start()] if cut else head)
+
+    def meaning(found: Iterable[str]) -> tuple[str, ...]:
+        return tuple(each for each in content_stems(found) if each not in _TOOL_STOP_STEMS)
+
+    name_stems, every = meaning(named), meaning([*named, *described])
+    kinds = {VERB_CLASS_OF[each] for word in (*named, *core[:2]) if (each := stem(word)) in VERB_CLASS_OF}
+    in_order = [stem(word) for word in described if word not in STOP_WORDS]
+    named_in_order = [stem(word) for word in named]
+    return ToolFacts(
+        name=tool.name,
+        name_stems=name_stems,
+        core_stems=meaning(core),
+        all_stems=frozenset(every),
+        weight=weights.total(every),
+        pairs=frozenset(zip(in_order, in_order[1:], strict=False))
+        | frozenset(zip(named_in_order, named_in_order[1:], strict=False)),
+        concepts=frozenset(concepts(every)),
+        verbs=frozenset(kinds),
+        trigrams=trigrams([*named, *described]),
+    )
+
+
+def prepare_catalog(
+    tools: Sequence[ToolText], weights: WordWeights, *, is_own: bool = False
+) -> Catalog:
+    """A tools list taken apart; about 30 us a tool."""
+    facts = tuple(tool_facts(tool, weights) for tool in tools)
+    index: dict[str, list[int]] = {}
+    for at, tool in enumerate(facts):
+        for each in tool.all_stems:
+            index.setdefault(each, []).append(at)
+    return Catalog(
+        tools=facts, index={each: tuple(where) for each, where in index.items()}, is_own=is_own
+    )
+
+
+class CatalogCache:
+    """The last `capacity` tools lists, prepared. Agents send the same list with every request."""
+
+    def __init__(self, weights: WordWeights, *, capacity: int = 64) -> None:
+        self._weights = weights
+        self._capacity = capacity
+        self._prepared: OrderedDict[tuple[bool, tuple[ToolText, ...]], Catalog] = OrderedDict()
+
+    def get(self, tools: Sequence[ToolText], *, is_own: bool = False) -> Catalog:
+        """The catalog of a tools list, prepared now if it is new."""
+        key = (is_own, tuple(tools))
+        if (found := self._prepared.get(key)) is not None:
+            self._prepared.move_to_end(key)
+            return found
+        found = prepare_catalog(key[1], self._weights, is_own=is_own) if tools else NO_TOOLS
+        self._prepared[key] = found
+        while len(self._prepared) > self._capacity:
+            self._prepared.popitem(last=False)
+        return found

@@ -1,0 +1,246 @@
+"""Cheap features of a request: what kind of request it is, and how it meets the tools on offer.
+
+All are numbers of about 0 to 1. Few, and each with a meaning a person can name, since the router is
+to hold on requests of a style that nobody has labelled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from keepwarm.router.catalog import VERB_CLASS_OF, Catalog, ToolFacts, WordWeights, trigrams
+from keepwarm.router.words import (
+    concepts,
+    content_stems,
+    count_cues,
+    foreign_cues,
+    foreign_share,
+    seen,
+    stem,
+    words,
+)
+
+_NUMBER = re.compile(r"\d[\d.,]*")
+_QUOTED = re.compile(r"\"[^\"\n]{1,60}\"|(?<!\w)'[^'\n]{1,60}'(?!\w)|\u201c[^\u201d\n]{1,60}\u201d|`[^`\n]{1,60}`")
+_ENTITY = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+(?: [A-Z][a-z]+)*")
+_IDENTIFIER = re.compile(
+    r"\S+@\S+\.\w+|https?://\S+|\b[A-Za-z]+[_-]?\d[\w-]*\b|\b\d{4}-\d\d-\d\d\b|\b\w+_\w+\b"
+)
+_FILE = re.compile(
+    r"(?<![\w/.])(?:[~.]{0,2}/)?(?:[\w-]+/)*[\w-]+\.(?:txt|md|pdf|csv|tsv|json|ya?ml|toml|xml|py|js|ts|tsx|c|h"
+    r"|cpp|rs|go|java|sh|sql|html?|css|docx?|xlsx?|pptx?|log|ini|cfg|conf|zip|png|jpe?g|ipynb|tex)\b"
+    r"|(?<![\w:/])(?:~|\.{1,2})?/(?:[\w.-]+/)+[\w.-]*"
+)
+_CODE = re.compile(r"```|[{};]\s*\n|^\s*(?:def|class|import|#include|SELECT|function)\b", re.MULTILINE)
+_FORMULA = re.compile(r"\$[^$\n]+\$|\\[a-z]{3,}|[=^<>]{1,2}|\b[a-z]\([a-z]\)")
+_STEP_MARK = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*\u2022]|[a-h]\))\s", re.MULTILINE)
+
+#: Tools that are compared in detail; the rest lost on the weight of common words.
+CANDIDATES: Final = 3
+
+_ASKING = frozenset("what who whom whose which when where why how is are was were do does did can could will would should has have whats who's what's where's when's how's".split(" "))
+_POLITE = frozenset("can could would will please kindly i i'd i'm help hey hi hello".split(" "))
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a request shows by itself: named numbers, its words, cues and a few plain facts."""
+
+    values: dict[str, float]
+    words: list[str]
+    cues: dict[str, int]
+    foreign: float
+    mentions_own_files: bool
+    is_small_talk: bool
+    tier_words_removed: bool
+    text: str
+
+    @property
+    def n_words(self) -> int:
+        return len(self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """How a request meets the tools on offer; `best_tool` is the one that fits best."""
+
+    values: dict[str, float]
+    best_tool: str
+
+
+def _saturated(count: float, at: float) -> float:
+    return min(count, at) / at
+
+
+def look(text: str, *, tier_words_removed: bool = False) -> Seen:
+    """What a request shows by itself. Linear in the part of the text that is seen."""
+    text = seen(text)
+    found = words(text)
+    cues = count_cues(found)
+    for cue in foreign_cues(text):
+        cues[cue] = cues.get(cue, 0) + 1
+    n = len(found)
+    opening = found[:6]
+    first_verb = next((VERB_CLASS_OF[s] for w in opening if (s := stem(w)) in VERB_CLASS_OF), None)
+    ends_asking = "?" in text[-40:]
+    first_asks = bool(opening) and opening[0] in _ASKING and opening[0] not in _POLITE
+    sentences = 1 + sum(text.count(mark) for mark in (". ", "? ", "! ", "\n"))
+    numbers = len(_NUMBER.findall(text))
+    has_files = bool(_FILE.search(text))
+    values = {
+        "length": _saturated(math.log1p(n), 6.5),
+        "one sentence": float(sentences <= 1),
+        "sentences": _saturated(sentences - 1, 10),
+        "asks": float(first_asks),
+        "ends asking": float(ends_asking),
+        "imperative": float(bool(found) and stem(found[0]) in VERB_CLASS_OF),
+        "opens with a verb": float(first_verb is not None),
+        "polite": float(bool(opening) and opening[0] in _POLITE),
+        "numbers": _saturated(numbers, 4),
+        "any number": float(numbers > 0),
+        "quoted": _saturated(len(_QUOTED.findall(text)), 2),
+        "entities": _saturated(len(_ENTITY.findall(text)), 3),
+        "identifiers": _saturated(len(_IDENTIFIER.findall(text)), 2),
+        "file named": float(has_files),
+        "code shown": _saturated(len(_CODE.findall(text)), 4),
+        "formula": _saturated(len(_FORMULA.findall(text)), 5),
+        "listed steps": _saturated(len(_STEP_MARK.findall(text)), 4),
+        "foreign": (foreign := foreign_share(text, found)),
+    }
+    scale = max(1.0, n / 40)  # a cue says less in a long text
+    for cue, at in _CUE_AT.items():
+        values[f"cue {cue}"] = _saturated(cues.get(cue, 0) / scale, at)
+    values["self share"] = _saturated(cues.get("self", 0) / max(n, 8), 0.25)
+    return Seen(
+        values=values,
+        words=found,
+        cues=cues,
+        foreign=foreign,
+        mentions_own_files=_mentions_own_files(values, cues),
+        is_small_talk=0 < n <= 6 and cues.get("small-talk", 0) > 0 and n <= 4 * cues["small-talk"],
+        tier_words_removed=tier_words_removed,
+        text=text,
+    )
+
+
+def _mentions_own_files(values: dict[str, float], cues: dict[str, int]) -> bool:
+    """Files of the deployment are to be used, as opposed to code that would use some."""
+    if cues.get("own-files", 0):
+        return True
+    writes_code = cues.get("code", 0) or values["code shown"] > 0
+    return bool(
+        values["file named"] and not writes_code and (cues.get("act", 0) or cues.get("look-up", 0) or cues.get("files", 0))
+    )
+
+
+#: How many of a cue count as much as it can, in a short text.
+_CUE_AT: Final[dict[str, float]] = {
+    "now": 1, "look-up": 1, "act": 2, "compute": 1, "tool-words": 1, "explain": 1, "write": 2,
+    "code": 2, "advice": 1, "earlier": 1, "self-question": 1, "files": 2, "steps": 3, "depth": 3,
+    "story-problem": 5, "small-talk": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request's words, prepared once to be compared with tools."""
+
+    stems: tuple[str, ...]
+    known: frozenset[str]
+    pairs: frozenset[tuple[str, str]]
+    concepts: frozenset[str]
+    verbs: frozenset[str]
+    trigrams: frozenset[str]
+    weight: float
+    lowered: str
+
+
+def prepare_request(request: Seen, weights: WordWeights) -> Asked:
+    """The request's side of the comparison with the tools on offer."""
+    stems = tuple(content_stems(request.words))
+    in_order = [stem(word) for word in request.words]
+    return Asked(
+        stems=stems,
+        known=frozenset(stems),
+        pairs=frozenset(zip(in_order, in_order[1:], strict=False)),
+        concepts=frozenset(concepts(stems)),
+        verbs=frozenset(VERB_CLASS_OF[each] for each in stems if each in VERB_CLASS_OF),
+        trigrams=trigrams(request.words),
+        weight=weights.total(stems),
+        lowered=request.text.lower(),
+    )
+
+
+def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[str, float]:
+    """How one tool meets a request."""
+    of = weights.of
+    common = asked.known & tool.all_stems
+    common_weight = weights.total(common)
+    name_nouns = [s for s in tool.name_stems if s not in VERB_CLASS_OF] or list(tool.name_stems)
+    core_nouns = [s for s in tool.core_stems if s not in VERB_CLASS_OF] or list(tool.core_stems)
+
+    def cover(stems: Sequence[str]) -> float:
+        total = weights.total(stems)
+        return weights.total(s for s in stems if s in asked.known) / total if total else 0.0
+
+    missing = [of(s) for s in {*name_nouns, *core_nouns} if s not in asked.known]
+    shared = asked.concepts & tool.concepts
+    tri = len(asked.trigrams & tool.trigrams)
+    return {
+        "tool covered": common_weight / tool.weight if tool.weight else 0.0,
+        "tool name covered": cover(name_nouns),
+        "tool purpose covered": cover(core_nouns),
+        "tool purpose missed": _saturated(sum(missing), 4.0),
+        "strongest common word": max(map(of, common), default=0.0),
+        "common words": _saturated(len(common), 6),
+        "common weight": _saturated(common_weight, 5.0),
+        "request covered": common_weight / max(asked.weight, 2.0),
+        "common pairs": _saturated(len(asked.pairs & tool.pairs), 2),
+        "same action": float(bool(asked.verbs & tool.verbs)),
+        "other action": float(bool(asked.verbs and tool.verbs) and not asked.verbs & tool.verbs),
+        "concepts shared": len(shared) / len(tool.concepts) if tool.concepts else 0.0,
+        "concepts apart": float(bool(asked.concepts and tool.concepts) and not shared),
+        "letters in common": tri / max(12.0, len(tool.trigrams)),
+        "tool named": float(len(tool.name) > 4 and tool.name.lower() in asked.lowered),
+        "tool computes": float("compute" in tool.verbs),
+    }
+
+
+def rough_matches(asked: Asked, catalog: Catalog, weights: WordWeights, *, top: int) -> list[int]:
+    """Indices of the tools that share most weight with the request, best first."""
+    shared: dict[int, float] = {}
+    for each in asked.stems:
+        where = catalog.index.get(each)
+        if where:
+            weight = weights.of(each)
+            for at in where:
+                shared[at] = shared.get(at, 0.0) + weight
+    tools = catalog.tools
+    ranked = sorted(shared, key=lambda at: shared[at] / (2.0 + tools[at].weight), reverse=True)
+    return ranked[:top]
+
+
+def fit(values: dict[str, float]) -> float:
+    """How well one tool fits, to choose among the few best; the learned score judges the chosen."""
+    return (
+        values["tool covered"]
+        + values["tool name covered"]
+        + values["tool purpose covered"]
+        + values["common weight"]
+        + values["common pairs"]
+        + 0.3 * (values["same action"] + values["concepts shared"])
+        - values["tool purpose missed"]
+    )
+
+
+def meet(request: Seen, catalog: Catalog, weights: WordWeights) -> Met:
+    """How a request meets a catalog of one tool or more: the best tool's features, and how many."""
+    asked = prepare_request(request, weights)
+    candidates = rough_matches(asked, catalog, weights, top=CANDIDATES) or [0]
+    met = [(tool_features(asked, catalog.tools[at], weights), at) for at in candidates]
+    values, at = max(met, key=lambda each: fit(each[0]))
+    values["many tools"] = min(1.0, math.log(len(catalog)) / math.log(100))
+    return Met(values=values, best_tool=catalog.tools[at].name)

@@ -1,0 +1,134 @@
+"""Words, stems and cues: what the router sees of a text.
+
+One pass over the words finds every cue (a named list of words and phrases), so the cost is linear
+in the text and small: no regular expression but the splitting one runs over all of it. Texts longer
+than `SEEN_CHARS` are seen by their beginning and end, where people put what they want.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Final
+
+from keepwarm.router.lexicon import CONCEPTS, CUES, FOREIGN_CUES, STOP_WORDS
+
+#: Beginning and end of a text that the features look at: a question of 99 % of real requests is
+#: shorter than this (BFCL, Arena-Hard, GSM8K), and the rest says what it wants first or last.
+SEEN_HEAD_CHARS: Final = 2_400
+SEEN_TAIL_CHARS: Final = 800
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_NON_LATIN = re.compile(r"[\u0370-\u1fff\u2e80-\ufaff\uff66-\uffdc]")
+
+# Longest first within a step; one inflection, then one derivation. Coarser than Porter's on
+# purpose: 'calculator', 'calculation' and 'calculating' must meet; a false meeting costs little.
+_INFLECTIONS: Final = ("ings", "ies", "ing", "ed", "es", "s")
+_DERIVATIONS: Final = (
+    ("ersion", "ert"),
+    *(
+        (ending, "")
+        for ending in (
+            "ization ation ator ition ment ness ion ical able ally ity ive ate ize ise ant ent ial"
+            " er or al ic ly at"
+        ).split(" ")
+    ),
+)
+
+
+def seen(text: str) -> str:
+    """The part of a text that the features look at: all of it, or beginning and end."""
+    if len(text) <= SEEN_HEAD_CHARS + SEEN_TAIL_CHARS:
+        return text
+    return f"{text[:SEEN_HEAD_CHARS]}\n{text[-SEEN_TAIL_CHARS:]}"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in order, in lower case, with the typographic apostrophe made plain."""
+    return _WORD.findall(text.lower().replace("\u2019", "'"))
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a tool's name: `getStockPrice`, `get_stock_price` and `stock.price` alike."""
+    return words(_CAMEL.sub(" ", name).replace("_", " "))
+
+
+@lru_cache(maxsize=20_000)
+def stem(word: str) -> str:
+    """A coarse English stem. Words of up to three letters or with digits stay as they are."""
+    word = word.removesuffix("'s")
+    if len(word) <= 3 or not word.isalpha() or not word.isascii():
+        return word
+    for ending in _INFLECTIONS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
+            word = word[: -len(ending)] + ("y" if ending == "ies" else "")
+            if len(word) > 3 and word[-1] == word[-2] and word[-1] in "bdgmnprt":
+                word = word[:-1]
+            break
+    for ending, instead in _DERIVATIONS:
+        if word.endswith(ending) and len(word) - len(ending) >= 4 - len(instead):
+            return word[: -len(ending)] + instead
+    return word[:-1] if len(word) > 3 and word[-1] in "ey" else word
+
+
+def content_stems(found: Iterable[str]) -> list[str]:
+    """Stems of the words that carry meaning, in order of first use, each once."""
+    return list(dict.fromkeys(stem(word) for word in found if word not in STOP_WORDS))
+
+
+def _phrase_index(
+    cues: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[tuple[tuple[str, ...], str], ...]]:
+    index: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for cue, phrases in cues.items():
+        for phrase in phrases:
+            first, *rest = phrase.split()
+            index.setdefault(first, []).append((tuple(rest), cue))
+    return {first: tuple(found) for first, found in index.items()}
+
+
+_PHRASES: Final = _phrase_index(CUES)
+_STEM_CONCEPTS: Final[dict[str, str]] = {
+    stem(word): concept for concept, listed in CONCEPTS.items() for word in listed
+}
+
+
+def count_cues(found: Sequence[str]) -> dict[str, int]:
+    """How often each cue occurs in a text's words. Cues that don't occur are absent."""
+    counts: dict[str, int] = {}
+    for at, word in enumerate(found):
+        for rest, cue in _PHRASES.get(word, ()):
+            if not rest or tuple(found[at + 1 : at + 1 + len(rest)]) == rest:
+                counts[cue] = counts.get(cue, 0) + 1
+    return counts
+
+
+def foreign_cues(text: str) -> set[str]:
+    """Cues in languages other than English, found as substrings of the lower-cased text."""
+    lowered = text.lower()
+    return {
+        cue for cue, listed in FOREIGN_CUES.items() if any(phrase in lowered for phrase in listed)
+    }
+
+
+def concepts(stems: Iterable[str]) -> set[str]:
+    """The everyday concepts (weather, money, travel, ...) that a text's stems name."""
+    return {_STEM_CONCEPTS[found] for found in stems if found in _STEM_CONCEPTS}
+
+
+def foreign_share(text: str, found: Sequence[str]) -> float:
+    """How far a text is from English, 0 to 1: other scripts, or no English function words.
+
+    A text of fewer than four words in Latin letters counts as English: it could be anything.
+    """
+    letters = sum(map(str.isalpha, text))
+    if not letters:
+        return 0.0
+    if (other := len(_NON_LATIN.findall(text))) > 0.2 * letters:
+        return min(1.0, 2.0 * other / letters)
+    if len(found) < 4:
+        return 0.0
+    english = sum(word in STOP_WORDS for word in found) / len(found)
+    return max(0.0, min(1.0, (0.12 - english) / 0.10)) if len(found) >= 6 else 0.0
