@@ -40,8 +40,6 @@ __all__ = [
     "build_tiers",
     "compose",
     "find_volatile",
-    "may_become_need_more",
-    "read_need_more",
     "render_text",
 ]
 
@@ -122,7 +120,8 @@ class Tier:
 
     `messages` are put before the client's, in order; `tools` before the client's tools. Both are
     the same objects in every request and must not be changed. `need_more` are the words the model
-    may put behind `NEED_MORE`; `depth` is the number of tiers below this one.
+    may put behind `NEED_MORE`; `depth` is the number of tiers below this one. `client_role` says
+    where a system message of the client's own goes.
     """
 
     name: str
@@ -133,6 +132,7 @@ class Tier:
     need_more: tuple[str, ...] = ()
     is_default: bool = False
     depth: int = 0
+    client_role: ContextRole = ContextRole.SYSTEM
     messages: tuple[Message, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,9 +145,10 @@ class Tier:
         return sum(len(segment.text) for segment in self.segments)
 
     def with_context_role(self, role: ContextRole) -> Tier:
-        """This tier with the texts of all extending tiers moved to `role`."""
+        """This tier with the texts of all extending tiers, and the client's, moved to `role`."""
         first, *others = self.segments
-        return replace(self, segments=(first, *(replace(s, role=role) for s in others)))
+        moved = (first, *(replace(segment, role=role) for segment in others))
+        return replace(self, segments=moved, client_role=role)
 
 
 class TierSet:
@@ -240,8 +241,9 @@ def build_tiers(sources: Sequence[TierSource], *, agent_name: str) -> TierSet:
 def compose(tier: Tier, body: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a chat-completions body with the tier's messages and tools before the client's.
 
-    The client's messages and tools keep their order. A tool that the client sends just as the tier
-    has it isn't sent twice. The copy shares messages and tools with `body` and `tier`.
+    The client's messages and tools keep their order; a system message that opens its messages goes
+    where the tier's `client_role` says. A tool that the client sends just as the tier has it isn't
+    sent twice. The copy shares messages and tools with `body` and `tier`.
 
     Raises:
         RequestError: `messages` or `tools` isn't a list, or the client defines a tool of the tier
@@ -251,7 +253,12 @@ def compose(tier: Tier, body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(messages, list):
         raise RequestError("`messages` must be a list of messages.")
     composed = dict(body)
-    composed["messages"] = [{"role": m.role, "content": m.text} for m in tier.messages] + messages
+    static = tier.messages
+    own_system = _opening_system_text(messages)
+    if own_system is not None and tier.client_role is not ContextRole.SYSTEM:
+        static = _lay_out((*tier.segments, Segment("", own_system, tier.client_role)))
+        messages = messages[1:]
+    composed["messages"] = [{"role": m.role, "content": m.text} for m in static] + messages
     tools = _join_tools(tier, body.get("tools"))
     if tools:
         composed["tools"] = tools
@@ -280,32 +287,6 @@ def render_text(text: str, *, agent_name: str, source: str) -> str:
     return _PLACEHOLDER.sub(fill, text)
 
 
-def read_need_more(reply: str, tier: Tier) -> str | None:
-    """What the model says it lacks, if the reply is `NEED_MORE` and one of the tier's words.
-
-    Leading blanks are skipped, the word's case is ignored: small models are not exact.
-    """
-    start = reply.lstrip()
-    if not start.startswith(NEED_MORE):
-        return None
-    word = re.match(r"\s*([A-Za-z]+)", start[len(NEED_MORE) :])
-    wanted = word.group(1).lower() if word else ""
-    return wanted if wanted in tier.need_more else None
-
-
-def may_become_need_more(reply_start: str) -> bool:
-    """Whether more text could make `reply_start` a reply that `read_need_more` recognises.
-
-    While a reply streams, this says how long its beginning has to be held back: at most the marker
-    and one word.
-    """
-    start = reply_start.lstrip()
-    if len(start) <= len(NEED_MORE):
-        return NEED_MORE.startswith(start)
-    rest = start[len(NEED_MORE) :].lstrip()
-    return start.startswith(NEED_MORE) and (rest == "" or rest.isalpha())
-
-
 def _lay_out(segments: Sequence[Segment]) -> tuple[Message, ...]:
     first, *others = segments
     merged = [first.text, *(s.text for s in others if s.role is ContextRole.MERGE)]
@@ -316,6 +297,17 @@ def _lay_out(segments: Sequence[Segment]) -> tuple[Message, ...]:
         if segment.role is ContextRole.USER:
             messages.append(Message("assistant", ACKNOWLEDGEMENT))
     return tuple(messages)
+
+
+def _opening_system_text(messages: Sequence[Any]) -> str | None:
+    first = messages[0] if messages else None
+    if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
+        return None
+    content = first.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
 
 
 def _check_name(source: TierSource) -> None:
@@ -372,6 +364,7 @@ def _join(chain: Sequence[TierSource], agent_name: str) -> Tier:
         need_more=own.need_more,
         is_default=own.is_default,
         depth=len(chain) - 1,
+        client_role=own.context_role,
     )
 
 

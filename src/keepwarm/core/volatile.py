@@ -2,12 +2,15 @@
 
 One date near the top of a prompt undoes every cached token below it. These patterns look for the
 usual culprits and are narrow on purpose: a warning about what never changes teaches people to
-ignore warnings. Each pattern is linear in the text, since clients' prompts are looked at as well.
+ignore warnings. So a bare "09:00" is taken for opening hours unless the sentence speaks of now, and
+"25 December" for a holiday unless it has a year. Repetitions inside the patterns are bounded, so
+that a long prompt of a client costs time in proportion to its length.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 
 __all__ = ["Volatile", "find_volatile"]
@@ -31,137 +34,144 @@ class Volatile:
 
 _MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
-    r"|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
+    r"|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
 )
-_WEEKDAY = r"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day"
-_CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:[.,]\d{1,9})?)?"
-_ZONE = r"(?:Z\b|\s?[+-]\d\d:?\d\d|\s(?:UTC|GMT|CES?T|E[SD]T|P[SD]T)\b)"
+_WEEKDAY = r"\b(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b)"
+_YEAR = r"(?:19|20)\d\d\b"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?"
+_MINUTES = r"(?:[01]?\d|2[0-3]):[0-5]\d"
+_SECONDS = r":[0-5]\d(?:[.,]\d{1,9})?"
+_ZONE = r"(?:Z\b|\s?[+-]\d\d:?\d\d\b|\s?(?:UTC|GMT|CES?T|[ECMP][SD]T)\b)"
+_HALF_DAY = r"\s?(?:[ap]m\b|[AP]M\b|[ap]\.m\.)"
+_NOW = r"(?i:\b(?:now|today|time|date|currently|as of|it is|it's|updated|generated|started)\b)"
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_STEP = r"/[\w.@+~%-]{1,255}"
 
-# A match of an earlier pattern hides those of later ones inside it.
-_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "id",
-        re.compile(r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
-    ),
-    # 32 and more: digests. From 16 a digit and a letter are asked for: "effaced" or 10**16 are not.
-    (
-        "id",
-        re.compile(
-            r"\b(?:0x)?(?:[0-9a-fA-F]{32,}"
-            r"|(?=[0-9]{0,63}[a-fA-F])(?=[a-fA-F]{0,63}[0-9])[0-9a-fA-F]{16,31})\b"
+# A group called `hit` is what is reported, where the pattern needs words around it to be sure.
+# What an earlier pattern has found is hidden from the later ones.
+_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("id", r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
+        # Below 32 digits both a letter and a digit are asked for: a number isn't an id.
+        (
+            "id",
+            r"\b(?:0x)?(?:[0-9a-fA-F]{32,256}|(?=[0-9]{0,31}[a-fA-F])(?=[a-fA-F]{0,31}[0-9])"
+            r"[0-9a-fA-F]{16,31})\b",
         ),
-    ),
-    ("id", re.compile(r"\bcommit\s+[0-9a-f]{7,15}\b")),
-    # Ids as services write them: req_8f3kQ2mZ. A digit is asked for: session_identifier is a word.
-    (
-        "id",
-        re.compile(
-            r"\b(?:req|sess|session|run|chat|conv|call|trace|thread|msg|task)[_-]"
-            r"(?=[A-Za-z]{0,40}\d)[0-9A-Za-z]{8,40}\b"
+        ("id", r"\bcommit\s(?=[a-f]{0,40}\d)[0-9a-f]{7,15}\b"),
+        # As services write them: req_8f3kQ2mZ4. Two digits, since call_function1 is a name.
+        (
+            "id",
+            r"\b(?:req|resp|sess|session|run|chat|chatcmpl|conv|call|trace|thread|msg|job)[_-]"
+            r"(?=(?:[A-Za-z]{0,40}\d){2})[0-9A-Za-z]{8,40}\b",
         ),
-    ),
-    (
-        "date",
-        re.compile(
+        (
+            "date",
             r"(?<![\w./-])(?:19|20)\d\d([-/.])(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
-            rf"(?:[T ]{_CLOCK}{_ZONE}?|(?![\w-]))"
+            rf"(?:[T ]{_MINUTES}(?:{_SECONDS})?{_ZONE}?|(?![\w-]|[./]\d))",
         ),
-    ),
-    (
-        "date",
-        re.compile(
-            r"(?<![\w./-])(?:0?[1-9]|[12]\d|3[01])([-/.])(?:0?[1-9]|[12]\d|3[01])\1(?:19|20)\d\d(?![\w-])"
+        ("date", rf"(?<![\w./-])(?:[0-3]?\d)([-/.])(?:[0-3]?\d)\1{_YEAR}(?![-/]|\.\d)"),
+        (
+            "date",
+            rf"(?:{_WEEKDAY},?\s)?\b{_DAY}\.?\s(?:of\s)?{_MONTH},?\s{_YEAR}"
+            rf"|(?:{_WEEKDAY},?\s)?\b{_MONTH}\s{_DAY},?\s{_YEAR}",
         ),
-    ),
-    (
-        "date",
-        re.compile(
-            rf"(?:\b{_WEEKDAY},?\s+)?\b(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?\.?\s+(?:of\s+)?"
-            rf"{_MONTH}\b\.?(?:,?\s+(?:19|20)\d\d\b)?"
+        ("date", rf"{_WEEKDAY},?\s(?:the\s)?(?:{_DAY}\.?\s(?:of\s)?{_MONTH}|{_MONTH}\s{_DAY}\b)"),
+        (
+            "date",
+            rf"{_NOW}[^\n.;]{{0,12}}?(?P<hit>{_WEEKDAY}|\b{_DAY}\.?\s{_MONTH}"
+            rf"|\b{_MONTH}\s{_DAY}\b(?!:)|\b{_MONTH},?\s{_YEAR})",
         ),
-    ),
-    (
-        "date",
-        re.compile(
-            rf"(?:\b{_WEEKDAY},?\s+)?\b{_MONTH}\b\.?\s+(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?"
-            r"(?![\w:%])(?:,?\s+(?:19|20)\d\d\b)?"
+        ("time", rf"(?<![\w:./]){_MINUTES}(?:{_SECONDS}(?![\w:]){_ZONE}?|{_ZONE})"),
+        # [14:05] as in a log, or a sentence that says that it is now.
+        ("time", rf"(?m:^)\s{{0,8}}\[(?P<hit>{_MINUTES})\]"),
+        (
+            "time",
+            rf"{_NOW}[^\n.;]{{0,24}}?(?<![\w:./])"
+            rf"(?P<hit>{_MINUTES}(?![\w:])(?:{_HALF_DAY})?|(?:1[0-2]|[1-9]){_HALF_DAY})",
         ),
-    ),
-    # A weekday or a month alone is a date only where the sentence says that it is now.
-    (
-        "date",
-        re.compile(
-            rf"(?i:\b(?:today|now|current(?:\s+date)?|date)(?:\s+is|:)?\s+)"
-            rf"(?:{_WEEKDAY}|{_MONTH}\s+(?:19|20)\d\d)\b"
+        # Seconds or milliseconds since 1970, for the years 2017 to 2033.
+        ("time", r"(?<![\w.,+/-])1[5-9]\d{8}(?:\d{3}(?:\d{3})?)?(?!\w|[.,]\d{3})"),
+        ("pid", r"(?i:\b(?:pid|process[\s_-]id)\b\W{0,4}(?:is\s)?)(?P<hit>\d{2,8})\b"),
+        (
+            "host",
+            r"(?<![\w@./-])(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,4}"
+            r"(?:local|lan|internal|intranet|localdomain|corp|home\.arpa)(?![\w(-]|\.\w)",
         ),
-    ),
-    # Not file.py:12:30, not a ratio.
-    ("time", re.compile(rf"(?<![\w:./]){_CLOCK}(?![\w:]){_ZONE}?")),
-    (
-        "time",
-        re.compile(
-            r"(?<![\w:./])(?:0?[1-9]|1[0-2])(?::[0-5]\d)?\s?(?:[ap]m|[AP]M|[ap]\.m\.)(?!\w)"
+        (
+            "host",
+            r"(?i:\bhost\s?name\b(?:\s?[:=]\s?|\sis\s))(?!localhost\b)(?P<hit>[A-Za-z][\w-]{1,62})\b",
         ),
-    ),
-    # Seconds or milliseconds since 1970, 2017 to 2033.
-    ("time", re.compile(r"(?<![\w.,+-])1[5-9]\d{8}(?:\d{3})?(?![\w.,]\d|\w)")),
-    ("pid", re.compile(r"\b(?:PID|pid|process\s+id|Process\s+ID)\s*(?:is\s+|[:=#]\s*)?\d{2,8}\b")),
-    (
-        "host",
-        re.compile(
-            r"(?<![\w@./-])[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}\.){1,4}"
-            r"(?:local|lan|internal|intranet|localdomain|home\.arpa|corp)\b(?![\w.(-]*\()"
+        # A version has a letter, a dot or the word in front. Loopback is the same everywhere.
+        (
+            "ip",
+            r"(?<![\w.-])(?<!ersion )(?!127\.|0\.0\.0\.0\b|255\.255\.)"
+            rf"(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\d|-\d)",
         ),
-    ),
-    ("host", re.compile(r"(?i:\bhost(?:\s?name)?\s*[:=]\s*)(?!localhost\b)[A-Za-z][\w-]{1,62}\b")),
-    # A version number has a letter, a dot or a word for it in front. Loopback never changes.
-    (
-        "ip",
-        re.compile(
-            rf"(?<![\w.])(?<!ersion )(?!127\.|0\.0\.0\.0\b)(?:{_OCTET}\.){{3}}{_OCTET}(?![\w]|\.\d)"
-        ),
-    ),
-    (
-        "ip",
-        re.compile(
+        (
+            "ip",
             r"(?<![\w:.])(?:(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}"
-            r"|(?:[0-9a-fA-F]{1,4}:){2,6}:(?:[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{1,4}){0,4})?)(?![\w:])"
+            r"|(?=[0-9a-fA-F:]{0,40}\d)(?:[0-9a-fA-F]{1,4}:){1,6}"
+            r"(?::[0-9a-fA-F]{1,4}){1,6})(?![\w:])",
         ),
-    ),
-    # Places that differ between machines, people and runs; /etc, /usr and /dev don't.
-    (
-        "path",
-        re.compile(
-            r"(?<![\w./~:<-])/(?:home|Users|root|tmp|var|opt|srv|mnt|media|run|private|Volumes|data"
-            r"|work|workspace|workspaces|app|repo|scratch)(?:/[\w.@+~-]{1,255}){1,64}/?"
+        # Places that differ between machines, people and runs; /etc, /usr, /bin and /dev don't.
+        (
+            "path",
+            r"(?<![\w./~:<-])/(?:home|Users|root|tmp|var|opt|srv|mnt|media|run|private|Volumes"
+            rf"|data|app|workspaces?|scratch)(?:{_STEP}){{1,64}}/?(?<!\.)",
         ),
-    ),
-    ("path", re.compile(r"(?<![\w])[A-Za-z]:\\(?:[\w .@+~-]{1,255}\\){0,64}[\w.@+~-]{1,255}")),
-    ("path", re.compile(r"\bfile://(?:/[\w.@+~%-]{1,255}){1,64}")),
+        # Any other root where the words say that a place is meant, so not /v1/models.
+        (
+            "path",
+            r"(?i:\b(?:directory|folder|cwd|workdir|path|pwd|checkout|repository|project)\b)"
+            r"(?:\sis)?\W{1,4}"
+            rf"(?<![\w.~/])(?P<hit>/(?!v\d|api/|etc/|usr/|dev/|bin/|proc/)[\w.@+~%-]{{1,255}}"
+            rf"(?:{_STEP}){{1,64}}/?(?<!\.))",
+        ),
+        ("path", r"(?<!\w)[A-Za-z]:\\(?:[\w.@+~-]{1,255}\\){0,64}[\w.@+~-]{1,255}"),
+        ("path", rf"\bfile://(?:{_STEP}){{1,64}}"),
+    )
 )
 
 
 def find_volatile(text: str) -> list[Volatile]:
     """What in `text` changes with the day, the machine or the run, in reading order.
 
-    Loopback addresses, `/usr`, public host names, version numbers and words for times
-    ("YYYY-MM-DD", "every Monday") aren't reported.
+    Not reported are loopback addresses, `/etc` and `/usr`, public host names, version numbers,
+    hours of a timetable, and words for times ("YYYY-MM-DD", "every Monday").
     """
-    taken: list[tuple[int, int, str]] = []
+    spans: list[tuple[int, int, str]] = []
+    rest = text
     for kind, pattern in _PATTERNS:
-        for match in pattern.finditer(text):
-            start, end = match.span()
-            if not any(
-                start < other_end and other_start < end for other_start, other_end, _ in taken
-            ):
-                taken.append((start, end, kind))
-    return [_at(text, start, end, kind) for start, end, kind in sorted(taken)]
+        found = [_span(match) for match in pattern.finditer(rest)]
+        spans += [(start, end, kind) for start, end in found]
+        rest = _hide(rest, found)
+    line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    result = []
+    for start, end, kind in sorted(spans):
+        line = bisect_right(line_starts, start)
+        column = start - line_starts[line - 1] + 1
+        result.append(Volatile(line, column, kind, _excerpt(text[start:end])))
+    return result
 
 
-def _at(text: str, start: int, end: int, kind: str) -> Volatile:
-    line_start = text.rfind("\n", 0, start) + 1
-    excerpt = " ".join(text[start:end].split())
-    if len(excerpt) > _EXCERPT_CHARS:
-        excerpt = excerpt[: _EXCERPT_CHARS - 1] + "…"
-    return Volatile(text.count("\n", 0, start) + 1, start - line_start + 1, kind, excerpt)
+def _span(match: re.Match[str]) -> tuple[int, int]:
+    return match.span("hit" if "hit" in match.re.groupindex else 0)
+
+
+def _hide(text: str, spans: list[tuple[int, int]]) -> str:
+    """`text` with the spans (in order, disjoint) blanked by a character that no pattern matches."""
+    if not spans:
+        return text
+    pieces = []
+    done = 0
+    for start, end in spans:
+        pieces += [text[done:start], "\0" * (end - start)]
+        done = end
+    return "".join([*pieces, text[done:]])
+
+
+def _excerpt(found: str) -> str:
+    line = " ".join(found.split())
+    return line if len(line) <= _EXCERPT_CHARS else line[: _EXCERPT_CHARS - 1] + "…"
