@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keepwarm.core.slotfile.boundary import boundary_end, read_window
+from keepwarm.core.slotfile.boundary import (
+    APPENDIX_MAGIC,
+    APPENDIX_VERSION,
+    STATE_MAGIC,
+    boundary_end,
+    read_window,
+)
 from keepwarm.core.slotfile.cells import MAX_STREAMS, CellBlock, as_view
 from keepwarm.core.slotfile.layout import (
     Buffer,
@@ -20,6 +26,8 @@ from keepwarm.core.slotfile.layout import (
     SlotFileError,
 )
 from keepwarm.core.slotfile.parse import MAGIC, MAX_POSITION, VERSION, parse
+
+MASKED_ROWS = 2  # see _mended
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,8 @@ def assemble(
 
     `streams` is the running engine's count. `slot` is only what the file says: an engine restores
     into whichever slot it is asked to. `boundary` is what `SlotFile.boundary` gave at exactly this
-    end. With `mend`, a sliding window that begins after position 0 gets one row before it, masked
-    for every later token, without which llama-server prefills everything.
+    end. With `mend`, a sliding window gets what llama-server needs to use it: masked rows before
+    it, or, where it begins at position 0, a context checkpoint behind it.
 
     Raises:
         SlotFileError: the parts don't make a file that the engine would take.
@@ -208,25 +216,55 @@ def _tail(
         yield as_view(boundary)
         return
     window = read_window(layout, boundary)
+    lo = int(window.positions.min())
     yield before
-    if mend and int(window.positions.min()) > 0:
+    if mend and lo > 0:
         yield from _mended(window)
     else:
         yield as_view(boundary)
     yield after
+    if mend and lo == 0:
+        yield _checkpoint(window, boundary, before=before, after=after)
 
 
 def _mended(window: CellBlock) -> Iterator[Buffer]:
-    """The window with one row before it: any bytes will do, so the first row's.
+    """The window with rows before it, of any bytes, so of the first row's.
 
-    The position before the window's first is never below 0, which would abort the server.
+    llama-server prefills everything unless a row lies before the window of the first token it
+    evaluates. One row is enough for the token after the end; the second also lets the last token
+    be evaluated again, which needs no row that isn't there. Not one more: the engine would take it
+    for a window that reaches further back. Positions start at 0; one below aborts the server.
     """
-    meta = np.empty((1 + len(window.positions), 3), "<i4")
-    meta[0, 0] = window.positions.min() - 1
-    meta[1:, 0] = window.positions
+    lo = int(window.positions.min())
+    count = min(MASKED_ROWS, lo)
+    meta = np.empty((count + len(window.positions), 3), "<i4")
+    meta[:count, 0] = np.arange(lo - count, lo)
+    meta[count:, 0] = window.positions
     meta[:, 1:] = 1, window.sequence
     tensors = [
-        (data[:, :1], data) if tensor.element_bytes else (data[:1], data)
+        (np.repeat(data[:, :1], count, axis=1), data)
+        if tensor.element_bytes
+        else (np.repeat(data[:1], count, axis=0), data)
         for tensor, data in zip(window.layout.tensors, window.tensors, strict=True)
     ]
     yield from _block(window.layout, meta, tensors)
+
+
+def _checkpoint(window: CellBlock, boundary: Buffer, *, before: bytes, after: bytes) -> bytes:
+    """An appendix that holds the window once more, as a context checkpoint at the file's own end.
+
+    With a prefix that fits into the window there is no row to put before it. But an engine that
+    reads the appendix goes back to a checkpoint that starts at position 0.
+    """
+    state = b"".join(
+        (struct.pack("<Ii", STATE_MAGIC, window.sequence), before, as_view(boundary), after)
+    )
+    tokens = len(window.positions)
+    return b"".join(
+        (
+            struct.pack("<4s2I", APPENDIX_MAGIC, APPENDIX_VERSION, 1),
+            struct.pack("<qiiQ", tokens, 0, tokens - 1, len(state)),
+            state,
+            bytes(16),  # no draft model's state, no speculative decoder's
+        )
+    )
