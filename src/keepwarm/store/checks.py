@@ -1,0 +1,236 @@
+"""Looking after the store: verification, integrity, and reading it beside a running gateway.
+
+What takes a root and a name opens the index read-only and takes no lock, so it works while a
+gateway owns the store; what the gateway changes meanwhile may be missing from the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepwarm.core.slotfile import Layout
+from keepwarm.errors import SnapshotError
+from keepwarm.store.disk import Disk, disk_errors
+from keepwarm.store.files import UNTRUSTED, FileKey, check_file, key_of
+from keepwarm.store.index import BoundaryRow, ExtentRow, read_only
+from keepwarm.store.lock import owner_of
+from keepwarm.store.shelf import INDEX_SUFFIX, LOCK_SUFFIX, Shelf, StoreSettings
+from keepwarm.store.snapshots import Snapshots
+from keepwarm.store.types import Finding, Listed, Origin, Pin, Removed, Verified
+
+
+@dataclass(frozen=True, slots=True)
+class StoreListed:
+    """One fingerprint's store under a root.
+
+    `name` is its directory's. `owner` tells which process has it open, None if none has.
+    `layout` is the codec's JSON, or "whole".
+    """
+
+    name: str
+    fingerprint: str
+    layout: str
+    extents: int
+    pins: int
+    size_bytes: int
+    owner: str | None
+
+
+def verify_extent(snapshots: Snapshots, extent_id: int) -> tuple[int, list[Finding]]:
+    """Read one extent's files again; quarantine what differs. Returns bytes read, and findings."""
+    shelf = snapshots.shelf
+    catalog = shelf.catalog
+    if extent_id not in catalog.tree:
+        return 0, []
+    row = catalog.row(extent_id)
+    ends = [catalog.end(extent_id, at) for at in catalog.tree[extent_id].boundaries]
+    read_bytes = 0
+    findings: list[Finding] = []
+    parts: list[ExtentRow | BoundaryRow] = [row, *ends]
+    for part in parts:
+        read_bytes += part.size_bytes
+        try:
+            shelf.files.check_again(part)
+        except SnapshotError as error:
+            findings.append(Finding(error.reason, key_of(part).name))
+            if error.reason not in UNTRUSTED:
+                continue
+            if isinstance(part, ExtentRow):
+                snapshots.forget_ready(shelf.quarantine_extent(extent_id))
+                break
+            shelf.quarantine_end(extent_id, part.at)
+    return read_bytes, findings
+
+
+def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
+    """Compare index, directory and memory without reading payloads."""
+    shelf = snapshots.shelf
+    catalog = shelf.catalog
+    findings: list[Finding] = []
+    with disk_errors("checking the index"):
+        damage = shelf.index.damage()
+        if damage is not None:
+            findings.append(Finding("index_damaged", damage))
+        rows: list[ExtentRow | BoundaryRow] = [*shelf.index.extents(), *shelf.index.boundaries()]
+    indexed = {key_of(row): row.size_bytes for row in rows}
+    known = {FileKey(extent.id): extent.size_bytes for extent in catalog.tree}
+    for extent in catalog.tree:
+        known |= {FileKey(extent.id, at): size for at, size in extent.boundaries.items()}
+    findings += [
+        Finding("only_in_index", key.name) for key in sorted(indexed.keys() - known.keys(), key=str)
+    ]
+    findings += [
+        Finding("not_in_index", key.name) for key in sorted(known.keys() - indexed.keys(), key=str)
+    ]
+    present, strays = shelf.files.present()
+    findings += [Finding("stray", name) for name in strays]
+    findings += [Finding("stray", key.name) for key in sorted(present - known.keys(), key=str)]
+    for key, size in known.items():
+        try:
+            found = shelf.files.path(key).stat().st_size
+        except OSError:
+            findings.append(Finding("missing", key.name))
+        else:
+            if found != size:
+                findings.append(Finding("truncated", key.name))
+    if catalog.used_bytes != sum(known.values()):
+        findings.append(Finding("miscounted", f"{catalog.used_bytes} bytes"))
+    return tuple(findings)
+
+
+def stores(root: Path) -> list[StoreListed]:
+    """All stores under a root, those that can't be read left out."""
+    found = []
+    for path in sorted(root.glob(f"*{INDEX_SUFFIX}")):
+        with contextlib.suppress(SnapshotError), _reading(path) as db:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            extents, size = db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM extents"
+            ).fetchone()
+            ends_size = db.execute("SELECT COALESCE(SUM(bytes), 0) FROM boundaries").fetchone()[0]
+            pins = db.execute("SELECT COUNT(*) FROM pins").fetchone()[0]
+            found.append(
+                StoreListed(
+                    name=path.stem,
+                    fingerprint=meta["fingerprint"],
+                    layout=meta["layout"],
+                    extents=extents,
+                    pins=pins,
+                    size_bytes=size + ends_size,
+                    owner=owner_of(path.with_suffix(LOCK_SUFFIX)),
+                )
+            )
+    return found
+
+
+def list_extents(root: Path, name: str) -> list[Listed]:
+    """All extents of one store, parents before children. Raises: SnapshotError('index')."""
+    with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
+        ends: dict[int, list[int]] = {}
+        for extent_id, at in db.execute("SELECT extent_id, at FROM boundaries ORDER BY at"):
+            ends.setdefault(extent_id, []).append(at)
+        pins: dict[int, list[str]] = {}
+        for extent_id, pin in db.execute("SELECT extent_id, name FROM pins ORDER BY name"):
+            pins.setdefault(extent_id, []).append(pin)
+        return [
+            Listed(
+                extent_id=row.id,
+                parent=row.parent,
+                lo=row.lo,
+                hi=row.lo + len(row.tokens) // 4,
+                namespace=row.namespace,
+                origin=Origin(row.origin),
+                size_bytes=row.size_bytes,
+                boundaries=tuple(ends.get(row.id, ())),
+                pins=tuple(pins.get(row.id, ())),
+                prefill_s=row.prefill_s,
+                created_s=row.created_s,
+                used_s=row.used_s,
+                uses=row.uses,
+            )
+            for row in map(ExtentRow._make, db.execute("SELECT * FROM extents ORDER BY id"))
+        ]
+
+
+def list_pins(root: Path, name: str) -> list[Pin]:
+    """All pins of one store, by name. Raises: SnapshotError('index')."""
+    with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
+        return [
+            Pin(pin, extent_id, at, Origin(origin), *rest)
+            for pin, extent_id, at, origin, *rest in db.execute("SELECT * FROM pins ORDER BY name")
+        ]
+
+
+def verify_files(
+    root: Path, name: str, progress: Callable[[int, int], None] | None = None
+) -> Verified:
+    """Read all files of one store and compare, changing nothing; `progress(done, total)`.
+
+    A file that its owner evicts meanwhile is not a finding. Raises: SnapshotError('index').
+    """
+    with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
+        extents = [ExtentRow._make(row) for row in db.execute("SELECT * FROM extents ORDER BY id")]
+        ends = [BoundaryRow._make(row) for row in db.execute("SELECT * FROM boundaries")]
+        findings: list[Finding] = []
+        rows: list[ExtentRow | BoundaryRow] = [*extents, *ends]
+        for done, row in enumerate(rows, 1):
+            key = key_of(row)
+            try:
+                check_file(root / name / key.name, row)
+            except SnapshotError as error:
+                if error.reason != "missing" or _is_indexed(db, key):
+                    findings.append(Finding(error.reason, key.name))
+            if progress is not None:
+                progress(done, len(rows))
+    read_bytes = sum(row.size_bytes for row in rows)
+    return Verified(len(extents), read_bytes, tuple(findings))
+
+
+def prune_offline(root: Path, name: str, bound_bytes: int) -> Removed:
+    """Evict from a store that no gateway has open, to within `bound_bytes`.
+
+    Raises: ConfigError naming the owner if one has (ask it instead), SnapshotError('index').
+    """
+    with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
+        meta = dict(db.execute("SELECT key, value FROM meta"))
+    layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
+    settings = StoreSettings(
+        root=root,
+        fingerprint=meta["fingerprint"],
+        layout=layout,
+        quota_bytes=bound_bytes,
+        staging=root,
+        staging_bytes=0,
+        streams=1,
+        max_tokens=0,
+        owner=f"keepwarm store prune, process {os.getpid()}",
+    )
+    shelf = Shelf(settings, disk=Disk())
+    try:
+        shelf.files.empty_quarantine()
+        return shelf.evict(bound_bytes)
+    finally:
+        shelf.close()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    connection = read_only(path)
+    try:
+        with disk_errors(f"reading {path.name}"):
+            yield connection
+    finally:
+        connection.close()
+
+
+def _is_indexed(db: sqlite3.Connection, key: FileKey) -> bool:
+    if key.at is None:
+        found = db.execute("SELECT 1 FROM extents WHERE id = ?", (key.extent_id,))
+    else:
+        found = db.execute("SELECT 1 FROM boundaries WHERE extent_id = ? AND at = ?", key)
+    return found.fetchone() is not None

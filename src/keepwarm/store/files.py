@@ -1,0 +1,216 @@
+"""Extent and boundary files of one fingerprint, and the quarantine beside them.
+
+Theory of operation. A file's name is made from numbers of the index alone: `<extent>.rows`, and
+`<extent>-<at>.end` for a boundary state, in hexadecimal. It holds the payload and nothing else, so
+that a mapped file is the codec's input. It is written once, under a name that ends in `.new`
+until it is complete, and is never opened for writing again.
+
+The checksum in the index covers the row's seal (see `index`), then the payload. It is compared
+before the first use of a file in each process life; `_verified` remembers which have passed.
+
+Invariants:
+- A file without the suffix `.new` is complete and flushed.
+- A verified file was read in full in this life and matched.
+- The quarantine's bytes stay within its bound; its oldest files go first.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from keepwarm.core.slotfile import Buffer
+from keepwarm.errors import SnapshotError
+from keepwarm.store.disk import Disk, Written, disk_errors, map_file, read_checksum
+from keepwarm.store.index import BoundaryRow, ExtentRow
+
+_NAME = re.compile(r"([0-9a-f]{10})(?:-([0-9a-f]{8}))?\.(?:rows|end)")
+
+QUARANTINE = "quarantine"
+
+UNTRUSTED = frozenset({"checksum", "missing", "truncated", "unreadable"})
+"""Reasons after which a file is never tried again; others ('io') may pass."""
+
+READ_BELOW_BYTES = 1 << 20
+"""Smaller files are read instead of mapped: a long conversation is a chain of many small extents,
+and each mapping costs a file descriptor."""
+
+
+class FileKey(NamedTuple):
+    """Which file: an extent's rows (`at` None), or its boundary state at `at`."""
+
+    extent_id: int
+    at: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        if self.at is None:
+            return f"{self.extent_id:010x}.rows"
+        return f"{self.extent_id:010x}-{self.at:08x}.end"
+
+
+def key_of(row: ExtentRow | BoundaryRow) -> FileKey:
+    """Which file a row of the index is about."""
+    if isinstance(row, ExtentRow):
+        return FileKey(row.id)
+    return FileKey(row.extent_id, row.at)
+
+
+def key_named(name: str) -> FileKey | None:
+    """Which file has this name; None if it isn't one of the store's."""
+    found = _NAME.fullmatch(name)
+    if not found:
+        return None
+    key = FileKey(int(found[1], 16), int(found[2], 16) if found[2] else None)
+    return key if key.name == name else None
+
+
+class ExtentFiles:
+    """The directory of one fingerprint. All methods but the first raise SnapshotError only."""
+
+    def __init__(self, root: Path, *, disk: Disk, quarantine_bytes: int) -> None:
+        """Make the directories (0700) where missing. Raises: OSError."""
+        self.root = root
+        self._quarantine = root / QUARANTINE
+        self._disk = disk
+        self._bound_bytes = quarantine_bytes
+        self._verified: set[FileKey] = set()
+        for path in (root, self._quarantine):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.quarantined_bytes = sum(e.stat().st_size for e in os.scandir(self._quarantine))
+
+    def path(self, key: FileKey) -> Path:
+        """Where that file is, or would be."""
+        return self.root / key.name
+
+    def present(self) -> tuple[set[FileKey], list[str]]:
+        """The complete files there are, and the names of all that is neither that nor ours."""
+        known: set[FileKey] = set()
+        strays: list[str] = []
+        with disk_errors("listing the store"), os.scandir(self.root) as entries:
+            for entry in entries:
+                key = key_named(entry.name)
+                if key is not None:
+                    known.add(key)
+                elif entry.name != QUARANTINE:
+                    strays.append(entry.name)
+        return known, strays
+
+    def write(self, key: FileKey, buffers: Iterable[Buffer], *, seal: bytes) -> Written:
+        """Put a complete, flushed file in place, not yet named by the index.
+
+        Raises: SnapshotError('no_space', 'io'); nothing is left behind.
+        """
+        target = self.path(key)
+        temporary = target.with_name(target.name + ".new")
+        with disk_errors(f"writing {target.name}"):
+            self._disk.unlink(temporary)
+            try:
+                written = self._disk.write_new(temporary, buffers, seal=seal)
+                self._disk.rename(temporary, target)
+                self._disk.sync_dir(self.root)
+            except OSError:
+                self._disk.unlink(temporary)
+                self._disk.unlink(target)
+                raise
+        return written
+
+    def remove(self, keys: Iterable[FileKey]) -> None:
+        """Remove files that the index no longer names. One that can't be removed stays as refuse
+        until the next opening.
+        """
+        for key in keys:
+            self._verified.discard(key)
+            try:
+                self._disk.unlink(self.path(key))
+            except OSError:
+                continue
+
+    def remove_strays(self, names: Iterable[str]) -> int:
+        """Remove what isn't indexed. Returns how many went."""
+        count = 0
+        for name in names:
+            path = self.root / name
+            if not path.is_dir():
+                with disk_errors(f"removing {name}"):
+                    self._disk.unlink(path)
+                count += 1
+        return count
+
+    def check(self, row: ExtentRow | BoundaryRow) -> None:
+        """Read the file and compare, unless that was done in this life.
+
+        Raises: SnapshotError('missing', 'truncated', 'unreadable', 'checksum', 'io').
+        """
+        if key_of(row) not in self._verified:
+            self.check_again(row)
+
+    def check_again(self, row: ExtentRow | BoundaryRow) -> None:
+        """Read the file and compare. Raises: as `check`."""
+        key = key_of(row)
+        self._verified.discard(key)
+        check_file(self.path(key), row)
+        self._verified.add(key)
+
+    def open(self, row: ExtentRow | BoundaryRow) -> mmap.mmap | bytes:
+        """The file's bytes, verified; mapped if there are many. Raises: as `check`."""
+        self.check(row)
+        path = self.path(key_of(row))
+        with disk_errors(f"opening {path.name}"):
+            found = path.read_bytes() if row.size_bytes < READ_BELOW_BYTES else map_file(path)
+        if len(found) != row.size_bytes:
+            raise SnapshotError(f"{path.name} was cut while in use", reason="truncated")
+        return found
+
+    def quarantine(self, key: FileKey) -> None:
+        """Set a file aside as untrusted, for whoever wants to look; the oldest make room.
+
+        A file that can't be moved, or is larger than the bound, is removed.
+        """
+        self._verified.discard(key)
+        path = self.path(key)
+        with disk_errors(f"quarantining {key.name}"):
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                return
+            if size > self._bound_bytes:
+                self._disk.unlink(path)
+                return
+            self._bound_quarantine(self._bound_bytes - size)
+            self._disk.rename(path, self._quarantine / key.name)
+            self._bound_quarantine(self._bound_bytes)  # counts again
+
+    def empty_quarantine(self) -> int:
+        """Remove what was set aside. Returns the bytes freed."""
+        before = self.quarantined_bytes
+        with disk_errors("emptying the quarantine"):
+            self._bound_quarantine(0)
+        return before - self.quarantined_bytes
+
+    def _bound_quarantine(self, bound_bytes: int) -> None:
+        there = [(entry.stat(), entry.path) for entry in os.scandir(self._quarantine)]
+        there.sort(key=lambda found: found[0].st_ctime_ns)  # when it was moved here
+        total = sum(stat.st_size for stat, _ in there)
+        for stat, path in there:
+            if total <= bound_bytes:
+                break
+            self._disk.unlink(Path(path))
+            total -= stat.st_size
+        self.quarantined_bytes = total
+
+
+def check_file(path: Path, row: ExtentRow | BoundaryRow) -> None:
+    """Compare a file with its row by reading all of it; needs no store.
+
+    Raises: SnapshotError('missing', 'truncated', 'unreadable', 'checksum', 'io').
+    """
+    with disk_errors(f"reading {path.name}"):
+        found = read_checksum(path, size_bytes=row.size_bytes, seal=row.seal)
+    if found != row.checksum:
+        raise SnapshotError(f"{path.name} isn't what was written", reason="checksum")

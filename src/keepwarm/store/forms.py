@@ -1,0 +1,157 @@
+"""The two forms in which slot files are kept, behind one interface.
+
+`RowsForm` takes a file apart: rows that any prefix shares, and boundary state. It needs the codec
+to understand the engine's files (proved at start). `WholeForm` keeps the file as it is, whatever
+the model; it is matched at exactly its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from keepwarm.core.slotfile import (
+    Buffer,
+    Layout,
+    MemoryKind,
+    RowsPart,
+    SlotFileError,
+    assemble,
+    file_tokens,
+    parse,
+)
+from keepwarm.core.tree import Tokens
+from keepwarm.errors import SnapshotError
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A slot file understood: its tokens, the payload of any `[lo, hi)`, and what else is to keep.
+
+    `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
+    context checkpoints). `is_restorable`: the file itself, unchanged, can be given back.
+    """
+
+    tokens: Tokens
+    rows: Callable[[int, int], Sequence[Buffer]]
+    ends: Sequence[tuple[int, Buffer]]
+    is_restorable: bool
+
+
+class Form(Protocol):
+    """How slot files become extents and back."""
+
+    name: str
+    is_whole: bool
+    needs_boundary: bool
+
+    def take(self, buffer: Buffer) -> Taken:
+        """Check a slot file. Raises: SnapshotError with the codec's reason."""
+
+    def give(
+        self,
+        tokens: Tokens,
+        parts: Sequence[RowsPart],
+        boundary: Buffer | None,
+        *,
+        for_engine: bool,
+    ) -> Sequence[Buffer]:
+        """The slot file of `tokens`. Not `for_engine`: as the engine would have saved it.
+
+        Raises: SnapshotError with the codec's reason.
+        """
+
+    def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
+        """Bytes of an extent of `tokens` new tokens out of a file of `file_bytes`."""
+
+
+class RowsForm:
+    """Rows and boundary states of one layout."""
+
+    name = "rows"
+    is_whole = False
+
+    def __init__(self, layout: Layout, *, streams: int, max_tokens: int) -> None:
+        self.layout = layout
+        self.needs_boundary = layout.kind is not MemoryKind.PLAIN
+        self._streams = streams
+        self._max_tokens = max_tokens
+
+    def take(self, buffer: Buffer) -> Taken:
+        """See `Form`."""
+        kind = self.layout.kind
+        try:
+            found = parse(buffer, kind=kind, max_tokens=self._max_tokens)
+        except SlotFileError as error:
+            raise SnapshotError(f"staged file: {error}", reason=error.reason) from error
+        if found.layout != self.layout:
+            raise SnapshotError("a slot file of another layout", reason="layout")
+        boundary = found.boundary()
+        ends: list[tuple[int, Buffer]] = []
+        if boundary is not None:
+            ends.append((found.tokens.size, boundary))
+            ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
+        # A window's file, as saved, is short of what the engine takes; assembling adds it.
+        return Taken(found.tokens, found.rows, ends, kind is not MemoryKind.SLIDING_WINDOW)
+
+    def give(
+        self,
+        tokens: Tokens,
+        parts: Sequence[RowsPart],
+        boundary: Buffer | None,
+        *,
+        for_engine: bool,
+    ) -> Sequence[Buffer]:
+        """See `Form`."""
+        try:
+            return assemble(
+                self.layout,
+                tokens=tokens,
+                parts=parts,
+                boundary=boundary,
+                streams=self._streams,
+                mend=for_engine,
+            )
+        except SlotFileError as error:
+            raise SnapshotError(f"assembling: {error}", reason=error.reason) from error
+
+    def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
+        """See `Form`."""
+        return self.layout.rows_bytes(tokens)
+
+
+class WholeForm:
+    """Files kept as they came."""
+
+    name = "whole"
+    is_whole = True
+    needs_boundary = False
+
+    def __init__(self, *, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+
+    def take(self, buffer: Buffer) -> Taken:
+        """See `Form`. Only the header is understood."""
+        try:
+            tokens = file_tokens(buffer)
+        except SlotFileError as error:
+            raise SnapshotError(f"staged file: {error}", reason=error.reason) from error
+        if not 0 < tokens.size <= self._max_tokens:
+            raise SnapshotError(f"a slot file of {tokens.size} tokens", reason="tokens")
+        return Taken(tokens, lambda _lo, _hi: [buffer], (), is_restorable=True)
+
+    def give(
+        self,
+        tokens: Tokens,
+        parts: Sequence[RowsPart],
+        boundary: Buffer | None,
+        *,
+        for_engine: bool,
+    ) -> Sequence[Buffer]:
+        """See `Form`."""
+        return [parts[0].payload]
+
+    def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
+        """See `Form`."""
+        return file_bytes

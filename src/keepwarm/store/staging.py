@@ -1,0 +1,201 @@
+"""The staging directory: what the engine saves to and restores from.
+
+Theory of operation. The engine's `--slot-save-path` is this directory, in memory where there is
+room. Names are ours alone, `kw-<life>-<number>.slot`; `<life>` is random, so none is given twice.
+A file is first *expected* (a name was given, the engine writes), then taken by the store, and then
+either removed or kept as a *ready* file: what a restore of some (extent, at) needs, complete.
+Ready files are a cache: the least recently used goes first, pinned ones last. One that was given
+out is held until it is released, since the engine opens it by name.
+
+Invariants:
+- Expected and ready bytes together stay within `bound_bytes`, but for held files.
+- A ready file is complete: it was renamed into place after its last byte was written.
+- Files of an earlier life are removed on opening; names of other forms are never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepwarm.core.slotfile import Buffer
+from keepwarm.errors import SnapshotError
+from keepwarm.store.disk import Disk, disk_errors
+
+_OURS = re.compile(r"kw-[0-9a-f]{8}-[0-9]{1,12}\.slot(?:\.new)?")
+
+
+@dataclass(slots=True)
+class ReadyFile:
+    """A complete slot file for one end. `holds` counts who may be about to open it."""
+
+    name: str
+    size_bytes: int
+    is_pinned: bool
+    holds: int = 0
+
+
+class Staging:
+    """See the module. Changed on the store's thread only; `is_ready` may be asked anywhere."""
+
+    def __init__(self, root: Path, *, bound_bytes: int, disk: Disk) -> None:
+        """Make the directory (0700) if it is missing and remove an earlier life's files."""
+        self.root = root
+        self.bound_bytes = bound_bytes
+        self.leftovers = 0
+        self._disk = disk
+        self._life = secrets.token_hex(4)
+        self._count = 0
+        self._expected: dict[str, int] = {}
+        self._ready: OrderedDict[tuple[int, int], ReadyFile] = OrderedDict()
+        self._unlinked_later: dict[str, ReadyFile] = {}
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    disk.unlink(Path(entry.path))
+                    self.leftovers += 1
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of expected and ready files."""
+        ready = sum(file.size_bytes for file in self._ready.values())
+        return ready + sum(self._expected.values())
+
+    def __len__(self) -> int:
+        """How many ready files there are."""
+        return len(self._ready)
+
+    def is_ready(self, extent_id: int, at: int) -> bool:
+        """Whether a complete file for this end waits."""
+        return (extent_id, at) in self._ready
+
+    def path(self, name: str) -> Path:
+        """Where a staged file is. Raises: SnapshotError('name') for a name that isn't ours."""
+        if not _OURS.fullmatch(name):
+            raise SnapshotError("not a staged file's name", reason="name")
+        return self.root / name
+
+    def save_path(self, name: str) -> Path:
+        """Where the engine wrote an expected file. Raises: SnapshotError('name') for any other."""
+        if name not in self._expected:
+            raise SnapshotError("no file of this name is expected", reason="name")
+        return self.path(name)
+
+    def expect(self, size_bytes: int) -> str:
+        """A fresh name for a file of about this size; ready files make room for it.
+
+        Raises: SnapshotError('no_space') if it can't fit.
+        """
+        self.make_room(size_bytes)
+        self._count += 1
+        name = f"kw-{self._life}-{self._count}.slot"
+        self._expected[name] = size_bytes
+        return name
+
+    def discard(self, name: str) -> None:
+        """Remove a file that was expected, whether or not it came."""
+        self._expected.pop(name, None)
+        with disk_errors(f"removing {name}"):
+            self._disk.unlink(self.path(name))
+
+    def keep(self, name: str, *, extent_id: int, at: int, size_bytes: int, is_pinned: bool) -> None:
+        """Make an expected file that has come the ready one for this end."""
+        del self._expected[name]
+        self.forget(lambda key: key == (extent_id, at))
+        self._ready[extent_id, at] = ReadyFile(name, size_bytes, is_pinned)
+        self.make_room(0)
+
+    def hold(self, extent_id: int, at: int) -> ReadyFile | None:
+        """The ready file for this end, held and now the most recently used; None if there is none.
+
+        One that someone else removed is forgotten.
+        """
+        file = self._ready.get((extent_id, at))
+        if file is None:
+            return None
+        if not self.path(file.name).exists():
+            del self._ready[extent_id, at]
+            return None
+        self._ready.move_to_end((extent_id, at))
+        file.holds += 1
+        return file
+
+    def release(self, name: str) -> None:
+        """Undo one `hold`; a file forgotten meanwhile is removed with its last hold."""
+        later = self._unlinked_later.get(name)
+        if later is not None:
+            later.holds -= 1
+            if later.holds <= 0:
+                del self._unlinked_later[name]
+                self.discard(name)
+            return
+        for file in self._ready.values():
+            if file.name == name:
+                file.holds = max(0, file.holds - 1)
+        self.make_room(0)
+
+    def write(self, name: str, buffers: Iterable[Buffer]) -> int:
+        """Write an expected file; it appears under its name when it is complete.
+
+        Not flushed: what is staged is worth nothing after a restart. Returns its size. Raises:
+        SnapshotError('no_space', 'io'); no file is left.
+        """
+        path = self.path(name)
+        temporary = path.with_name(path.name + ".new")
+        with disk_errors(f"writing {name}"):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                size = self._disk.write_unchecked(fd, buffers)
+                self._disk.rename(temporary, path)
+            except OSError:
+                self._disk.unlink(temporary)
+                raise
+            finally:
+                os.close(fd)
+        return size
+
+    def mark_pinned(self, is_pinned: Callable[[int, int], bool]) -> None:
+        """Tell which ends are pinned now."""
+        for (extent_id, at), file in self._ready.items():
+            file.is_pinned = is_pinned(extent_id, at)
+
+    def forget(self, which: Callable[[tuple[int, int]], bool]) -> None:
+        """Remove the ready files of these ends (extent id, at); held ones when released."""
+        for key in [key for key in self._ready if which(key)]:
+            self._drop(key)
+
+    def make_room(self, size_bytes: int) -> None:
+        """Remove ready files until this much fits. Raises: SnapshotError('no_space')."""
+        if size_bytes > self.bound_bytes:
+            raise SnapshotError(
+                f"{size_bytes} bytes don't fit into {self.bound_bytes} of staging",
+                reason="no_space",
+            )
+        while self.used_bytes + size_bytes > self.bound_bytes:
+            free = [(key, file) for key, file in self._ready.items() if not file.holds]
+            if not free:
+                if size_bytes:
+                    raise SnapshotError("all of staging is in use", reason="no_space")
+                return
+            # Sorting is stable: among equals the least recently used is first.
+            self._drop(min(free, key=lambda found: found[1].is_pinned)[0])
+
+    def clear(self) -> None:
+        """Remove all of this life's files, held ones too; only for the end of it."""
+        for name in [*self._expected, *self._unlinked_later]:
+            self.discard(name)
+        for key in list(self._ready):
+            self.discard(self._ready.pop(key).name)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        file = self._ready.pop(key)
+        if file.holds:
+            self._unlinked_later[file.name] = file
+        else:
+            self.discard(file.name)
