@@ -53,7 +53,7 @@ def assemble(
     slot: int = 0,
     mend: bool = True,
     appendix: Buffer = b"",
-) -> list[Buffer]:
+) -> list[memoryview | bytes]:
     """A whole slot file, as buffers to be written one after the other (`writev`).
 
     `streams` is the running engine's count. `slot` is only what the file says: an engine restores
@@ -77,12 +77,12 @@ def assemble(
         raise SlotFileError(f"slot {slot} in {streams} streams", reason="streams")
     blocks = [_part_tensors(layout.rows, part) for part in _in_a_row(parts, tokens=count)]
     before, after = _other_streams(streams, slot)
-    out: list[Buffer] = [_header(tokens), before]
+    out: list[memoryview | bytes] = [_header(tokens), before]
     out += _block(layout.rows, _cells(count, slot=slot), list(zip(*blocks, strict=True)))
     out.append(after)
     out += _tail(layout, boundary, tokens=count, before=before, after=after, mend=mend)
-    out.append(appendix)
-    return [part for part in out if len(part) > 0]
+    out.append(as_view(appendix))
+    return [part for part in out if part]
 
 
 def round_trip_ok(buffer: Buffer, kind: MemoryKind) -> bool:
@@ -98,7 +98,7 @@ def round_trip_ok(buffer: Buffer, kind: MemoryKind) -> bool:
         count = len(found.tokens)
         cut = count // 2
         parts = [
-            RowsPart(np.concatenate(found.rows(lo, hi)), lo, hi, hi)
+            RowsPart(b"".join(found.rows(lo, hi)), lo, hi, hi)
             for lo, hi in ((0, cut), (cut, count))
             if lo < hi
         ]
@@ -179,7 +179,9 @@ def _part_tensors(layout: CacheLayout, part: RowsPart) -> list[Bytes]:
     return found
 
 
-def _block(layout: CacheLayout, meta: Ints, tensors: Sequence[Sequence[Bytes]]) -> Iterator[Buffer]:
+def _block(
+    layout: CacheLayout, meta: Ints, tensors: Sequence[Sequence[Bytes]]
+) -> Iterator[memoryview | bytes]:
     """One stream's cells. Each tensor is given as arrays whose rows follow each other."""
     yield struct.pack("<I", len(meta)) + meta.tobytes()
     yield struct.pack("<4I", layout.v_trans, len(layout.keys), *layout.rotation)
@@ -187,10 +189,10 @@ def _block(layout: CacheLayout, meta: Ints, tensors: Sequence[Sequence[Bytes]]) 
         if tensor.element_bytes:
             yield struct.pack("<iII", tensor.type, tensor.element_bytes, tensor.width)
             joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
-            yield np.ascontiguousarray(joined).reshape(-1)
+            yield np.ascontiguousarray(joined).reshape(-1).data
         else:
             yield struct.pack("<iQ", tensor.type, tensor.row_bytes)
-            yield from (piece.reshape(-1) for piece in pieces)
+            yield from (piece.reshape(-1).data for piece in pieces)
 
 
 def _tail(
@@ -201,7 +203,7 @@ def _tail(
     before: bytes,
     after: bytes,
     mend: bool,
-) -> Iterator[Buffer]:
+) -> Iterator[memoryview | bytes]:
     """What follows the rows: nothing, the window's cache, or the recurrent state."""
     if layout.kind is MemoryKind.PLAIN:
         if boundary is not None:
@@ -227,7 +229,7 @@ def _tail(
         yield _checkpoint(window, boundary, before=before, after=after)
 
 
-def _mended(window: CellBlock) -> Iterator[Buffer]:
+def _mended(window: CellBlock) -> Iterator[memoryview | bytes]:
     """The window with rows before it, of any bytes, so of the first row's.
 
     llama-server prefills everything unless a row lies before the window of the first token it

@@ -16,7 +16,6 @@ from keepwarm.core.slotfile.boundary import (
 from keepwarm.core.slotfile.cells import CellBlock, Cursor, as_view, read_cache
 from keepwarm.core.slotfile.layout import (
     Buffer,
-    Bytes,
     Ints,
     Layout,
     MemoryKind,
@@ -55,8 +54,8 @@ class SlotFile:
     _order: NDArray[np.intp] | None
     _boundary: memoryview | None
 
-    def rows(self, lo: int, hi: int) -> list[Bytes]:
-        """The payload of the extent [lo, hi): one flat array a tensor, first all K, then all V.
+    def rows(self, lo: int, hi: int) -> list[memoryview]:
+        """The payload of the extent [lo, hi): one flat row of bytes a tensor, all K, then all V.
 
         Together they are `layout.rows_bytes(hi - lo)` bytes. Views, except for transposed V and for
         cells that the engine had scattered, which must be gathered.
@@ -68,7 +67,9 @@ class SlotFile:
             raise IndexError(f"tokens [{lo}, {hi}) of {len(self.tokens)}")
         which = slice(lo, hi) if self._order is None else self._order[lo:hi]
         return [
-            np.ascontiguousarray(data[:, which] if t.element_bytes else data[which]).reshape(-1)
+            np.ascontiguousarray(data[:, which] if t.element_bytes else data[which])
+            .reshape(-1)
+            .data
             for t, data in zip(self.layout.rows.tensors, self._cells.tensors, strict=True)
         ]
 
