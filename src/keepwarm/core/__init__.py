@@ -1,0 +1,1 @@
+"""Decisions: synchronous functions of values. No clock, disk, socket or environment here."""

@@ -15,6 +15,7 @@ able to construct another's digest. What doesn't reach the rendered prompt (samp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,13 +68,15 @@ class Prompt:
     """A request's identity.
 
     `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
-    if there is nothing static; `turns` counts the user messages.
+    if there is nothing static; `turns` counts the user messages; `is_static_shared`: the static part
+    is a tier's and nothing else.
     """
 
     api: Api
     marks: tuple[Mark, ...]
     static_index: int
     turns: int
+    is_static_shared: bool = False
 
     @property
     def chars(self) -> int:
@@ -96,7 +99,7 @@ def prompt_of(
     *,
     fingerprint: str,
     namespace: str,
-    shared_static: bool = False,
+    shared_segments: int = 0,
 ) -> Prompt:
     """Read the identity of a request.
 
@@ -105,11 +108,11 @@ def prompt_of(
         body: the decoded JSON body. Wrong types are taken as they are: the engine, not
             Keepwarm, tells the client what is wrong with its request.
         fingerprint, namespace: what the digests are keyed by.
-        shared_static: the static part is a tier's, the same for all namespaces; only what
-            follows it is the tenant's own.
+        shared_segments: so many messages (and the head) are a tier's, the same for all
+            namespaces; only what follows is the tenant's own.
     """
     own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
-    key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_static else own
+    key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
     if api == "completion":
         return _raw_prompt(body.get("prompt"), key)
     head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
@@ -121,18 +124,20 @@ def prompt_of(
     marks = [Mark(_digest(key, text.encode()), len(text))]
     static_index = 0 if head.get("tools") else -1
     in_static = True
+    static_shared = False
     turns = 0
-    for segment in segments_of(api, body):
+    for count, segment in enumerate(segments_of(api, body)):
         before = marks[-1]
-        if in_static and segment.role not in ("system", "developer"):
-            in_static = False
-            if shared_static:
-                before = Mark(_digest(before.digest, own), before.chars)
+        if shared_segments and count == shared_segments:
+            before = Mark(_digest(before.digest, own), before.chars)
         marks += _segment_marks(before, segment)
+        leading = in_static and segment.role in ("system", "developer")
+        in_static = leading or count < shared_segments
         if in_static:
             static_index = len(marks) - 1
+            static_shared = count < shared_segments
         turns += segment.role == "user"
-    return Prompt(api, tuple(marks), static_index, turns)
+    return Prompt(api, tuple(marks), static_index, turns, static_shared)
 
 
 def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
@@ -148,10 +153,8 @@ def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
             return [*out, Segment("user", items)]
     else:
         items = body.get("messages")
-    for item in items if isinstance(items, list) else []:
-        if isinstance(item, Mapping):
-            out.append(segment_of(item))
-    return out
+    listed = items if isinstance(items, list) else []
+    return out + [segment_of(item) for item in listed if isinstance(item, Mapping)]
 
 
 def segment_of(message: Mapping[str, Any]) -> Segment:
@@ -200,10 +203,8 @@ def _text(content: object) -> tuple[str, str]:
 def _call(call: Mapping[str, Any]) -> str:
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError):
             arguments = json.loads(arguments or "{}")
-        except ValueError:
-            pass
     return _dump([call.get("name"), arguments])
 
 

@@ -109,16 +109,22 @@ def _finish(event: dict[str, Any]) -> str | None:
     for choice in event.get("choices") or []:
         if isinstance(choice, dict) and choice.get("finish_reason"):
             return str(choice["finish_reason"])
-    reason = event.get("stop_reason") or (event.get("delta") or {}).get("stop_reason") if (
-        isinstance(event.get("delta"), dict) or "stop_reason" in event
-    ) else None
+    reason = (
+        event.get("stop_reason") or (event.get("delta") or {}).get("stop_reason")
+        if (isinstance(event.get("delta"), dict) or "stop_reason" in event)
+        else None
+    )
     return str(reason) if reason else None
 
 
 def _add_chat(event: dict[str, Any], message: dict[str, Any]) -> None:
     """OpenAI chat (whole or delta) and completions."""
     choices = event.get("choices")
-    if isinstance(event.get("content"), str) and "choices" not in event and "tokens_cached" in event:
+    if (
+        isinstance(event.get("content"), str)
+        and "choices" not in event
+        and "tokens_cached" in event
+    ):
         message["content"] += event["content"]
         return
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):

@@ -95,23 +95,25 @@ def loss(
 ) -> Loss:
     """What is lost when a slot keeps only its first `kept_tokens`.
 
-    What the store holds costs a restore when it is wanted again; what only the slot holds costs
-    its prefill, or a save now if that is less.
+    If the conversation goes on, its tail must come back: by a restore, or by a prefill behind what
+    the slot has kept, whichever is less. What only the slot holds can't be restored unless it is
+    saved now.
     """
     content = slot.content
     if content is None or content.tokens <= kept_tokens:
         return Loss(0.0, save=False)
     returns = slot.returns(now_s)
     size_bytes = content.tokens * row_bytes
-    seconds = returns * rates.restore_s(size_bytes, ready=False)
+    restore_s = rates.restore_s(size_bytes, ready=False)
+    tail_s = returns * min(restore_s, rates.prefill_s(content.tokens - kept_tokens))
     unsaved = content.tokens - max(content.saved_tokens, kept_tokens)
     if unsaved <= 0:
-        return Loss(seconds, save=False)
-    prefill_s = returns * rates.prefill_s(unsaved)
+        return Loss(tail_s, save=False)
+    lost_s = returns * rates.prefill_s(unsaved)
     save_s = rates.save_s(size_bytes)
-    if can_save and save_s < prefill_s:
-        return Loss(seconds + save_s, save=True)
-    return Loss(seconds + prefill_s, save=False)
+    if can_save and save_s + tail_s < lost_s:
+        return Loss(save_s + tail_s, save=True)
+    return Loss(lost_s, save=False)
 
 
 def positions(

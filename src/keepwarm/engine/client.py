@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from keepwarm.core.reply import Counts, counts_of
+from keepwarm.core.reply import Counts, counts_of, stream_events
 from keepwarm.errors import EngineDownError, EngineError, EngineRefusedError
 
 # An engine busy with a large batch answers nothing for as long as the batch takes.
@@ -64,7 +64,7 @@ class EngineClient:
 
     async def props(self) -> dict[str, Any]:
         """The engine's `/props`: chat template, build, slots, context a slot."""
-        return await self._call("GET", "/props")
+        return dict(await self._call("GET", "/props"))
 
     async def slots(self) -> list[dict[str, Any]]:
         """The engine's `/slots`, a list of objects."""
@@ -80,14 +80,56 @@ class EngineClient:
         body = {"content": text, "add_special": True, "parse_special": True}
         return list((await self._call("POST", "/tokenize", body))["tokens"])
 
-    async def fill(self, tokens: Sequence[int], *, slot: int) -> Counts:
-        """Prefill a slot to exactly these tokens, generating nothing."""
-        body = {"prompt": list(tokens), "n_predict": 0, "id_slot": slot, "cache_prompt": True}
-        reply = await self._call("POST", "/completion", body, timeout_s=_FILL_TIMEOUT_S)
+    async def fill(
+        self,
+        tokens: Sequence[int],
+        *,
+        slot: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Counts:
+        """Prefill a slot to exactly these tokens, generating nothing.
+
+        Args:
+            tokens: the whole prefix; what the slot holds of it already isn't computed again.
+            slot: the slot's id.
+            progress: called with tokens done and tokens in all, after each batch.
+        """
+        body = {
+            "prompt": list(tokens),
+            "n_predict": 0,
+            "id_slot": slot,
+            "cache_prompt": True,
+            "stream": progress is not None,
+            "return_progress": progress is not None,
+        }
+        if progress is None:
+            reply = await self._call("POST", "/completion", body, timeout_s=_FILL_TIMEOUT_S)
+        else:
+            reply = await self._fill_streamed(body, progress)
         counts = counts_of(reply)
         if counts is None:
             raise EngineError("The engine's /completion reply holds no timings.")
         return counts
+
+    async def _fill_streamed(
+        self, body: Mapping[str, Any], progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        last: dict[str, Any] = {}
+        try:
+            async with self._session.post(self.base_url + "/completion", json=body) as response:
+                if response.status != 200:
+                    raise EngineError(
+                        f"The engine can't prefill: {_message(await response.read())}"
+                    )
+                async for line in response.content:
+                    for event in stream_events(line):
+                        last = event
+                        if (at := event.get("prompt_progress")) and at.get("total"):
+                            done = int(at.get("cache", 0)) + int(at.get("processed", 0))
+                            progress(min(done, int(at["total"])), int(at["total"]))
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"The engine went away while prefilling: {error}.") from error
+        return last
 
     async def save(self, slot: int, filename: str) -> SlotFileInfo:
         """Save a slot under a name in the engine's slot directory."""
@@ -114,7 +156,7 @@ class EngineClient:
         await self._slot(slot, "erase", {})
 
     async def _slot(self, slot: int, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        reply = await self._call("POST", f"/slots/{slot}?action={action}", body)
+        reply = dict(await self._call("POST", f"/slots/{slot}?action={action}", body))
         # An id out of range wraps and hits another slot, so what was hit is compared.
         if reply.get("id_slot", slot) != slot:
             raise EngineError(f"The engine acted on slot {reply['id_slot']} instead of {slot}.")
@@ -168,5 +210,3 @@ def _message(raw: bytes) -> str:
         return str(value["error"]["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         return raw[:200].decode("utf-8", "replace")
-
-

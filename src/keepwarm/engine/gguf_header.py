@@ -20,7 +20,19 @@ import xxhash
 from keepwarm.core.slotfile import MemoryKind
 from keepwarm.errors import ModelError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 # Only short arrays (one value a layer) are kept; vocabularies and merges are walked over.
 _KEPT_ARRAY = 4096

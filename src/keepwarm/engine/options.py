@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# llama-server computes 512 tokens at a time anyway (`--ubatch-size`); with a logical batch of the
+# same size other slots decode in between, progress is reported and a hang-up noticed that often.
+BATCH_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -41,7 +45,7 @@ class EngineOptions:
             *("--slot-save-path", f"{self.slot_dir}/", "--cache-ram", "0"),
             *("--slot-prompt-similarity", "0", "--no-cache-idle-slots", "--metrics", "--jinja"),
             *("--cache-type-k", self.kv_type_k, "--cache-type-v", self.kv_type_v),
-            *("--flash-attn", self.flash_attention),
+            *("--flash-attn", self.flash_attention, "--batch-size", str(BATCH_TOKENS)),
             "--kv-unified" if self.unified else "--no-kv-unified",
         ]
         if self.threads:
@@ -71,6 +75,7 @@ class EngineOptions:
             "cache_type_v": self.kv_type_v,
             "flash_attn_type": self.flash_attention,
             "swa_full": self.swa_full,
+            "n_batch": BATCH_TOKENS,
             # The memory fit probes devices by loading the model twice; the owner chose the size.
             "fit_params": False,
         }

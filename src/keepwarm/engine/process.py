@@ -120,7 +120,9 @@ class EngineProcess:
         text = self.last_lines
         advice = "Run the same model with llama-server by hand to see more."
         if "bind" in text or "address already in use" in text.lower():
-            advice = "Another program listens on the engine's port; stop it, or let Keepwarm choose."
+            advice = (
+                "Another program listens on the engine's port; stop it, or let Keepwarm choose."
+            )
         elif "failed to allocate" in text or "out of memory" in text.lower():
             advice = "Give it a smaller --context, fewer --slots or a smaller model."
         elif "unknown model architecture" in text:
@@ -131,7 +133,8 @@ class EngineProcess:
         )
 
     async def _read(self) -> None:
-        assert self._process and self._process.stderr
+        assert self._process
+        assert self._process.stderr
         async for raw in self._process.stderr:
             line = raw.decode("utf-8", "replace").rstrip()
             if match := _GUARD_PID.match(line):
@@ -196,5 +199,3 @@ async def binary_identity(binary: Path) -> EngineIdentity:
     text = raw.decode("utf-8", "replace")
     match = re.search(r"version:\s*(.+)", text)
     return EngineIdentity("llama-server", match[1].strip() if match else text.strip()[:80])
-
-

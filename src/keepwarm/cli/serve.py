@@ -1,0 +1,148 @@
+"""`keepwarm serve`: the gateway and its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import signal
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+from aiohttp import web
+
+from keepwarm.cli import options as opt
+from keepwarm.cli.output import err
+from keepwarm.cli.progress import WarmProgress
+from keepwarm.errors import ConfigError
+from keepwarm.gateway.app import make_app
+from keepwarm.gateway.keys import is_loopback
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.logs import set_up_logging
+from keepwarm.settings import Places, Settings
+
+
+def serve(
+    extra: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- ENGINE_ARGS", help="Passed to the --engine binary unchanged."),
+    ] = None,
+    config: opt.ConfigFile = None,
+    model: opt.Model = None,
+    engine: opt.Engine = None,
+    upstream: opt.Upstream = None,
+    slot_dir: opt.SlotDir = None,
+    slots: opt.SlotCount = None,
+    context: opt.Context = None,
+    threads: opt.Threads = None,
+    tiers: opt.Tiers = None,
+    chat_template: opt.ChatTemplate = None,
+    store: opt.StoreDir = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port. [default: 8090]")] = None,
+) -> None:
+    """Serve a model with every tier warm before the first request.
+
+    Examples:
+
+      keepwarm serve --model ~/models/qwen3-8b.gguf
+
+      keepwarm serve --model m.gguf --engine ~/bin/llama-server -- -ngl 99
+
+      keepwarm serve --upstream http://127.0.0.1:8080 --slot-dir /dev/shm/slots
+    """
+    flags = opt.engine_flags(
+        model=model,
+        engine=engine,
+        upstream=upstream,
+        slot_dir=slot_dir,
+        slots=slots,
+        context=context,
+        threads=threads,
+        tiers=tiers,
+        chat_template=chat_template,
+        store=store,
+    )
+    flags |= {"server.host": host, "server.port": port, "engine.extra": extra or None}
+    settings, places = opt.settings_from(config, flags)
+    set_up_logging(settings.log)
+    asyncio.run(run(settings, places))
+
+
+async def run(settings: Settings, places: Places) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the address can't be listened on.
+        KeepwarmError: the engine or the tiers can't be used; everything begun was ended.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with WarmProgress() as progress:
+        runtime = Runtime(settings, places, on_status=progress.status, on_progress=progress.tokens)
+        _refuse_open_door(settings, has_keys=bool(runtime.keys))
+        app = make_app(runtime)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        await runner.setup()
+        try:
+            address = await _listen(runner, settings)
+            starting = asyncio.create_task(runtime.start())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await starting
+                return
+            starting.result()
+            progress.stop()
+            # Start-up leaves some hundred thousand objects that never die; without them a
+            # collection in the middle of a stream takes microseconds.
+            gc.collect()
+            gc.freeze()
+            for warmed in runtime.warmed:
+                err.print(
+                    f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "
+                    f"{warmed.how} in {warmed.seconds:.2f} s"
+                )
+            err.print(f"keepwarm is ready on {address}")
+            await stopping
+            err.print("stopping")
+            await runtime.stop()
+        finally:
+            await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> str:
+    server = settings.server
+    site = web.TCPSite(runner, server.host, server.port, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {server.port} on {server.host} is in use by another program. Stop it, or "
+                "choose another port with --port."
+            ) from error
+        raise ConfigError(
+            f"Can't listen on {server.host}:{server.port}: {error.strerror}."
+        ) from error
+    host, port = runner.addresses[0][:2]
+    logging.getLogger("keepwarm").debug("listening on %s:%s", host, port)
+    return f"http://{host}:{port}"
+
+
+def _refuse_open_door(settings: Settings, *, has_keys: bool) -> None:
+    host = settings.server.host
+    if not is_loopback(host) and not has_keys:
+        raise ConfigError(
+            f"Listening on {host} would let everyone on the network use this model and see by "
+            "timing what others asked it. Set an API key (server.api_keys or "
+            "server.api_key_file), or listen on 127.0.0.1."
+        )

@@ -1,0 +1,277 @@
+"""Which slot serves a request, and from which source: the least estimated time to first token.
+
+Pure: `choose` gets all it looks at and only decides. Four sources, as a client sees them in
+`X-Keepwarm-Plan`:
+
+1. *slot*: an idle slot already holds a prefix of the prompt.
+2. *snapshot*: the store (or a save that is on its way into it) holds a longer one; it is restored.
+3. *shared*: as 2, but the request has waited for another one's prefill of that prefix.
+4. *cold*: nothing worth using. A long static part is then filled and saved on its own before the
+   rest, so that others can start from it at once.
+
+Each candidate is charged with what its slot loses (see `slots.loss`): what nobody else holds and is
+dearer to prefill than to save is saved first, on the request's own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from keepwarm.core.prompt import Prompt
+from keepwarm.core.rates import Rates
+from keepwarm.core.slots import Loss, Slot, loss
+
+# A static part that is shorter than this isn't worth a fill of its own (render, tokenize, save:
+# about 30 ms) on any machine that needs Keepwarm; a tenth of a second at 1 ms a token.
+FILL_MIN_TOKENS = 96
+# Turn tokens of a template that follow the last message, and the one token always evaluated again.
+_TURN_TOKENS = 6
+
+
+class Source(StrEnum):
+    """Where a request's first tokens come from."""
+
+    SLOT = "slot"
+    SNAPSHOT = "snapshot"
+    SHARED = "shared"
+    COLD = "cold"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The longest prefix of a prompt that can be restored.
+
+    Either an extent of the store or a staged file that is on its way there (`staged_name`).
+    `promise_tokens` of it are certain to be reused.
+    """
+
+    mark_index: int
+    tokens: int
+    promise_tokens: int
+    size_bytes: int
+    ready: bool
+    extent_id: int | None = None
+    staged_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way that was considered, kept to explain the choice."""
+
+    source: Source
+    slot: int
+    reuse_tokens: int
+    ttft_s: float
+    loss_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done for one request.
+
+    `reuse_tokens` is the estimate, `promise_tokens` the part of it that `cache_n` must show.
+    `save_first`: the slot's content is saved before it is overwritten. `fill`: the static part is
+    prefilled and saved on its own. `evict`: other slots to empty, so that a shared pool suffices;
+    True where their content is saved first.
+    """
+
+    source: Source
+    slot: int
+    reuse_tokens: int
+    promise_tokens: int
+    prompt_tokens: int
+    estimate_s: float
+    save_first: bool
+    fill: bool
+    restore: Stored | None
+    evict: tuple[tuple[int, bool], ...]
+    considered: tuple[Option, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What plans need to know of the engine.
+
+    `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
+    recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
+    each has its own part.
+    """
+
+    row_bytes: int
+    cuttable: bool
+    can_save: bool
+    pool_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one request asks for. `static_tokens` is known once its static part was tokenized."""
+
+    prompt: Prompt
+    reply_tokens: int
+    can_fill: bool
+    static_tokens: int | None = None
+    waited_for_fill: bool = False
+
+
+def prompt_tokens(demand: Demand, rates: Rates) -> int:
+    """An estimate of a prompt's length."""
+    per_char = rates.tokens_per_char.value
+    prompt = demand.prompt
+    if prompt.marks[-1].tokens is not None:
+        return prompt.marks[-1].tokens
+    if demand.static_tokens is not None and prompt.static is not None:
+        rest = prompt.chars - prompt.static.chars
+        return demand.static_tokens + int(rest * per_char) + _TURN_TOKENS
+    return int(prompt.chars * per_char) + _TURN_TOKENS
+
+
+def static_tokens(demand: Demand, rates: Rates) -> int:
+    """An estimate of the static part's length."""
+    if demand.static_tokens is not None:
+        return demand.static_tokens
+    static = demand.prompt.static
+    return int(static.chars * rates.tokens_per_char.value) if static else 0
+
+
+def choose(
+    demand: Demand,
+    slots: Sequence[Slot],
+    stored: Stored | None,
+    *,
+    machine: Machine,
+    rates: Rates,
+    now_s: float,
+) -> Plan | None:
+    """The best plan over the idle slots, or None if none is idle or the pool has no room."""
+    total = prompt_tokens(demand, rates)
+    best: tuple[float, Option, Loss, int] | None = None
+    considered: list[Option] = []
+    for slot in slots:
+        if slot.state != "idle":
+            continue
+        for option, lost, promise in _options(
+            demand, slot, stored, total, machine=machine, rates=rates, now_s=now_s
+        ):
+            considered.append(option)
+            cost = option.ttft_s + option.loss_s
+            # The longest idle of equals, so that what was used last stays.
+            if best is None or (cost, slot.idle_since_s) < (
+                best[0],
+                slots[best[1].slot].idle_since_s,
+            ):
+                best = (cost, option, lost, promise)
+    if best is None:
+        return None
+    _, option, lost, promise = best
+    evict = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
+    if evict is None:
+        return None
+    restored = stored if option.source is Source.SNAPSHOT else None
+    source = option.source
+    if restored and demand.waited_for_fill:
+        source = Source.SHARED
+    static = static_tokens(demand, rates)
+    return Plan(
+        source=source,
+        slot=option.slot,
+        reuse_tokens=option.reuse_tokens,
+        promise_tokens=promise,
+        prompt_tokens=total,
+        estimate_s=option.ttft_s + (lost.seconds if lost.save else 0.0),
+        save_first=lost.save,
+        fill=demand.can_fill and static - option.reuse_tokens >= FILL_MIN_TOKENS,
+        restore=restored,
+        evict=evict,
+        considered=tuple(considered),
+    )
+
+
+def _options(
+    demand: Demand,
+    slot: Slot,
+    stored: Stored | None,
+    total: int,
+    *,
+    machine: Machine,
+    rates: Rates,
+    now_s: float,
+) -> list[tuple[Option, Loss, int]]:
+    """The ways one idle slot could serve a prompt of `total` tokens."""
+    content = slot.content
+    index, position = content.match(demand.prompt) if content else (-1, None)
+    kept = position.tokens if position else 0
+    if content and not machine.cuttable and kept != content.tokens:
+        kept = 0
+    kept = min(kept, total - 1)
+
+    def lose(tokens: int) -> Loss:
+        return loss(
+            slot,
+            kept_tokens=tokens,
+            row_bytes=machine.row_bytes,
+            rates=rates,
+            now_s=now_s,
+            can_save=machine.can_save,
+        )
+
+    out: list[tuple[Option, Loss, int]] = []
+    lost = lose(kept)
+    source = Source.SLOT if kept else Source.COLD
+    promise = content.promise(demand.prompt, index) if content and kept else 0
+    ttft = rates.prefill_s(total - kept)
+    out.append((Option(source, slot.id, kept, ttft, lost.seconds), lost, promise))
+    if stored and stored.tokens > kept:
+        reuse = min(stored.tokens, total - 1)
+        ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)
+        ttft += rates.prefill_s(total - reuse)
+        lost = lose(0)
+        option = Option(Source.SNAPSHOT, slot.id, reuse, ttft, lost.seconds)
+        out.append((option, lost, stored.promise_tokens))
+    return out
+
+
+def _make_room(
+    demand: Demand,
+    slots: Sequence[Slot],
+    option: Option,
+    total: int,
+    *,
+    machine: Machine,
+    rates: Rates,
+    now_s: float,
+) -> tuple[tuple[int, bool], ...] | None:
+    """Idle slots to empty so that the prompt and its reply fit into a shared pool.
+
+    None: no room until a busy slot is free. When the pool overflows, llama-server purges idle
+    slots by itself, unsaved and unasked, so the sum is kept here.
+    """
+    if machine.pool_tokens is None:
+        return ()
+    others = [s for s in slots if s.id != option.slot]
+    need = total + demand.reply_tokens + sum(s.content.tokens for s in others if s.content)
+    over = need - machine.pool_tokens
+    if over <= 0:
+        return ()
+
+    def lose(slot: Slot) -> Loss:
+        return loss(
+            slot,
+            kept_tokens=0,
+            row_bytes=machine.row_bytes,
+            rates=rates,
+            now_s=now_s,
+            can_save=machine.can_save,
+        )
+
+    idle = [(s, lose(s)) for s in others if s.state == "idle" and s.content]
+    out: list[tuple[int, bool]] = []
+    for slot, lost in sorted(idle, key=lambda pair: pair[1].seconds):
+        out.append((slot.id, lost.save))
+        over -= slot.content.tokens if slot.content else 0
+        if over <= 0:
+            return tuple(out)
+    # With nothing left to empty the engine itself says that the prompt is too long.
+    return None if any(s.state != "idle" for s in others) else tuple(out)

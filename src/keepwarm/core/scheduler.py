@@ -1,0 +1,526 @@
+"""Slots and the requests that want them: a state machine, events in, effects out.
+
+Theory of operation. Each event is a method that changes the state and returns the effects the shell
+must carry out, in order; each effect that touches a slot ends in exactly one later event about that
+slot (`step_done` or `finished`). Nothing here waits, reads a clock, or does I/O, so every decision
+can be replayed from the log of events.
+
+A request (a `Job`) is queued, then planned (see `plan`), and its slot is led through *steps*:
+empty other slots, save, restore, fill, save, and at last `Start`, which hands the slot to the
+gateway until `finished`. A step that fails only costs warmth: a failed restore leaves an empty slot
+and the request goes on cold.
+
+Invariants (tested as a Hypothesis state machine):
+1. A slot has at most one job, and an idle slot has none.
+2. A job ends exactly once: by `finished`, by `cancelled`, or by a `Fail` effect.
+3. No plan promises tokens which the slot or snapshot isn't known to hold exactly.
+4. With a shared pool, what slots hold plus what is granted stays within it, unless one prompt
+   alone exceeds it (then the engine answers the client).
+5. Only one fill of a static part runs at a time; who needs the same waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from keepwarm.core.effects import (
+    Effect,
+    EraseSlot,
+    Fail,
+    FilledSlot,
+    FillSlot,
+    Interrupt,
+    Outcome,
+    RestoredSlot,
+    RestoreSlot,
+    SavedSlot,
+    SaveSlot,
+    Start,
+    Step,
+    StepFailed,
+)
+from keepwarm.core.plan import (
+    FILL_MIN_TOKENS,
+    Demand,
+    Machine,
+    Plan,
+    Source,
+    Stored,
+    choose,
+    static_tokens,
+)
+from keepwarm.core.prompt import Prompt, Segment
+from keepwarm.core.rates import Rates
+from keepwarm.core.reply import Counts
+from keepwarm.core.slots import Content, Position, Slot, SlotState, loss, positions
+
+# A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
+# gone, and nobody waits for the engine's loop.
+SAVE_AFTER_IDLE_S = 0.3
+
+
+@dataclass(slots=True)
+class Job:
+    """One request in the scheduler. Lower `priority` goes first (0 interactive, 1 batch)."""
+
+    id: str
+    namespace: str
+    prompt: Prompt
+    arrived_s: float
+    deadline_s: float
+    reply_tokens: int = 512
+    priority: int = 0
+    can_fill: bool = False
+    static_tokens: int | None = None
+    static_shared: bool = False
+    waited_for_fill: bool = False
+    gone: bool = False
+    plan: Plan | None = None
+
+    def demand(self) -> Demand:
+        """What the plan needs to know of it."""
+        return Demand(
+            self.prompt,
+            self.reply_tokens,
+            self.can_fill,
+            self.static_tokens,
+            self.waited_for_fill,
+        )
+
+
+# Finds the longest restorable prefix: marks' digests in order -> what is stored.
+Lookup = Callable[[Prompt, str], Stored | None]
+
+
+@dataclass(slots=True)
+class _Fresh:
+    """A static part that was just saved and that the store is still taking in."""
+
+    staged_name: str
+    tokens: int
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The state of all slots and requests. See the module's text.
+
+    Args of the events are seconds of one monotonic clock (`now_s`).
+    """
+
+    slots: list[Slot]
+    machine: Machine
+    rates: Rates
+    lookup: Lookup
+    queue_limit: int = 256
+    up: bool = True
+    jobs: dict[str, Job] = field(default_factory=dict)
+    _queue: list[str] = field(default_factory=list)
+    _scripts: dict[int, deque[Step]] = field(default_factory=dict)
+    _running: dict[int, Step] = field(default_factory=dict)
+    _helping: dict[int, int] = field(default_factory=dict)
+    _fills: dict[bytes, str] = field(default_factory=dict)
+    _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
+
+    def submit(self, job: Job, now_s: float) -> list[Effect]:
+        """A request has come."""
+        if len(self._queue) >= self.queue_limit:
+            return [Fail(job.id, "queue_full")]
+        self.jobs[job.id] = job
+        self._queue.append(job.id)
+        return self._dispatch(now_s)
+
+    def step_done(self, step: Step, outcome: Outcome, now_s: float) -> list[Effect]:
+        """A step has ended. One that ran on an engine which died meanwhile is ignored."""
+        if self._running.get(step.slot) is not step:
+            return []
+        del self._running[step.slot]
+        slot = self.slots[step.slot]
+        self._apply(slot, step, outcome)
+        return [*self._advance(slot, now_s), *self._dispatch(now_s)]
+
+    def finished(
+        self,
+        job_id: str,
+        now_s: float,
+        *,
+        counts: Counts | None,
+        reply: Segment | None,
+        touched: bool = True,
+    ) -> list[Effect]:
+        """A forwarded request has ended.
+
+        Args:
+            job_id: which.
+            now_s: when.
+            counts: the engine's counts; None if the reply didn't come to its end.
+            reply: what the model said, as the client will send it back.
+            touched: False if the engine refused the request before it looked at the slot.
+        """
+        job = self.jobs.pop(job_id, None)
+        if job is None or job.plan is None:
+            return []
+        slot = self.slots[job.plan.slot]
+        if slot.job != job_id:
+            return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
+        if counts is not None:
+            self._learn(job, slot, counts, reply)
+        elif touched:
+            self._unsure(job, slot)
+        self._free(slot, now_s)
+        effects: list[Effect] = []
+        if slot.content and slot.content.turns > 1:
+            # A conversation that has gone on before will go on again, perhaps after a crash.
+            effects += self._save_if_worth(slot, now_s)
+        return [*effects, *self._dispatch(now_s)]
+
+    def cancelled(self, job_id: str, now_s: float) -> list[Effect]:
+        """The client has gone before its request was forwarded."""
+        job = self.jobs.get(job_id)
+        if job is None:
+            return []
+        job.gone = True
+        if job_id in self._queue:
+            self._queue.remove(job_id)
+            del self.jobs[job_id]
+        # Otherwise a step runs for it; the slot is freed when that has ended. A long one is cut
+        # short unless others wait for what it makes.
+        effects: list[Effect] = []
+        running = self._running.get(job.plan.slot) if job.plan else None
+        static = job.prompt.static
+        if isinstance(running, FillSlot) and static:
+            waiting = (self.jobs[j].prompt.static for j in self._queue)
+            if not any(s and s.digest == static.digest for s in waiting):
+                effects.append(Interrupt(running))
+        return [*effects, *self._dispatch(now_s)]
+
+    def engine_down(self, now_s: float) -> list[Effect]:
+        """The engine is gone, and with it what every slot held. Planned requests queue again."""
+        self.up = False
+        for slot in self.slots:
+            slot.content = None
+            job = self.jobs.get(slot.job) if slot.job else None
+            planned_here = job is not None and job.plan is not None and job.plan.slot == slot.id
+            if slot.state is SlotState.PREPARING and job and planned_here:
+                self._requeue(job)
+            slot.state, slot.job, slot.idle_since_s = SlotState.IDLE, None, now_s
+        self._scripts.clear()
+        self._running.clear()
+        self._helping.clear()
+        self._fills.clear()
+        return []
+
+    def retry(self, job_id: str, now_s: float) -> list[Effect]:
+        """A forwarded request got no byte of an answer: plan it again, ahead of the others."""
+        job = self.jobs.get(job_id)
+        if job is None or job.plan is None:
+            return []
+        slot = self.slots[job.plan.slot]
+        if slot.job == job_id:
+            slot.content = None
+            self._free(slot, now_s)
+        self._requeue(job)
+        return self._dispatch(now_s)
+
+    def engine_up(self, now_s: float) -> list[Effect]:
+        """The engine serves again; `set_content` has told what was warmed."""
+        self.up = True
+        return self._dispatch(now_s)
+
+    def absorbed(self, staged_name: str) -> None:
+        """The store has taken a staged file in (or refused it): look-ups answer from now on."""
+        for digest, fresh in list(self._fresh.items()):
+            if fresh.staged_name == staged_name:
+                del self._fresh[digest]
+
+    def tick(self, now_s: float) -> list[Effect]:
+        """Time has passed: save what has been idle, end what has waited too long."""
+        effects: list[Effect] = []
+        for job_id in [j for j in self._queue if self.jobs[j].deadline_s <= now_s]:
+            self._queue.remove(job_id)
+            del self.jobs[job_id]
+            effects.append(Fail(job_id, "deadline"))
+        if not self._queue and self.up:
+            for slot in self.slots:
+                if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
+                    effects += self._save_if_worth(slot, now_s)
+        return [*effects, *self._dispatch(now_s)]
+
+    def drain(self, now_s: float) -> list[Effect]:
+        """Save what is worth it in every idle slot, before the engine is stopped."""
+        return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
+
+    def set_content(self, slot_id: int, content: Content | None, now_s: float) -> None:
+        """Tell what a slot holds; only for an idle slot, by who warmed it."""
+        slot = self.slots[slot_id]
+        assert slot.state is SlotState.IDLE
+        slot.content, slot.idle_since_s = content, now_s
+
+    @property
+    def queued(self) -> int:
+        """Requests without a slot."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot is prepared or serving."""
+        return any(slot.state is not SlotState.IDLE for slot in self.slots)
+
+    def unsaved(self, now_s: float) -> bool:
+        """Whether a later tick might save something."""
+        return any(self._worth_saving(slot, now_s) for slot in self.slots)
+
+    def _dispatch(self, now_s: float) -> list[Effect]:
+        """Give idle slots to waiting requests, first come first served within a priority."""
+        effects: list[Effect] = []
+        if not self.up:
+            return effects
+        for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
+            job = self.jobs[job_id]
+            stored = self._stored(job)
+            if self._waits_for_fill(job, stored):
+                job.waited_for_fill = True
+                continue
+            plan = choose(
+                job.demand(),
+                self.slots,
+                stored,
+                machine=self.machine,
+                rates=self.rates,
+                now_s=now_s,
+            )
+            if plan is None:
+                break
+            self._queue.remove(job_id)
+            effects += self._begin(job, plan, now_s)
+        return effects
+
+    def _stored(self, job: Job) -> Stored | None:
+        """The longest of what the store holds and what is on its way into it."""
+        stored = self.lookup(job.prompt, job.namespace)
+        static = job.prompt.static
+        fresh = self._fresh.get(static.digest) if static else None
+        if fresh and (stored is None or stored.tokens < fresh.tokens):
+            return Stored(
+                mark_index=job.prompt.static_index,
+                tokens=fresh.tokens,
+                promise_tokens=fresh.tokens,
+                size_bytes=fresh.size_bytes,
+                ready=True,
+                staged_name=fresh.staged_name,
+            )
+        return stored
+
+    def _waits_for_fill(self, job: Job, stored: Stored | None) -> bool:
+        """Whether another request is prefilling this one's static part right now.
+
+        Waiting is never slower than prefilling the same beside it: the fill is ahead of us, and
+        two prefills share the machine.
+        """
+        static = job.prompt.static
+        if static is None or static.digest not in self._fills or not job.can_fill:
+            return False
+        known = stored.tokens if stored else 0
+        return static_tokens(job.demand(), self.rates) - known >= FILL_MIN_TOKENS
+
+    def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
+        slot = self.slots[plan.slot]
+        job.plan = plan
+        slot.state, slot.job = SlotState.PREPARING, job.id
+        script: deque[Step] = deque()
+        effects: list[Effect] = []
+        for other_id, save in plan.evict:
+            other = self.slots[other_id]
+            other.state, other.job = SlotState.PREPARING, job.id
+            steps: list[Step] = (
+                [self._save_step(other), EraseSlot(other_id)] if save else [EraseSlot(other_id)]
+            )
+            self._scripts[other_id] = deque(steps)
+            self._helping[other_id] = slot.id
+        if plan.save_first:
+            script.append(self._save_step(slot))
+        if plan.restore:
+            script.append(RestoreSlot(slot.id, plan.restore, job.id))
+        if plan.fill and job.prompt.static:
+            script.append(FillSlot(slot.id, job.id))
+            self._fills[job.prompt.static.digest] = job.id
+        self._scripts[slot.id] = script
+        for other_id, _ in plan.evict:
+            effects += self._advance(self.slots[other_id], now_s)
+        if not plan.evict:
+            effects += self._advance(slot, now_s)
+        return effects
+
+    def _advance(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Take the next step of a slot's script, or end it."""
+        if slot.state is not SlotState.PREPARING or slot.id in self._running:
+            return []
+        job = self.jobs.get(slot.job) if slot.job else None
+        script = self._scripts.get(slot.id)
+        helped = self._helping.get(slot.id)
+        if script and (job is None or not job.gone or isinstance(script[0], SaveSlot)):
+            step = script.popleft()
+            self._running[slot.id] = step
+            return [step]
+        self._scripts.pop(slot.id, None)
+        if helped is not None:
+            del self._helping[slot.id]
+            self._free(slot, now_s)
+            target = self.slots[helped]
+            return [] if helped in self._helping.values() else self._advance(target, now_s)
+        if job is None or job.plan is None:
+            self._free(slot, now_s)
+            return []
+        self._end_fill(job)
+        if job.gone:
+            del self.jobs[job.id]
+            self._free(slot, now_s)
+            return []
+        slot.state = SlotState.SERVING
+        return [Start(job.id, job.plan)]
+
+    def _apply(self, slot: Slot, step: Step, outcome: Outcome) -> None:
+        """What a step's outcome says of its slot."""
+        job = self.jobs.get(slot.job) if slot.job else None
+        if isinstance(outcome, StepFailed):
+            if outcome.emptied:
+                slot.content = None
+            if isinstance(step, RestoreSlot) and job and job.plan:
+                job.plan = replace(
+                    job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
+                )
+            return
+        if isinstance(step, EraseSlot):
+            slot.content = None
+        elif isinstance(step, SaveSlot) and isinstance(outcome, SavedSlot):
+            if slot.content:
+                slot.content.saved_tokens = outcome.tokens
+            if step.static and job and job.prompt.static:
+                self._fresh[job.prompt.static.digest] = _Fresh(
+                    outcome.staged_name, outcome.tokens, outcome.size_bytes
+                )
+        elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
+            slot.content = self._restored_content(job, step.stored, outcome.tokens)
+        elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
+            self._filled(slot, job, outcome.tokens)
+
+    def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
+        static = job.prompt.static
+        assert static
+        job.static_tokens = tokens
+        known = {static.digest: Position(tokens, exact=True)}
+        marks = positions(
+            job.prompt.marks[: job.prompt.static_index + 1], known=known, total_tokens=tokens
+        )
+        namespace = "" if job.static_shared else job.namespace
+        slot.content = Content(namespace, marks, tokens)
+        if job.plan:
+            job.plan = replace(job.plan, promise_tokens=tokens)
+        if self.machine.can_save:
+            save = replace(self._save_step(slot), static=True)
+            self._scripts.setdefault(slot.id, deque()).appendleft(save)
+
+    def _restored_content(self, job: Job, stored: Stored, tokens: int) -> Content:
+        marks: dict[bytes, Position] = {}
+        prompt = job.prompt
+        static = prompt.static
+        if static and stored.mark_index >= prompt.static_index and stored.promise_tokens:
+            marks[static.digest] = Position(stored.promise_tokens, exact=True)
+        matched = prompt.marks[: stored.mark_index + 1]
+        exact = stored.promise_tokens == stored.tokens
+        if matched and exact:
+            marks[matched[-1].digest] = Position(stored.tokens, exact=True)
+        marks |= positions(matched, known=marks, total_tokens=stored.tokens)
+        shared = job.static_shared and stored.mark_index <= prompt.static_index
+        return Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens)
+
+    def _learn(self, job: Job, slot: Slot, counts: Counts, reply: Segment | None) -> None:
+        """A slot's new content after a request, and the rates that its reply taught."""
+        prompt = job.prompt
+        known = dict(slot.content.marks) if slot.content else {}
+        if job.static_tokens is not None and prompt.static:
+            known[prompt.static.digest] = Position(job.static_tokens, exact=True)
+        marks: dict[bytes, Position] = positions(
+            prompt.marks, known=known, total_tokens=counts.prompt
+        )
+        saved = 0
+        if slot.content:
+            saved = min(slot.content.saved_tokens, counts.cached)
+        total = counts.prompt + max(counts.decoded - 1, 0)
+        turns = prompt.turns
+        if reply is not None:
+            marks[prompt.continued(reply).digest] = Position(total, exact=False)
+        slot.content = Content(job.namespace, marks, total, saved_tokens=saved, turns=turns)
+        self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
+        if counts.prompt >= 64 and prompt.marks[-1].tokens is None:
+            self.rates.tokens_per_char.learn(counts.prompt / max(prompt.chars, 1))
+
+    def _unsure(self, job: Job, slot: Slot) -> None:
+        """A reply ended without counts (a hang-up, an error): keep only what was there before.
+
+        The engine may have cut the slot or gone on from it; what the plan reused is still its
+        beginning. Nothing in it is promised.
+        """
+        plan = job.plan
+        content = slot.content
+        if content is None or plan is None:
+            return
+        marks = {
+            d: Position(p.tokens, exact=False)
+            for d, p in content.marks.items()
+            if p.tokens <= plan.reuse_tokens
+        }
+        tokens = max((p.tokens for p in marks.values()), default=0)
+        saved = min(content.saved_tokens, tokens)
+        slot.content = Content(content.namespace, marks, tokens, saved, content.turns)
+        if not marks:
+            slot.content = None
+
+    def _worth_saving(self, slot: Slot, now_s: float) -> bool:
+        content = slot.content
+        if slot.state is not SlotState.IDLE or content is None or not self.machine.can_save:
+            return False
+        return loss(
+            slot,
+            kept_tokens=0,
+            row_bytes=self.machine.row_bytes,
+            rates=self.rates,
+            now_s=now_s,
+            can_save=True,
+        ).save
+
+    def _save_if_worth(self, slot: Slot, now_s: float) -> list[Effect]:
+        if not self._worth_saving(slot, now_s):
+            return []
+        slot.state = SlotState.PREPARING
+        self._scripts[slot.id] = deque([self._save_step(slot)])
+        return self._advance(slot, now_s)
+
+    def _save_step(self, slot: Slot) -> SaveSlot:
+        content = slot.content
+        assert content
+        return SaveSlot(
+            slot.id,
+            content.namespace,
+            tuple(content.marks.items()),
+            prefill_s=self.rates.prefill_s(content.tokens),
+            static=False,
+        )
+
+    def _requeue(self, job: Job) -> None:
+        job.plan = None
+        if job.gone:
+            del self.jobs[job.id]
+        else:
+            self._queue.insert(0, job.id)
+
+    def _end_fill(self, job: Job) -> None:
+        static = job.prompt.static
+        if static and self._fills.get(static.digest) == job.id:
+            del self._fills[static.digest]
+
+    def _free(self, slot: Slot, now_s: float) -> None:
+        slot.state, slot.job, slot.idle_since_s = SlotState.IDLE, None, now_s
+        slot.uses += 1

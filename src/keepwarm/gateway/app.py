@@ -1,0 +1,171 @@
+"""The HTTP server: routes, errors, health, metrics."""
+
+from __future__ import annotations
+
+import logging
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from keepwarm.core.prompt import Api
+from keepwarm.errors import EngineRefusedError, KeepwarmError, RequestError, TooLargeError
+from keepwarm.gateway.proxy import Proxy, error_response
+from keepwarm.gateway.runtime import Runtime, State
+from keepwarm.gateway.tiering import AUTO
+
+log = logging.getLogger("keepwarm")
+
+_PLANNED: dict[str, Api] = {
+    "/v1/chat/completions": "chat",
+    "/chat/completions": "chat",
+    "/v1/messages": "messages",
+    "/v1/responses": "responses",
+    "/responses": "responses",
+    "/completion": "completion",
+    "/completions": "completion",
+    "/v1/completions": "completion",
+}
+
+
+def make_app(runtime: Runtime) -> web.Application:
+    """The application over a runtime, which may still be starting."""
+    app = web.Application(
+        client_max_size=runtime.settings.server.max_body_bytes,
+        middlewares=[_errors(runtime)],
+    )
+    proxy = Proxy(runtime)
+    site = _Site(runtime)
+
+    async def close(_: web.Application) -> None:
+        await proxy.close()
+
+    app.on_cleanup.append(close)
+
+    def planned(api: Api) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await proxy.handle(request, api)
+
+        return handle
+
+    for path, api in _PLANNED.items():
+        app.router.add_post(path, planned(api))
+    app.router.add_get("/health", site.health)
+    app.router.add_get("/metrics", site.metrics)
+    app.router.add_get("/v1/models", site.models)
+    app.router.add_get("/models", site.models)
+    app.router.add_get("/keepwarm/status", site.status)
+    app.router.add_post("/slots/{id}", site.refuse_slot_action)
+    app.router.add_route("*", "/{path:.*}", proxy.pass_through)
+    return app
+
+
+def _errors(runtime: Runtime) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except EngineRefusedError as error:
+            return web.Response(
+                body=error.body, status=error.refused_status, content_type="application/json"
+            )
+        except KeepwarmError as error:
+            runtime.metrics.failed(error.kind)
+            if error.status >= 500:
+                log.warning("%s %s: %s", request.method, request.path, error)
+            return error_response(error)
+        except web.HTTPRequestEntityTooLarge:
+            limit = runtime.settings.server.max_body_bytes
+            return error_response(
+                TooLargeError(f"The request body is over {limit:,} bytes (server.max_body_bytes).")
+            )
+
+    return middleware
+
+
+class _Site:
+    """Keepwarm's own pages."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def health(self, _: web.Request) -> web.StreamResponse:
+        """200 only when all pinned prefixes are warm."""
+        runtime = self._runtime
+        ready = runtime.state is State.READY
+        body = {"status": "ok" if ready else runtime.state.value, "detail": runtime.status}
+        return _json(body, status=200 if ready else 503)
+
+    async def metrics(self, _: web.Request) -> web.StreamResponse:
+        """Keepwarm's metrics and the engine's."""
+        runtime = self._runtime
+        if hasattr(runtime, "dispatcher"):
+            runtime.metrics.queue.set(runtime.dispatcher.scheduler.queued)
+            runtime.metrics.store_bytes.set(runtime.store.stats().used_bytes)
+        text = runtime.metrics.text()
+        try:
+            async with runtime.client.session.get(runtime.client.base_url + "/metrics") as reply:
+                if reply.status == 200:
+                    text += await reply.read()
+        except (aiohttp.ClientError, AttributeError):
+            log.debug("the engine's metrics aren't available")
+        return web.Response(body=text, content_type="text/plain", charset="utf-8")
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """The engine's model and the tiers as virtual ones."""
+        runtime = self._runtime
+        runtime.keys.namespace(request.headers)
+        await runtime.admitted()
+        base = runtime.client.base_url + "/v1/models"
+        async with runtime.client.session.get(base) as reply:
+            body = msgspec.json.decode(await reply.read())
+        created = int(runtime.started_s)
+        for name in (*runtime.tiers.names, AUTO):
+            tier = runtime.tiers.get(name)
+            text = tier.description if tier else "routed to the smallest tier that can do the task"
+            body.setdefault("data", []).append(
+                {
+                    "id": name,
+                    "object": "model",
+                    "created": created,
+                    "owned_by": "keepwarm",
+                    "description": text,
+                }
+            )
+        return _json(body)
+
+    async def status(self, request: web.Request) -> web.StreamResponse:
+        """What is warm where."""
+        runtime = self._runtime
+        runtime.keys.namespace(request.headers)
+        body = {
+            "state": runtime.state.value,
+            "status": runtime.status,
+            "engine_pid": runtime.engine_pid,
+            "warmed": [w.as_dict() for w in runtime.warmed],
+        }
+        if hasattr(runtime, "dispatcher"):
+            body["slots"] = [
+                {
+                    "id": slot.id,
+                    "state": slot.state.value,
+                    "tokens": slot.content.tokens if slot.content else 0,
+                    "saved_tokens": slot.content.saved_tokens if slot.content else 0,
+                }
+                for slot in runtime.dispatcher.scheduler.slots
+            ]
+            body["store"] = msgspec.to_builtins(runtime.store.stats())
+        return _json(body)
+
+    async def refuse_slot_action(self, _: web.Request) -> web.StreamResponse:
+        """Slots are Keepwarm's to change."""
+        raise RequestError(
+            "Slots are saved, restored and erased by Keepwarm itself; /slots is read-only here."
+        )
+
+
+def _json(body: object, *, status: int = 200) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(body), status=status, content_type="application/json"
+    )

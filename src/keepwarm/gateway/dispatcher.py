@@ -1,0 +1,324 @@
+"""Carries out the scheduler's effects: the only place where slots are saved, restored and filled.
+
+Theory of operation. One event loop owns the scheduler. A request calls `acquire`, which ends when
+its slot is ready, and then `finish` exactly once (or `retry`, which is `acquire` again). Steps run
+as tasks, one at a time a slot; each reports its outcome to the scheduler, whose next effects are
+carried out at once. Store work that nobody waits for (taking a saved file in) runs behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from keepwarm.core.effects import (
+    Effect,
+    EraseSlot,
+    Fail,
+    FilledSlot,
+    FillSlot,
+    Interrupt,
+    Outcome,
+    RestoredSlot,
+    RestoreSlot,
+    SavedSlot,
+    SaveSlot,
+    Start,
+    Step,
+    StepFailed,
+)
+from keepwarm.core.plan import Plan
+from keepwarm.core.prompt import Segment
+from keepwarm.core.rates import Rates
+from keepwarm.core.reply import Counts
+from keepwarm.core.scheduler import Job, Scheduler
+from keepwarm.engine.client import EngineClient
+from keepwarm.engine.static_end import static_tokens
+from keepwarm.errors import DeadlineError, EngineError, QueueFullError, SnapshotError
+from keepwarm.gateway.metrics import Metrics
+from keepwarm.gateway.slot_store import SlotStore
+from keepwarm.store.types import Origin
+
+_TICK_S = 0.1
+# Static parts whose tokens are remembered, so that filling one again needs no rendering.
+_KNOWN_STATICS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A slot for one request, and what getting it cost in seconds."""
+
+    plan: Plan
+    queued_s: float
+    prepared_s: float
+
+
+@dataclass(slots=True)
+class _Waiting:
+    future: asyncio.Future[Plan]
+    begun_s: float | None = None
+
+
+class Dispatcher:
+    """See the module. All methods are called on the event loop that made it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        client: EngineClient,
+        snapshots: SlotStore,
+        metrics: Metrics,
+        supervise: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self.scheduler = scheduler
+        self.metrics = metrics
+        self._client = client
+        self._snapshots = snapshots
+        self._supervise = supervise
+        self._waiting: dict[str, _Waiting] = {}
+        self._bodies: dict[str, dict[str, Any]] = {}
+        self._fills: dict[int, asyncio.Task[Any]] = {}
+        self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """What things cost here."""
+        return self.scheduler.rates
+
+    def start(self) -> None:
+        """Begin the clock that saves idle slots and ends waits."""
+        self._ticking = self._supervise(self._tick())
+
+    async def acquire(self, job: Job, static_body: dict[str, Any] | None) -> Grant:
+        """Wait until a slot is ready for a request.
+
+        Args:
+            job: the request; its id must be new.
+            static_body: a chat body to render its static part from; None if it can't be filled.
+
+        Raises:
+            QueueFullError, DeadlineError: it was not forwarded and holds nothing.
+        """
+        known = job.prompt.static and self._statics.get(job.prompt.static.digest)
+        if known:
+            job.static_tokens = len(known)
+        if static_body is not None:
+            self._bodies[job.id] = static_body
+            job.can_fill = True
+        return await self._wait(job, lambda now_s: self.scheduler.submit(job, now_s))
+
+    async def retry(self, job: Job) -> Grant:
+        """Give a slot back whose engine gave no answer, and wait for another.
+
+        Raises: as `acquire`.
+        """
+        return await self._wait(job, lambda now_s: self.scheduler.retry(job.id, now_s))
+
+    def finish(
+        self, job: Job, *, counts: Counts | None, reply: Segment | None, touched: bool = True
+    ) -> None:
+        """Give a slot back; see `Scheduler.finished`. Calling it again does nothing."""
+        self._bodies.pop(job.id, None)
+        self._perform(
+            self.scheduler.finished(
+                job.id, time.monotonic(), counts=counts, reply=reply, touched=touched
+            )
+        )
+
+    def know_static(self, digest: bytes, tokens: list[int]) -> None:
+        """Remember a static part's tokens."""
+        self._statics[digest] = tokens
+        self._statics.move_to_end(digest)
+        if len(self._statics) > _KNOWN_STATICS:
+            self._statics.popitem(last=False)
+
+    def engine_down(self) -> None:
+        """The engine is gone and every slot empty."""
+        self._perform(self.scheduler.engine_down(time.monotonic()))
+
+    def engine_up(self) -> None:
+        """The engine is back and warmed."""
+        self._perform(self.scheduler.engine_up(time.monotonic()))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for running requests, then save what is worth it, within a time."""
+        deadline = time.monotonic() + timeout_s
+        while self.scheduler.busy and time.monotonic() < deadline:  # noqa: ASYNC110 - at shutdown
+            await asyncio.sleep(0.02)
+        self._perform(self.scheduler.drain(time.monotonic()))
+        while self.scheduler.busy and time.monotonic() < deadline + 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def _wait(self, job: Job, event: Callable[[float], list[Effect]]) -> Grant:
+        waiting = _Waiting(asyncio.get_running_loop().create_future())
+        self._waiting[job.id] = waiting
+        began_s = time.monotonic()
+        try:
+            self._perform(event(began_s))
+            plan = await waiting.future
+        except asyncio.CancelledError:
+            if waiting.future.done() and not waiting.future.cancelled():
+                # The slot was ready in the same moment: it was granted, so it is given back.
+                self.finish(job, counts=None, reply=None, touched=False)
+            else:
+                self._perform(self.scheduler.cancelled(job.id, time.monotonic()))
+            raise
+        finally:
+            del self._waiting[job.id]
+        now_s = time.monotonic()
+        prepared_s = now_s - (waiting.begun_s or now_s)
+        return Grant(plan, queued_s=now_s - began_s - prepared_s, prepared_s=prepared_s)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Start):
+                self._resolve(effect.job, effect.plan)
+            elif isinstance(effect, Fail):
+                self._refuse(effect)
+            elif isinstance(effect, Interrupt):
+                if task := self._fills.get(effect.step.slot):
+                    task.cancel()
+            else:
+                self._mark_begun(effect)
+                self._supervise(self._run(effect))
+
+    def _resolve(self, job_id: str, plan: Plan) -> None:
+        waiting = self._waiting.get(job_id)
+        if waiting and not waiting.future.done():
+            waiting.future.set_result(plan)
+
+    def _refuse(self, effect: Fail) -> None:
+        self._bodies.pop(effect.job, None)
+        waiting = self._waiting.get(effect.job)
+        if waiting is None or waiting.future.done():
+            return
+        if effect.reason == "queue_full":
+            waiting.future.set_exception(
+                QueueFullError("Too many requests are waiting for a slot. Try again later.")
+            )
+        else:
+            waiting.future.set_exception(
+                DeadlineError("No slot was free within the time a request may wait.")
+            )
+
+    def _mark_begun(self, step: Step) -> None:
+        job_id = self.scheduler.slots[step.slot].job
+        waiting = self._waiting.get(job_id) if job_id else None
+        if waiting and waiting.begun_s is None:
+            waiting.begun_s = time.monotonic()
+
+    async def _run(self, step: Step) -> None:
+        try:
+            outcome = await self._step(step)
+        except SnapshotError as error:
+            self.metrics.miss(error.reason)
+            outcome = StepFailed(emptied=isinstance(step, RestoreSlot))
+        except EngineError:
+            # A refused restore clears the slot; after any other failure its state is unknown.
+            outcome = StepFailed(emptied=not isinstance(step, SaveSlot))
+        self._perform(self.scheduler.step_done(step, outcome, time.monotonic()))
+
+    async def _step(self, step: Step) -> Outcome:
+        if isinstance(step, SaveSlot):
+            return await self._save(step)
+        if isinstance(step, RestoreSlot):
+            return await self._restore(step)
+        if isinstance(step, FillSlot):
+            return await self._fill(step)
+        if isinstance(step, EraseSlot):
+            await self._client.erase(step.slot)
+        return None
+
+    async def _save(self, step: SaveSlot) -> Outcome:
+        content = self.scheduler.slots[step.slot].content
+        tokens = content.tokens if content else 0
+        name = await self._snapshots.expect(tokens)
+        began_s = time.monotonic()
+        try:
+            info = await self._client.save(step.slot, name)
+        except EngineError:
+            await self._snapshots.discard(name)
+            raise
+        taken_s = time.monotonic() - began_s
+        self.rates.observe_bytes(
+            self.rates.save_s_per_byte, size_bytes=info.size_bytes, seconds=taken_s
+        )
+        if not info.tokens:
+            await self._snapshots.discard(name)
+            return StepFailed(emptied=True)
+        self._supervise(self._absorb(step, name, info.tokens))
+        return SavedSlot(name, info.tokens, info.size_bytes)
+
+    async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
+        try:
+            await self._snapshots.absorb(
+                name,
+                namespace=step.namespace,
+                marks=step.marks,
+                tokens=tokens,
+                prefill_s=step.prefill_s,
+                origin=Origin.FILL if step.static else Origin.CONVERSATION,
+            )
+        except SnapshotError as error:
+            self.metrics.miss(error.reason)
+        finally:
+            self.scheduler.absorbed(name)
+
+    async def _restore(self, step: RestoreSlot) -> Outcome:
+        began_s = time.monotonic()
+        async with self._snapshots.ready(step.stored) as file:
+            assembled_s = time.monotonic() - began_s
+            info = await self._client.restore(step.slot, file.name)
+        taken_s = time.monotonic() - began_s
+        self.metrics.restored(taken_s)
+        self.rates.observe_bytes(
+            self.rates.restore_s_per_byte,
+            size_bytes=info.size_bytes,
+            seconds=taken_s - assembled_s,
+        )
+        if not step.stored.ready:
+            self.rates.observe_bytes(
+                self.rates.assemble_s_per_byte, size_bytes=info.size_bytes, seconds=assembled_s
+            )
+        if info.tokens != file.tokens:
+            raise SnapshotError("The engine restored another number of tokens.", reason="restore")
+        return RestoredSlot(info.tokens)
+
+    async def _fill(self, step: FillSlot) -> Outcome:
+        task = asyncio.ensure_future(self._fill_static(step))
+        self._fills[step.slot] = task
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                return StepFailed(emptied=True)
+            task.cancel()
+            raise
+        finally:
+            self._fills.pop(step.slot, None)
+
+    async def _fill_static(self, step: FillSlot) -> Outcome:
+        job = self.scheduler.jobs.get(step.job)
+        if job is None or job.prompt.static is None:
+            return StepFailed(emptied=False)
+        digest = job.prompt.static.digest
+        tokens = self._statics.get(digest)
+        if tokens is None:
+            tokens = await static_tokens(self._client, self._bodies[step.job])
+            self.know_static(digest, tokens)
+        if not tokens:
+            return StepFailed(emptied=False)
+        counts = await self._client.fill(tokens, slot=step.slot)
+        self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
+        self.metrics.filled(counts)
+        return FilledSlot(len(tokens))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._perform(self.scheduler.tick(time.monotonic()))

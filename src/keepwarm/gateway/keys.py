@@ -1,0 +1,82 @@
+"""API keys: who a request is from, and so which namespace it sees."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from keepwarm.errors import ConfigError, UnauthorizedError
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+class Keyring:
+    """Known API keys. Without any, everyone is one and the same."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        """Take keys by name. Digests are compared, so that lengths don't show in timing either."""
+        self._digests = {name: _digest(key) for name, key in keys.items()}
+
+    def __bool__(self) -> bool:
+        """Whether a key is asked for."""
+        return bool(self._digests)
+
+    def namespace(self, headers: Mapping[str, str]) -> str:
+        """The namespace of a request: that of its key (`Authorization: Bearer` or `x-api-key`).
+
+        Raises:
+            UnauthorizedError: keys are set and this one isn't among them.
+        """
+        if not self._digests:
+            return "local"
+        given = headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+        digest = _digest(given.strip())
+        found = ""
+        for name, known in self._digests.items():
+            # All are compared, in constant time each: timing tells nothing of which one it is.
+            if hmac.compare_digest(digest, known):
+                found = name
+        if not found:
+            raise UnauthorizedError(
+                "This Keepwarm asks for an API key. Send it as `Authorization: Bearer KEY`."
+            )
+        return found
+
+
+def load_keys(keys: Sequence[str], file: str) -> Keyring:
+    """Keys from the settings and from a file of `name:key` or `key` lines.
+
+    A key without a name is named by its digest, so that its namespace outlives its place in the
+    file.
+
+    Raises:
+        ConfigError: the file can't be read, or a line holds no key.
+    """
+    lines = list(keys)
+    if file:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"The API key file {file} can't be read: {error.strerror}."
+            ) from error
+        lines += [line.strip() for line in text.splitlines() if line.strip()[:1] not in ("", "#")]
+    named: dict[str, str] = {}
+    for line in lines:
+        name, colon, key = line.rpartition(":")
+        key = key.strip()
+        if not key or (colon and not name.strip()):
+            raise ConfigError("An API key is empty: give `name:key` or `key`.")
+        named[name.strip() or _digest(key).hex()[:12]] = key
+    return Keyring(named)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    return host.startswith(_LOOPBACK)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

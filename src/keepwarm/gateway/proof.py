@@ -1,0 +1,163 @@
+"""Prove each plan by the engine's own count, and learn which prefixes clients repeat."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from keepwarm.core.plan import FILL_MIN_TOKENS, Plan
+from keepwarm.core.reply import Counts
+from keepwarm.core.scheduler import Job
+from keepwarm.errors import EngineError, SnapshotError
+from keepwarm.gateway.tiering import Tiered
+from keepwarm.gateway.warm import Target, tier_targets
+from keepwarm.store.types import Origin
+
+if TYPE_CHECKING:
+    from keepwarm.gateway.runtime import Runtime
+
+log = logging.getLogger("keepwarm")
+
+# A prefix is learned when it is seen for the second time within this many distinct ones.
+_SEEN_LIMIT = 4096
+
+
+class Prover:
+    """Counts hits and misses; pins what comes again; looks into broken promises."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._seen: dict[bytes, int] = {}
+
+    def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
+        """Compare what was promised with what the engine reused."""
+        runtime = self._runtime
+        name = tier.tier.name if tier.tier else "none"
+        runtime.metrics.replied(
+            plan=plan.source,
+            tier=name,
+            counts=counts,
+            ttft_s=ttft_s,
+            prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
+        )
+        log.info(
+            "%s tier=%s plan=%s cached=%d prefilled=%d decoded=%d ttft=%.3fs",
+            job.id,
+            name,
+            plan.source.value,
+            counts.cached,
+            counts.prefilled,
+            counts.decoded,
+            ttft_s,
+        )
+        # One token is always evaluated again, so a prompt that is all known reuses one less.
+        if counts.cached < min(plan.promise_tokens, counts.prompt - 1):
+            runtime.supervise(self._broken(job, plan, counts))
+        elif job.prompt.static and not tier.tier and runtime.settings.store.learned:
+            self._learn(job)
+
+    async def _broken(self, job: Job, plan: Plan, counts: Counts) -> None:
+        """Fewer tokens were reused than promised: find out why, and mend it."""
+        runtime = self._runtime
+        log.warning(
+            "%s: promised %d tokens from a %s, the engine reused %d",
+            job.id,
+            plan.promise_tokens,
+            plan.source.value,
+            counts.cached,
+        )
+        if await self._template_moved():
+            runtime.metrics.miss("template_changed")
+            log.warning("the template renders the tiers otherwise than before: warming again")
+            return
+        if plan.restore is None:
+            runtime.metrics.miss("slot_lost")
+            return
+        runtime.metrics.miss("not_reused")
+        try:
+            await runtime.slot_store.quarantine(plan.restore, "not_reused")
+        except SnapshotError as error:
+            runtime.metrics.miss(error.reason)
+
+    async def _template_moved(self) -> bool:
+        """Whether the tiers render to other tokens now (a date in the template)."""
+        runtime = self._runtime
+        try:
+            now = await tier_targets(
+                runtime.tiers,
+                runtime.client,
+                fingerprint=runtime.fingerprint,
+                only=runtime.settings.tiers.warm,
+            )
+        except EngineError:
+            return False
+        moved = [a for a, b in zip(now, runtime.targets, strict=False) if a.tokens != b.tokens]
+        for target in moved:
+            runtime.dispatcher.know_static(target.digest, target.tokens)
+        runtime.targets = now
+        return bool(moved)
+
+    def _learn(self, job: Job) -> None:
+        """Count a client's own static part; the second time it is pinned."""
+        static = job.prompt.static
+        assert static
+        if len(self._seen) >= _SEEN_LIMIT:
+            self._seen.pop(next(iter(self._seen)))
+        seen = self._seen.pop(static.digest, 0) + 1
+        self._seen[static.digest] = seen
+        if seen >= 2 and (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS:
+            self._runtime.supervise(self._pin(job))
+
+    async def _pin(self, job: Job) -> None:
+        runtime = self._runtime
+        static = job.prompt.static
+        assert static
+        name = f"learned:{job.namespace}:{static.digest.hex()}"
+        if runtime.store.pin_named(name):
+            return
+        hit = runtime.store.lookup([static.digest], namespace=job.namespace)
+        if hit is None or not hit.is_exact:
+            return
+        await runtime.store.pin(
+            name,
+            hit.extent_id,
+            hit.at_tokens,
+            origin=Origin.LEARNED,
+            digest=static.digest,
+            prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
+        )
+        log.info("learned a prefix of %d tokens that clients repeat", hit.at_tokens)
+        await self._forget_oldest()
+
+    async def _forget_oldest(self) -> None:
+        """Keep as many learned prefixes as the settings allow: the most recently used."""
+        learned = [p for p in self._runtime.store.pins() if p.origin is Origin.LEARNED]
+        over = len(learned) - self._runtime.settings.store.learned
+        for pin in sorted(learned, key=lambda p: p.used_s or p.created_s)[: max(over, 0)]:
+            await self._runtime.store.unpin(pin.name)
+
+    async def learned_targets(self) -> list[Target]:
+        """What was learned in earlier lives, most recently used first."""
+        store = self._runtime.store
+        out: list[Target] = []
+        pins = [p for p in store.pins() if p.origin is Origin.LEARNED and p.digest]
+        for pin in sorted(pins, key=lambda p: p.used_s or p.created_s, reverse=True):
+            try:
+                tokens = await store.tokens_of(pin.extent_id, pin.at_tokens)
+            except SnapshotError as error:
+                self._runtime.metrics.miss(error.reason)
+                continue
+            assert pin.digest
+            namespace = pin.name.split(":")[1]
+            out.append(
+                Target(
+                    pin.name,
+                    [int(t) for t in tokens],
+                    None,
+                    pin.digest,
+                    Origin.LEARNED,
+                    namespace,
+                )
+            )
+            self._seen[pin.digest] = 2
+        return out

@@ -1,0 +1,305 @@
+"""One request through the gateway: admitted, tiered, planned, forwarded, proved.
+
+`Proxy.handle` is the whole way of a request (the numbered steps of docs/architecture.md). Bytes of
+a stream go to the client as they come; the reply is read for its counts once it has ended.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from keepwarm.core.prompt import Api, Prompt, prompt_of
+from keepwarm.core.reply import Reply, read_reply
+from keepwarm.core.scheduler import Job
+from keepwarm.engine.static_end import static_body
+from keepwarm.errors import EngineDownError, KeepwarmError, RequestError
+from keepwarm.gateway.dispatcher import Grant
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.tiering import HEADER, Tiered
+
+# How often a request whose engine died before it answered is planned again.
+_RETRIES = 2
+# A reader that is slower than the model must not hold the engine's slot: this much is buffered for
+# it. A reply of 100,000 tokens as server-sent events is about 20 MB.
+_WRITE_BUFFER_BYTES = 32 << 20
+_SKIPPED = frozenset(
+    (
+        *("connection", "content-length", "transfer-encoding", "keep-alive"),
+        *("host", "content-encoding", "server"),
+    )
+)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request on its way; what is known of it grows."""
+
+    id: str
+    api: Api
+    namespace: str
+    received_s: float
+    tiered: Tiered
+    job: Job
+    static: dict[str, Any] | None
+    grant: Grant | None = None
+    first_byte_s: float | None = None
+    streamed: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the client is told of what happened."""
+        tier = self.tiered.tier.name if self.tiered.tier else "none"
+        out = {"X-Keepwarm-Request-Id": self.id, HEADER: f"{tier}; {self.tiered.reason}"}
+        if self.grant:
+            route_s = self.job.arrived_s - self.received_s
+            out["X-Keepwarm-Plan"] = self.grant.plan.source.value
+            out["Server-Timing"] = ", ".join(
+                f"{name};dur={seconds * 1e3:.2f}"
+                for name, seconds in (
+                    ("route", route_s),
+                    ("queue", self.grant.queued_s),
+                    ("restore", self.grant.prepared_s),
+                )
+            )
+        return out
+
+
+class Proxy:
+    """Forwards planned requests (`handle`) and everything else (`pass_through`)."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        # One connection a request: the engine closes kept ones under its client after a stream.
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            auto_decompress=False,
+            read_bufsize=1 << 20,
+        )
+
+    async def close(self) -> None:
+        """Close all connections to the engine."""
+        await self._session.close()
+
+    async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
+        """Serve one request of a planned API."""
+        received_s = time.monotonic()
+        runtime = self._runtime
+        namespace = runtime.keys.namespace(request.headers)
+        body = _decode(await request.read())
+        tiered = runtime.tier(api, body, request.headers.get(HEADER))
+        exchange = self._exchange(api, tiered, namespace, received_s)
+        await runtime.admitted()
+        exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
+        done = False
+        try:
+            for attempt in range(_RETRIES + 1):
+                try:
+                    response = await self._forward(request, exchange)
+                except EngineDownError:
+                    if attempt == _RETRIES:
+                        raise
+                    runtime.suspect_engine()
+                    exchange.grant = await runtime.dispatcher.retry(exchange.job)
+                    continue
+                done = True
+                return response
+            raise AssertionError("unreachable")
+        finally:
+            if not done:
+                # Whatever happened, the slot is given back; after `_forward` has done so this
+                # does nothing.
+                runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+
+    def _exchange(self, api: Api, tiered: Tiered, namespace: str, received_s: float) -> Exchange:
+        runtime = self._runtime
+        prompt = self._prompt(api, tiered, namespace)
+        now_s = time.monotonic()
+        limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
+        job = Job(
+            id=uuid.uuid4().hex[:16],
+            namespace=namespace,
+            prompt=prompt,
+            arrived_s=now_s,
+            deadline_s=now_s + runtime.settings.server.queue_timeout_s,
+            reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
+            static_shared=prompt.is_static_shared,
+        )
+        static = static_body(api, tiered.body) if prompt.static else None
+        return Exchange(job.id, api, namespace, received_s, tiered, job, static)
+
+    def _prompt(self, api: Api, tiered: Tiered, namespace: str) -> Prompt:
+        return prompt_of(
+            api,
+            tiered.body,
+            fingerprint=self._runtime.fingerprint,
+            namespace=namespace,
+            shared_segments=tiered.shared_segments,
+        )
+
+    async def _forward(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+        """Forward to the granted slot and give the slot back when the engine has ended.
+
+        Raises:
+            EngineDownError: no byte of an answer came; nothing was sent to the client.
+        """
+        assert exchange.grant
+        body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
+        body.setdefault("cache_prompt", True)
+        url = self._runtime.client.base_url + request.path_qs
+        try:
+            upstream = await self._session.post(
+                url, data=msgspec.json.encode(body), headers=_forwarded(request.headers)
+            )
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"The engine can't be reached: {error}.") from error
+        try:
+            streamed = upstream.content_type == "text/event-stream"
+            if streamed:
+                return await self._stream(request, exchange, upstream)
+            return await self._whole(exchange, upstream)
+        finally:
+            # Closing ends the decode if the reply isn't complete.
+            upstream.close()
+
+    async def _whole(
+        self, exchange: Exchange, upstream: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        try:
+            raw = await upstream.read()
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"The engine went away while it answered: {error}.") from error
+        exchange.first_byte_s = time.monotonic()
+        self._ended(exchange, raw, status=upstream.status)
+        headers = _returned(upstream.headers) | exchange.headers
+        return web.Response(body=raw, status=upstream.status, headers=headers)
+
+    async def _stream(
+        self, request: web.Request, exchange: Exchange, upstream: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        exchange.streamed = True
+        chunks: list[bytes] = []
+        try:
+            chunks.append(await upstream.content.readany())
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"The engine went away before it answered: {error}.") from error
+        if not chunks[0]:
+            raise EngineDownError("The engine closed the stream before its first byte.")
+        exchange.first_byte_s = time.monotonic()
+        headers = _returned(upstream.headers) | exchange.headers
+        response = web.StreamResponse(status=upstream.status, headers=headers)
+        await response.prepare(request)
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        await response.write(chunks[0])
+        try:
+            while chunk := await upstream.content.readany():
+                chunks.append(chunk)
+                await response.write(chunk)
+        except aiohttp.ClientError:
+            self._runtime.suspect_engine()
+            self._runtime.metrics.failed("engine_died")
+            await response.write(_error_event(exchange.api))
+        else:
+            self._ended(exchange, b"".join(chunks), status=upstream.status)
+        await response.write_eof()
+        return response
+
+    def _ended(self, exchange: Exchange, raw: bytes, *, status: int) -> None:
+        """Prove the plan by the reply's counts, and give the slot back."""
+        reply = read_reply(raw, streamed=exchange.streamed) if status == 200 else Reply(None, None)
+        counts = reply.counts
+        # A 4xx was refused before the engine looked at the slot.
+        touched = not 400 <= status < 500
+        self._runtime.dispatcher.finish(
+            exchange.job, counts=counts, reply=reply.segment, touched=touched
+        )
+        if counts is None or exchange.grant is None or exchange.first_byte_s is None:
+            self._runtime.metrics.failed(f"engine_{status}" if status != 200 else "no_counts")
+            return
+        ttft_s = exchange.first_byte_s - exchange.received_s
+        self._runtime.proved(
+            exchange.job, exchange.grant.plan, counts, ttft_s=ttft_s, tier=exchange.tiered
+        )
+
+    async def pass_through(self, request: web.Request) -> web.StreamResponse:
+        """Forward any other request unchanged, body and reply streamed."""
+        runtime = self._runtime
+        runtime.keys.namespace(request.headers)
+        await runtime.admitted()
+        url = runtime.client.base_url + request.path_qs
+        data = await request.read() if request.body_exists else None
+        try:
+            upstream = await self._session.request(
+                request.method, url, data=data, headers=_forwarded(request.headers, keep_type=True)
+            )
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"The engine can't be reached: {error}.") from error
+        async with upstream:
+            response = web.StreamResponse(
+                status=upstream.status, headers=_returned(upstream.headers, keep_encoding=True)
+            )
+            await response.prepare(request)
+            async for chunk in upstream.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+
+def error_response(error: KeepwarmError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An error in the shape of the OpenAI API, with `Retry-After` where a retry helps."""
+    body = {"error": {"message": str(error), "type": error.kind, "code": error.status}}
+    out = dict(headers or {})
+    if error.retry:
+        out["Retry-After"] = "5"
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=error.status,
+        content_type="application/json",
+        headers=out,
+    )
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"The request body isn't valid JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise RequestError("The request body must be a JSON object.")
+    return body
+
+
+def _forwarded(headers: Mapping[str, str], *, keep_type: bool = False) -> dict[str, str]:
+    """Request headers for the engine: not the client's key, nor what describes its connection."""
+    dropped = _SKIPPED | {"authorization", "x-api-key", "accept-encoding"}
+    out = {k: v for k, v in headers.items() if k.lower() not in dropped}
+    if not keep_type:
+        out["Content-Type"] = "application/json"
+    return out
+
+
+def _returned(headers: Mapping[str, str], *, keep_encoding: bool = False) -> dict[str, str]:
+    skipped = _SKIPPED - {"content-encoding"} if keep_encoding else _SKIPPED
+    return {k: v for k, v in headers.items() if k.lower() not in skipped}
+
+
+def _error_event(api: Api) -> bytes:
+    error = {
+        "type": "upstream_error",
+        "code": 502,
+        "message": "The engine went away in the middle of this reply. It is being restarted; "
+        "send the request again.",
+    }
+    if api == "messages":
+        event = {"type": "error", "error": {"type": "api_error", "message": error["message"]}}
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"

@@ -1,0 +1,469 @@
+"""One deployment at work: engine, store, scheduler, and the life they share.
+
+Theory of operation. `start` brings everything up in order: the engine's process begins to load
+first, since that takes longest; then the probe, the store, the tiers' warming. One task supervises:
+when the engine dies or hangs, slots are declared empty, a new process is started with growing
+pauses, the pinned prefixes are warmed again, and what waits in the queue goes on. `stop` lets
+running requests end, saves what is worth it, and ends the engine.
+
+States: starting -> warming -> ready <-> down, and stopping at the end. Requests are admitted when
+ready (or while warming, if the owner prefers availability).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from keepwarm.core.plan import Machine, Plan
+from keepwarm.core.prompt import Api
+from keepwarm.core.rates import Rates
+from keepwarm.core.reply import Counts
+from keepwarm.core.scheduler import Job, Scheduler
+from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.slots import Content, Slot
+from keepwarm.core.tiers import TierSet
+from keepwarm.engine.client import EngineClient
+from keepwarm.engine.launch import fingerprint, memory_kind, plan_launch
+from keepwarm.engine.process import EngineProcess
+from keepwarm.errors import (
+    DeadlineError,
+    EngineDownError,
+    EngineError,
+    EngineStartError,
+    KeepwarmError,
+    SnapshotError,
+)
+from keepwarm.gateway.dispatcher import Dispatcher
+from keepwarm.gateway.keys import load_keys
+from keepwarm.gateway.metrics import Metrics
+from keepwarm.gateway.probe import probe
+from keepwarm.gateway.proof import Prover
+from keepwarm.gateway.slot_store import SlotStore
+from keepwarm.gateway.tiering import Tiered, choose_tier
+from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
+from keepwarm.settings import Places, Settings, default_staging
+from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.store import Store
+from keepwarm.tierfiles import find_tiers_directory, load_tiers
+
+log = logging.getLogger("keepwarm")
+
+_POLL_S = 0.03
+_HEALTH_EVERY_S = 2.0
+# Restarts in a row before the circuit opens, and the longest pause between two of them.
+_MAX_RESTARTS = 8
+_MAX_BACKOFF_S = 30.0
+
+
+class State(StrEnum):
+    """Where a deployment is in its life."""
+
+    STARTING = "starting"
+    WARMING = "warming"
+    READY = "ready"
+    DOWN = "down"
+    FAILED = "failed"
+    STOPPING = "stopping"
+
+
+class Runtime:
+    """See the module. Make it, `start` it, hand it to the HTTP server, `stop` it."""
+
+    fingerprint: str
+    client: EngineClient
+    dispatcher: Dispatcher
+    store: Store
+
+    def __init__(
+        self,
+        settings: Settings,
+        places: Places,
+        *,
+        on_status: Callable[[str], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Read keys and tiers.
+
+        Raises:
+            ConfigError, TierError: nothing was started.
+        """
+        self.settings = settings
+        self.places = places
+        self.keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
+        self.tiers_dir = find_tiers_directory(explicit, places.config_home)
+        self.tiers: TierSet = load_tiers(self.tiers_dir, settings.tiers.agent_name)
+        self.metrics = Metrics()
+        self.state = State.STARTING
+        self.status = "starting"
+        self.started_s = time.time()
+        self.warmed: list[Warmed] = []
+        self.targets: list[Target] = []
+        self.failure: KeepwarmError | None = None
+        self._on_status = on_status
+        self._on_progress = on_progress
+        self._process: EngineProcess | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = asyncio.Event()
+        self._suspected = asyncio.Event()
+        self._rewarm = asyncio.Event()
+        self._restarts = 0
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process id, None for an attached one."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Bring everything up and warm; returns when ready.
+
+        Raises:
+            KeepwarmError: it can't run. Everything begun was ended again.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain=False)
+            raise
+
+    async def _start(self) -> None:
+        settings = self.settings
+        store_dir = Path(settings.store.dir).expanduser() if settings.store.dir else None
+        self._store_dir = store_dir or self.places.store
+        if settings.store.staging_dir:
+            staging = Path(settings.store.staging_dir).expanduser()
+        else:
+            staging = default_staging(self._store_dir, need_bytes=settings.store.staging_bytes)
+        if not settings.engine.upstream:
+            staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.launch = await plan_launch(settings.engine, slot_dir=staging)
+        self.client = EngineClient(
+            self.launch.base_url, api_key=settings.engine.upstream_key or None
+        )
+        await self._start_engine()
+        await self._open_all()
+        try:
+            await self._warm()
+        except _UnprovedError:
+            # The engine doesn't take the mended window: keep its windowed layers whole instead.
+            log.warning("the sliding window can't be restored on this engine: using --swa-full")
+            await self._stop_engine()
+            await self.store.close()
+            self.launch = self.launch.with_swa_full()
+            await self._start_engine()
+            await self._open_all()
+            await self._warm()
+        self.dispatcher.start()
+        self.supervise(self._watch())
+        self._set_ready()
+
+    def _set_ready(self) -> None:
+        self.state = State.READY
+        self.metrics.warm.set(1)
+        self._tell(f"ready: {len(self.warmed)} prefixes warm")
+        self._open.set()
+
+    async def _start_engine(self) -> None:
+        """Start a process and wait until its model is loaded."""
+        self._tell("loading the model")
+        self._process = self.launch.process()
+        if self._process:
+            await self._process.start(lambda line: log.debug("engine: %s", line))
+        deadline = time.monotonic() + self.settings.engine.start_timeout_s
+        while True:
+            if await self.client.health():
+                return
+            if self._process and self._process.exited.is_set():
+                raise self._process.failure()
+            if time.monotonic() > deadline:
+                raise EngineStartError(
+                    "The engine's model was not loaded within "
+                    f"{self.settings.engine.start_timeout_s:.0f} s (engine.start_timeout_s). Its "
+                    f"last lines:\n{self._process.last_lines if self._process else ''}"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def _stop_engine(self) -> None:
+        if self._process:
+            await self._process.stop()
+            self._process = None
+
+    async def _open_all(self) -> None:
+        """Learn what the engine is, open the store that fits, and set up the scheduler."""
+        props = await self.client.props()
+        slots = int(props.get("total_slots") or 1)
+        slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
+        self.probed = await probe(
+            self.client,
+            self.launch.slot_dir,
+            kind=memory_kind(self.launch),
+            max_tokens=slot_tokens,
+        )
+        if self.probed.layout is None:
+            log.warning(
+                "the engine's slot files aren't understood (%s): whole snapshots only",
+                self.probed.reason,
+            )
+        pool = None
+        if self._shares_pool(slots):
+            # A slot's own limit is the model's trained context, which the pool may exceed.
+            options = self.launch.options
+            pool = options.context_tokens if options else slot_tokens
+        self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
+        self.store = await Store.open(
+            StoreSettings(
+                root=self._store_dir,
+                fingerprint=self.fingerprint,
+                layout=self.probed.layout,
+                quota_bytes=self.settings.store.quota_bytes,
+                staging=self.launch.slot_dir,
+                staging_bytes=self.settings.store.staging_bytes,
+                streams=self.probed.streams,
+                max_tokens=slot_tokens,
+                owner=f"keepwarm (pid {os.getpid()})",
+            )
+        )
+        for line in self.store.report.lines():
+            log.info("store: %s", line)
+        self.machine = Machine(
+            row_bytes=self.probed.row_bytes,
+            cuttable=self.probed.cuttable,
+            can_save=True,
+            pool_tokens=pool,
+        )
+        self.slot_store = SlotStore(
+            self.store, row_bytes=self.probed.row_bytes, cuttable=self.probed.cuttable
+        )
+        scheduler = Scheduler(
+            slots=[Slot(i) for i in range(slots)],
+            machine=self.machine,
+            rates=Rates(),
+            lookup=self.slot_store.lookup,
+            queue_limit=self.settings.server.queue,
+        )
+        self.dispatcher = Dispatcher(
+            scheduler, self.client, self.slot_store, self.metrics, self.supervise
+        )
+        self.prover = Prover(self)
+
+    def _shares_pool(self, slots: int) -> bool:
+        if self.launch.options:
+            return self.launch.options.unified and slots > 1
+        # An attached server doesn't say; a file with one stream for several slots tells.
+        return slots > 1 and self.probed.streams == 1
+
+    def _form(self, slots: int) -> str:
+        """Whole snapshots fit only the slot layout they were saved under; rows fit any."""
+        if self.probed.layout is not None:
+            return "rows"
+        return f"whole/{slots}/{self.probed.streams}"
+
+    async def _warm(self) -> None:
+        """Warm all tiers, then what was learned from clients, and tell the scheduler."""
+        self.state = State.WARMING
+        self._tell("warming")
+        self.targets = await tier_targets(
+            self.tiers,
+            self.client,
+            fingerprint=self.fingerprint,
+            only=self.settings.tiers.warm,
+        )
+        for target in self.targets:
+            self.dispatcher.know_static(target.digest, target.tokens)
+        warmer = Warmer(
+            self.client,
+            self.slot_store,
+            self.machine,
+            self.dispatcher.rates,
+            slots=len(self.dispatcher.scheduler.slots),
+            progress=self._progressed,
+        )
+        targets = [*self.targets, *await self.prover.learned_targets()]
+        self.warmed, contents = await warmer.warm(targets)
+        self._check_proofs()
+        now_s = time.monotonic()
+        for slot, content in contents.items():
+            self.dispatcher.scheduler.set_content(slot, content, now_s)
+
+    def _check_proofs(self) -> None:
+        unproved = [w.name for w in self.warmed if not w.proved]
+        if not unproved:
+            return
+        options = self.launch.options
+        if self.probed.kind is MemoryKind.SLIDING_WINDOW and options and not options.swa_full:
+            raise _UnprovedError
+        for name in unproved:
+            self.metrics.miss("unproved")
+            log.warning("%s was restored, but the engine didn't reuse it", name)
+
+    def _progressed(self, name: str, done: int, total: int) -> None:
+        self._tell(f"{name.removeprefix('tier:')}: {done:,} of {total:,} tokens")
+        if self._on_progress:
+            self._on_progress(name, done, total)
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """Let requests end, save, close the store, end the engine."""
+        was_ready = self.state is State.READY
+        self.state = State.STOPPING
+        self.metrics.warm.set(0)
+        self._tell("stopping: saving slots")
+        if drain and was_ready:
+            await self.dispatcher.drain(self.settings.server.drain_timeout_s)
+        absorbing = [t for t in self._tasks if t.get_name() == "absorb"]
+        if absorbing:
+            await asyncio.wait(absorbing, timeout=30)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "store"):
+            await self.store.close()
+        await self._stop_engine()
+        if hasattr(self, "client"):
+            await self.client.close()
+
+    def supervise(
+        self, work: Coroutine[Any, Any, None], *, name: str | None = None
+    ) -> asyncio.Task[None]:
+        """Run a task in the background; a failure of it is logged, never lost."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a background task failed", exc_info=error)
+
+    def suspect_engine(self) -> None:
+        """A request got no answer: look at the engine now rather than at the next interval."""
+        self._suspected.set()
+
+    async def _watch(self) -> None:
+        """Notice an engine that died or hangs, and bring it back."""
+        unhealthy_since: float | None = None
+        while True:
+            reason = await self._trouble(unhealthy_since)
+            if reason == "unanswered":
+                unhealthy_since = unhealthy_since or time.monotonic()
+                continue
+            unhealthy_since = None
+            if reason:
+                await self._recover(reason)
+
+    async def _trouble(self, unhealthy_since: float | None) -> str | None:
+        """Wait for the next sign of life or its absence: None, unanswered, died or hung."""
+        waits = [asyncio.ensure_future(self._suspected.wait())]
+        if self._process:
+            waits.append(asyncio.ensure_future(self._process.exited.wait()))
+        try:
+            await asyncio.wait(waits, timeout=_HEALTH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self._suspected.clear()
+        if self._process and self._process.exited.is_set():
+            return "died"
+        if await self.client.health():
+            return None
+        if self._process and self._process.exited.is_set():
+            return "died"
+        # A large batch holds the engine's loop but not its HTTP threads, so /health is answered
+        # while it works; silence for long is a hang.
+        limit_s = self.settings.engine.hang_timeout_s if self._process else 0.0
+        if unhealthy_since is not None and time.monotonic() - unhealthy_since >= limit_s:
+            return "hung"
+        await asyncio.sleep(_POLL_S)
+        return "unanswered"
+
+    async def _recover(self, reason: str) -> None:
+        """Start the engine again, with growing pauses, and warm it."""
+        self.state = State.DOWN
+        self.metrics.warm.set(0)
+        self.metrics.restarted(reason)
+        self.dispatcher.engine_down()
+        log.warning("the engine %s; restarting it", reason)
+        for attempt in range(_MAX_RESTARTS):
+            if attempt:
+                await asyncio.sleep(min(0.25 * 2**attempt, _MAX_BACKOFF_S))
+            try:
+                if self._process and not self._process.exited.is_set():
+                    self._process.kill()
+                await self._stop_engine()
+                await self._start_engine()
+                await self._warm()
+            except (EngineError, SnapshotError) as error:
+                self.failure = error
+                log.error("the engine didn't come back: %s", error)
+                continue
+            self._restarts += 1
+            self.failure = None
+            self._set_ready()
+            self.dispatcher.engine_up()
+            log.info("the engine is back and warm")
+            return
+        self.state = State.FAILED
+        self._tell("the engine doesn't come back")
+        while True:
+            # The circuit is open: requests are refused at once, and a start is tried now and then.
+            await asyncio.sleep(_MAX_BACKOFF_S)
+            if await self._try_again():
+                return
+
+    async def _try_again(self) -> bool:
+        try:
+            await self._stop_engine()
+            await self._start_engine()
+            await self._warm()
+        except (EngineError, SnapshotError) as error:
+            self.failure = error
+            return False
+        self.failure = None
+        self._set_ready()
+        self.dispatcher.engine_up()
+        return True
+
+    async def admitted(self) -> None:
+        """Wait until requests are served.
+
+        Raises:
+            EngineDownError: the circuit is open, or Keepwarm is stopping.
+            DeadlineError: it took too long.
+        """
+        if self.state is State.READY or self.state is State.DOWN:
+            return
+        if self.state in (State.FAILED, State.STOPPING):
+            why = str(self.failure or "Keepwarm is stopping.")
+            raise EngineDownError(f"The engine isn't available. {why}")
+        try:
+            await asyncio.wait_for(self._open.wait(), self.settings.server.queue_timeout_s)
+        except TimeoutError as error:
+            raise DeadlineError("Keepwarm wasn't ready within the time allowed.") from error
+
+    def tier(self, api: Api, body: dict[str, Any], header: str | None) -> Tiered:
+        """Decide a request's tier and put it in."""
+        return choose_tier(api, body, header, self.tiers, untiered=self.settings.tiers.untiered)
+
+    def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
+        """Compare a reply's counts with its plan."""
+        self.prover.proved(job, plan, counts, ttft_s=ttft_s, tier=tier)
+
+    def warm_contents(self) -> Sequence[Content | None]:
+        """What each slot holds now."""
+        return [slot.content for slot in self.dispatcher.scheduler.slots]
+
+    def _tell(self, status: str) -> None:
+        self.status = status
+        if self._on_status:
+            self._on_status(status)
+
+
+class _UnprovedError(Exception):
+    """A sliding-window model's restored prefix wasn't reused."""

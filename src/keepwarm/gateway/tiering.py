@@ -1,0 +1,135 @@
+"""Which tier a request gets, if any, and the request with that tier's static prompt in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from keepwarm.core.prompt import Api, segments_of
+from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
+from keepwarm.errors import RequestError
+
+AUTO = "auto"
+HEADER = "X-Keepwarm-Tier"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiered:
+    """A request as it will be forwarded. `tier` None: left as the client sent it.
+
+    `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
+    system text or tools are mixed into them, since those belong to its namespace.
+    """
+
+    body: dict[str, Any]
+    tier: Tier | None
+    reason: str
+    shared_segments: int = 0
+
+
+def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:
+    """The tier a client asks for: a name, `auto`, or '' for none.
+
+    Raises:
+        RequestError: the header names a tier that doesn't exist.
+    """
+    if api == "completion":
+        return ""
+    if header:
+        if header != AUTO and header not in tiers:
+            raise RequestError(
+                f"There is no tier named {header!r} ({HEADER}). Tiers here: "
+                f"{', '.join((*tiers.names, AUTO))}."
+            )
+        return header
+    model = body.get("model")
+    if isinstance(model, str) and (model == AUTO or model in tiers):
+        return model
+    return ""
+
+
+def choose_tier(
+    api: Api, body: dict[str, Any], header: str | None, tiers: TierSet, *, untiered: str
+) -> Tiered:
+    """Decide a request's tier and compose it in.
+
+    An explicit tier wins; a request with a system prompt of its own and no tier asked for is left
+    alone.
+
+    Raises:
+        RequestError: the header names an unknown tier, or the body can't be composed.
+    """
+    asked = asked_tier(api, body, header, tiers)
+    if asked and asked != AUTO:
+        return apply_tier(api, body, _named(tiers, asked), "explicit")
+    if not asked and (untiered == "pass" or has_own_system(api, body) or api == "completion"):
+        return Tiered(body, None, "own-prompt" if has_own_system(api, body) else "untiered")
+    return apply_tier(api, body, tiers.default, "default")
+
+
+def _named(tiers: TierSet, name: str) -> Tier:
+    tier = tiers.get(name)
+    assert tier is not None
+    return tier
+
+
+def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
+    """Whether the client brings a system prompt of its own."""
+    return any(s.role in ("system", "developer") and s.text for s in segments_of(api, body))
+
+
+def apply_tier(api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
+    """Put a tier's static prompt and tools into a request of any chat-like API."""
+    static = compose(tier, {"messages": []})
+    mixed = bool(body.get("tools")) or (
+        tier.client_role is ContextRole.MERGE and has_own_system(api, body)
+    )
+    shared = 0 if mixed else len(static["messages"])
+    if api == "chat":
+        return Tiered(compose(tier, body), tier, reason, shared)
+    out = dict(body)
+    if api == "messages":
+        return Tiered(_anthropic(out, static), tier, reason, shared)
+    out["input"] = _responses_input(static, body.get("input"))
+    tools = [_responses_tool(tool) for tool in static.get("tools") or []]
+    if tools or body.get("tools"):
+        out["tools"] = [*tools, *(body.get("tools") or [])]
+    return Tiered(out, tier, reason, shared)
+
+
+def _anthropic(out: dict[str, Any], static: Mapping[str, Any]) -> dict[str, Any]:
+    """The first system message goes into `system`, what follows the tools into a message.
+
+    llama-server passes other roles inside `messages` on to the template as they are, so the
+    prompt renders to the same tokens as on chat completions.
+    """
+    first, *rest = static["messages"]
+    own = out.get("system")
+    extra = [{"role": "system", "content": m["content"]} for m in rest]
+    if own:
+        extra.append({"role": "system", "content": own if isinstance(own, str) else list(own)})
+    out["system"] = first["content"]
+    out["messages"] = [*extra, *(out.get("messages") or [])]
+    tools = [
+        {
+            "name": tool["function"]["name"],
+            "description": tool["function"].get("description", ""),
+            "input_schema": tool["function"].get("parameters", {}),
+        }
+        for tool in static.get("tools") or []
+    ]
+    if tools or out.get("tools"):
+        out["tools"] = [*tools, *(out.get("tools") or [])]
+    return out
+
+
+def _responses_input(static: Mapping[str, Any], own: object) -> list[Any]:
+    messages = [{"role": m["role"], "content": m["content"]} for m in static["messages"]]
+    if isinstance(own, str):
+        return [*messages, {"role": "user", "content": own}]
+    return [*messages, *(own if isinstance(own, list) else [])]
+
+
+def _responses_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", **tool["function"]}

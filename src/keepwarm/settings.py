@@ -1,0 +1,335 @@
+"""Settings: `keepwarm.toml`, then `KEEPWARM_*`, then flags, each overriding the one before.
+
+The structures below are the only list of settings there is: the TOML keys, the environment's
+names (`KEEPWARM_ENGINE_SLOTS` for `engine.slots`), the bounds, the error messages and
+docs/configuration.md all follow from them. The environment is read in this module alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from keepwarm.errors import ConfigError
+
+_GIB = 1 << 30
+
+Slots = Annotated[int, Meta(ge=1, le=64, description="sequences the engine keeps at a time")]
+Context = Annotated[
+    int, Meta(ge=256, le=4_194_304, description="tokens of context that all slots share")
+]
+Pool = Annotated[
+    Literal["shared", "split"],
+    Meta(
+        description="`shared`: every slot may use the whole context; `split`: an equal part each, "
+        "and outputs that don't depend on what the other slots hold"
+    ),
+]
+Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one")]
+Bytes = Annotated[int, Meta(ge=0)]
+
+
+class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Which engine runs which model. Give one of `model`, `binary` with `model`, `upstream`."""
+
+    model: Annotated[str, Meta(description="path of a GGUF model")] = ""
+    binary: Annotated[
+        str, Meta(description="path of a `llama-server`; empty: the embedded engine")
+    ] = ""
+    upstream: Annotated[
+        str, Meta(description="URL of a llama-server that runs already, instead of `model`")
+    ] = ""
+    upstream_key: Annotated[str, Meta(description="API key of that llama-server")] = ""
+    slot_dir: Annotated[
+        str, Meta(description="that llama-server's `--slot-save-path`, as Keepwarm sees it")
+    ] = ""
+    slots: Slots = 4
+    context: Context = 16384
+    pool: Pool = "shared"
+    threads: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads; 0: one for each core there is")
+    ] = 0
+    chat_template: Annotated[
+        str, Meta(description="path of a Jinja chat template; empty: the model's own")
+    ] = ""
+    kv_type_k: Annotated[str, Meta(description="KV cache type of keys, as llama-server's")] = "f16"
+    kv_type_v: Annotated[str, Meta(description="KV cache type of values")] = "f16"
+    flash_attention: Annotated[
+        Literal["auto", "on", "off"], Meta(description="flash attention")
+    ] = "auto"
+    start_timeout_s: Annotated[
+        float, Meta(gt=0, le=86400, description="seconds a model may take to load")
+    ] = 900.0
+    hang_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=3600, description="seconds without a health answer before a restart"),
+    ] = 30.0
+    extra: Annotated[
+        tuple[str, ...], Meta(description="further arguments for the `binary`, unchanged")
+    ] = ()
+
+
+class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Where the gateway listens and what it admits."""
+
+    host: Annotated[
+        str, Meta(description="address to listen on; others than loopback need an API key")
+    ] = "127.0.0.1"
+    port: Port = 8090
+    api_keys: Annotated[
+        tuple[str, ...],
+        Meta(description="API keys, each with a namespace of its own; empty: no key is asked for"),
+    ] = ()
+    api_key_file: Annotated[
+        str, Meta(description="file with one API key a line, `name:key` or `key`")
+    ] = ""
+    max_body_bytes: Annotated[
+        int, Meta(ge=1024, le=4 * _GIB, description="largest request body, bytes")
+    ] = 64 * 1024 * 1024
+    queue: Annotated[
+        int, Meta(ge=1, le=100_000, description="requests that may wait for a slot")
+    ] = 256
+    queue_timeout_s: Annotated[
+        float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")
+    ] = 600.0
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
+    ] = 30.0
+    warm_before_ready: Annotated[
+        bool,
+        Meta(description="hold requests until every tier is warm; false: serve cold meanwhile"),
+    ] = True
+
+
+class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """The prompt tiers."""
+
+    dir: Annotated[
+        str, Meta(description="directory of the tiers; empty: see docs/prompt-tiers.md")
+    ] = ""
+    agent_name: Annotated[
+        str, Meta(min_length=1, max_length=60, description="what the agent calls itself")
+    ] = "Keeper"
+    warm: Annotated[
+        tuple[str, ...], Meta(description="tiers to warm at start; empty: all of them")
+    ] = ()
+    untiered: Annotated[
+        Literal["pass", "auto"],
+        Meta(
+            description="requests without a system prompt and with an unknown model name: "
+            "`pass` them on as they are, or route them like `auto`"
+        ),
+    ] = "pass"
+    escalate: Annotated[
+        bool, Meta(description="replay a request one tier up when the model asks for it")
+    ] = True
+
+
+class StoreSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Where snapshots live."""
+
+    dir: Annotated[
+        str, Meta(description="directory of the store; empty: `keepwarm` under XDG_STATE_HOME")
+    ] = ""
+    quota_bytes: Annotated[
+        int, Meta(ge=1 << 20, le=1 << 50, description="bytes the store may take on disk")
+    ] = 20 * _GIB
+    staging_dir: Annotated[
+        str,
+        Meta(
+            description="directory slot files pass through; empty: /dev/shm where it has room, "
+            "else beside the store"
+        ),
+    ] = ""
+    staging_bytes: Annotated[
+        int,
+        Meta(ge=1 << 20, le=1 << 50, description="bytes of ready slot files kept in staging"),
+    ] = _GIB
+    learned: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="prefixes of clients' own that are kept warm at most"),
+    ] = 16
+
+
+class LogSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """What is logged."""
+
+    format: Annotated[Literal["human", "json"], Meta(description="a line's form")] = "human"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severe level")
+    ] = "info"
+    prompts: Annotated[
+        bool, Meta(description="keep prompt text in explanations; false: offsets and hashes")
+    ] = False
+
+
+class Settings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """All settings, by section."""
+
+    engine: EngineSettings = EngineSettings()
+    server: ServerSettings = ServerSettings()
+    tiers: TierSettings = TierSettings()
+    store: StoreSettings = StoreSettings()
+    log: LogSettings = LogSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Directories by the XDG base directory specification, and where settings were read."""
+
+    config_home: Path
+    state_home: Path
+    runtime_dir: Path | None
+    settings_file: Path | None
+
+    @property
+    def store(self) -> Path:
+        """The default directory of the store."""
+        return self.state_home / "keepwarm" / "store"
+
+
+def load_settings(
+    *, file: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> tuple[Settings, Places]:
+    """Read all sources.
+
+    Args:
+        file: a settings file; without one `./keepwarm.toml`, then the user's configuration.
+        flags: values by dotted key (`engine.slots`); None means not given.
+
+    Raises:
+        ConfigError: a file that can't be read, an unknown key, a value out of bounds; names the
+            source and the key.
+    """
+    environment = os.environ
+    places = _places(environment)
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    path = file or next((p for p in _files(places) if p.is_file()), None)
+    if path:
+        _merge(tree, origin, _read_toml(path), str(path))
+    _merge(tree, origin, _from_environment(environment), "environment")
+    _merge(tree, origin, _nested(flags or {}), "flags")
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), origin)) from error
+    return settings, Places(places.config_home, places.state_home, places.runtime_dir, path)
+
+
+def _places(environment: Mapping[str, str]) -> Places:
+    home = Path(environment.get("HOME") or Path.home())
+    config = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
+    state = Path(
+        environment.get("STATE_DIRECTORY", "").split(":")[0]
+        or environment.get("XDG_STATE_HOME")
+        or home / ".local" / "state"
+    )
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    return Places(config, state, Path(runtime) if runtime else None, None)
+
+
+def _files(places: Places) -> tuple[Path, ...]:
+    return (Path("keepwarm.toml"), places.config_home / "keepwarm" / "keepwarm.toml")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The settings file {path} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {path} isn't valid TOML: {error}.") from error
+
+
+def fields() -> list[tuple[str, Any, Any]]:
+    """Every setting as (dotted key, type, default), in order of declaration."""
+    out = []
+    for section, kind in get_type_hints(Settings).items():
+        hints = get_type_hints(kind, include_extras=True)
+        out += [
+            (f"{section}.{field.name}", hints[field.name], field.default)
+            for field in msgspec.structs.fields(kind)
+        ]
+    return out
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, kind, _ in fields():
+        raw = environment.get("KEEPWARM_" + key.replace(".", "_").upper())
+        if raw is not None:
+            out[key] = _typed(key, kind, raw)
+    return _nested(out)
+
+
+def _typed(key: str, kind: Any, raw: str) -> Any:
+    """An environment variable's text as the setting's type; lists are split at commas."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(plain) is tuple:
+        return [part for part in raw.split(",") if part]
+    if plain in (int, float, bool):
+        try:
+            return msgspec.convert(raw.strip(), plain, strict=False)
+        except msgspec.ValidationError as error:
+            name = "KEEPWARM_" + key.replace(".", "_").upper()
+            raise ConfigError(f"{name}={raw!r} is not {_noun(plain)}.") from error
+    return raw
+
+
+def _noun(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        if value is not None:
+            section, name = key.split(".")
+            out.setdefault(section, {})[name] = value
+    return out
+
+
+def _merge(tree: dict[str, Any], origin: dict[str, str], new: dict[str, Any], source: str) -> None:
+    for section, values in new.items():
+        if not isinstance(values, dict):
+            tree[section] = values
+            origin[section] = source
+            continue
+        tree.setdefault(section, {}).update(values)
+        origin.update({f"{section}.{name}": source for name in values})
+
+
+def _explain(message: str, origin: Mapping[str, str]) -> str:
+    """msgspec's message names the place as `$.engine.slots`; add where that value came from."""
+    for key, source in origin.items():
+        if f"$.{key}`" in message:
+            what = message.partition(" - at ")[0].replace("`", "")
+            return f"The setting {key} (from {source}) can't be used: {what}."
+    files = sorted({s for s in origin.values() if s not in ("environment", "flags")})
+    where = f" in {files[0]}" if files else ""
+    return f"The settings{where} can't be used: {message.replace('`', '')}."
+
+
+def default_staging(store: Path, *, need_bytes: int) -> Path:
+    """Where slot files pass through: memory-backed where there is room, else beside the store.
+
+    /dev/shm is Linux's; twice the need is asked for, since a save and an assembly may be under way
+    together.
+    """
+    shm = Path("/dev/shm")  # noqa: S108 - memory-backed; a private directory is made in it
+    if sys.platform == "linux" and shm.is_dir():
+        stat = os.statvfs(shm)
+        if stat.f_bavail * stat.f_frsize >= 2 * need_bytes:
+            name = hashlib.blake2b(str(store.absolute()).encode(), digest_size=6).hexdigest()
+            return shm / f"keepwarm-{os.getuid()}" / name
+    return store / "staging"
