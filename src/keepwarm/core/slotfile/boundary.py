@@ -117,8 +117,10 @@ def read_window(layout: Layout, boundary: Buffer) -> CellBlock:
 def _positions_range(block: CellBlock) -> tuple[int, int]:
     """The positions [lo, hi) of cells that must be some in a row, in any order."""
     lo, hi = int(block.positions.min()), int(block.positions.max()) + 1
-    in_order = np.arange(lo, hi, dtype=np.int32) if hi - lo == len(block.positions) else None
-    if lo < 0 or in_order is None or not np.array_equal(np.sort(block.positions), in_order):
+    # As many cells as positions first, so that the claimed positions don't size an array.
+    if lo < 0 or hi - lo != len(block.positions):
+        raise SlotFileError(f"{len(block.positions)} cells from {lo} to {hi}", reason="position")
+    if not np.array_equal(np.sort(block.positions), np.arange(lo, hi)):
         raise SlotFileError("the window's positions aren't in a row", reason="position")
     return lo, hi
 
