@@ -433,6 +433,29 @@ class TestAssemble:
         appendix = checkpoints((4, 0, spec.window.cache(slot=0, streams=1)))
         assert made == replace(spec, appendix=appendix).to_bytes()
 
+    @pytest.mark.parametrize("count", [4, 9])
+    def test_all_of_a_file_is_in_the_slot_asked_for(self, count: int) -> None:
+        spec = sliding_file(count)
+        found = read(spec.to_bytes(), SLIDING)
+        made = {
+            slot: b"".join(
+                assemble(
+                    source.layout,
+                    tokens=source.tokens,
+                    parts=[part(source, 0, count)],
+                    boundary=source.boundary(),
+                    streams=4,
+                    slot=2,
+                )
+            )
+            for slot, source in (
+                (0, found),
+                (3, read(replace(spec, slot=3, streams=4).to_bytes(), SLIDING)),
+            )
+        }
+        assert made[0] == made[3]
+        assert read(made[0], SLIDING).slot == 2
+
     def test_without_the_mend_a_window_is_as_it_was_saved(self) -> None:
         for count in (4, 9):
             spec = sliding_file(count)

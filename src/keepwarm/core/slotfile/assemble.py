@@ -59,7 +59,8 @@ def assemble(
     `streams` is the running engine's count. `slot` is only what the file says: an engine restores
     into whichever slot it is asked to. `boundary` is what `SlotFile.boundary` gave at exactly this
     end. With `mend`, a sliding window gets what llama-server needs to use it: masked rows before
-    it, or, where it begins at position 0, a context checkpoint behind it.
+    it, or, where it begins at position 0, a context checkpoint behind it. `appendix` is written at
+    the end as it is; it is for a file that is to be as it was, so without `mend`.
 
     Raises:
         SlotFileError: the parts don't make a file that the engine would take.
@@ -78,9 +79,17 @@ def assemble(
     blocks = [_part_tensors(layout.rows, part) for part in _in_a_row(parts, tokens=count)]
     before, after = _other_streams(streams, slot)
     out: list[memoryview | bytes] = [_header(tokens), before]
-    out += _block(layout.rows, _cells(count, slot=slot), list(zip(*blocks, strict=True)))
+    out += _block(
+        layout.rows,
+        _cells(np.arange(count, dtype=np.int32), slot=slot),
+        list(zip(*blocks, strict=True)),
+    )
     out.append(after)
-    out += _tail(layout, boundary, tokens=count, before=before, after=after, mend=mend)
+    if layout.kind is MemoryKind.PLAIN:
+        if boundary is not None:
+            raise SlotFileError("boundary state for plain attention", reason="boundary")
+    else:
+        out += _tail(layout, boundary, tokens=count, slot=slot, streams=streams, mend=mend)
     out.append(as_view(appendix))
     return [part for part in out if part]
 
@@ -137,11 +146,12 @@ def _other_streams(streams: int, slot: int) -> tuple[bytes, bytes]:
     return struct.pack(f"<{1 + at}I", streams, *[0] * at), bytes(4 * (streams - at - 1))
 
 
-def _cells(count: int, *, slot: int) -> Ints:
-    meta = np.empty((count, 3), "<i4")
-    meta[:, 0] = np.arange(count)
+def _cells(positions: Ints, *, slot: int) -> bytes:
+    """The count of cells, and whose they are."""
+    meta = np.empty((len(positions), 3), "<i4")
+    meta[:, 0] = positions
     meta[:, 1:] = 1, slot
-    return meta
+    return struct.pack("<I", len(positions)) + meta.tobytes()
 
 
 def _in_a_row(parts: Sequence[RowsPart], *, tokens: int) -> Sequence[RowsPart]:
@@ -180,10 +190,10 @@ def _part_tensors(layout: CacheLayout, part: RowsPart) -> list[Bytes]:
 
 
 def _block(
-    layout: CacheLayout, meta: Ints, tensors: Sequence[Sequence[Bytes]]
+    layout: CacheLayout, cells: bytes, tensors: Sequence[Sequence[Bytes]]
 ) -> Iterator[memoryview | bytes]:
     """One stream's cells. Each tensor is given as arrays whose rows follow each other."""
-    yield struct.pack("<I", len(meta)) + meta.tobytes()
+    yield cells
     yield struct.pack("<4I", layout.v_trans, len(layout.keys), *layout.rotation)
     for tensor, pieces in zip(layout.tensors, tensors, strict=True):
         if tensor.element_bytes:
@@ -200,15 +210,11 @@ def _tail(
     boundary: Buffer | None,
     *,
     tokens: int,
-    before: bytes,
-    after: bytes,
+    slot: int,
+    streams: int,
     mend: bool,
 ) -> Iterator[memoryview | bytes]:
-    """What follows the rows: nothing, the window's cache, or the recurrent state."""
-    if layout.kind is MemoryKind.PLAIN:
-        if boundary is not None:
-            raise SlotFileError("boundary state for plain attention", reason="boundary")
-        return
+    """What follows the rows: the window's cache, or the recurrent state."""
     if boundary is None:
         raise SlotFileError("this model needs boundary state at its end", reason="boundary")
     end_tokens = boundary_end(layout, boundary)
@@ -219,17 +225,24 @@ def _tail(
         return
     window = read_window(layout, boundary)
     lo = int(window.positions.min())
+    before, after = _other_streams(streams, slot)
     yield before
     if mend and lo > 0:
-        yield from _mended(window)
+        yield from _mended(window, slot=slot)
     else:
-        yield as_view(boundary)
+        yield from _as_saved(window, boundary, slot=slot)
     yield after
     if mend and lo == 0:
-        yield _checkpoint(window, boundary, before=before, after=after)
+        state = (before, *_as_saved(window, boundary, slot=slot), after)
+        yield from _checkpoint(state, end_tokens=tokens, slot=slot)
 
 
-def _mended(window: CellBlock) -> Iterator[memoryview | bytes]:
+def _as_saved(window: CellBlock, boundary: Buffer, *, slot: int) -> tuple[memoryview | bytes, ...]:
+    cells = _cells(window.positions, slot=slot)
+    return cells, as_view(boundary)[len(cells) :]
+
+
+def _mended(window: CellBlock, *, slot: int) -> Iterator[memoryview | bytes]:
     """The window with rows before it, of any bytes, so of the first row's.
 
     llama-server prefills everything unless a row lies before the window of the first token it
@@ -239,34 +252,28 @@ def _mended(window: CellBlock) -> Iterator[memoryview | bytes]:
     """
     lo = int(window.positions.min())
     count = min(MASKED_ROWS, lo)
-    meta = np.empty((count + len(window.positions), 3), "<i4")
-    meta[:count, 0] = np.arange(lo - count, lo)
-    meta[count:, 0] = window.positions
-    meta[:, 1:] = 1, window.sequence
+    before = np.arange(lo - count, lo, dtype=np.int32)
     tensors = [
         (np.repeat(data[:, :1], count, axis=1), data)
         if tensor.element_bytes
         else (np.repeat(data[:1], count, axis=0), data)
         for tensor, data in zip(window.layout.tensors, window.tensors, strict=True)
     ]
-    yield from _block(window.layout, meta, tensors)
+    cells = _cells(np.concatenate((before, window.positions)), slot=slot)
+    yield from _block(window.layout, cells, tensors)
 
 
-def _checkpoint(window: CellBlock, boundary: Buffer, *, before: bytes, after: bytes) -> bytes:
+def _checkpoint(
+    state: Sequence[memoryview | bytes], *, end_tokens: int, slot: int
+) -> Iterator[memoryview | bytes]:
     """An appendix that holds the window once more, as a context checkpoint at the file's own end.
 
     With a prefix that fits into the window there is no row to put before it. But an engine that
     reads the appendix goes back to a checkpoint that starts at position 0.
     """
-    state = b"".join(
-        (struct.pack("<Ii", STATE_MAGIC, window.sequence), before, as_view(boundary), after)
-    )
-    tokens = len(window.positions)
-    return b"".join(
-        (
-            struct.pack("<4s2I", APPENDIX_MAGIC, APPENDIX_VERSION, 1),
-            struct.pack("<qiiQ", tokens, 0, tokens - 1, len(state)),
-            state,
-            bytes(16),  # no draft model's state, no speculative decoder's
-        )
-    )
+    opening = struct.pack("<Ii", STATE_MAGIC, slot)
+    yield struct.pack("<4s2I", APPENDIX_MAGIC, APPENDIX_VERSION, 1)
+    yield struct.pack("<qii", end_tokens, 0, end_tokens - 1)
+    yield struct.pack("<Q", len(opening) + sum(map(len, state))) + opening
+    yield from state
+    yield bytes(16)  # no draft model's state, no speculative decoder's
