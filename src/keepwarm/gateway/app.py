@@ -143,6 +143,7 @@ class _Site:
             "state": runtime.state.value,
             "status": runtime.status,
             "engine_pid": runtime.engine_pid,
+            "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
             "warmed": [w.as_dict() for w in runtime.warmed],
         }
         if hasattr(runtime, "dispatcher"):
