@@ -1,9 +1,9 @@
 """One deployment at work: engine, store, scheduler, and the life they share.
 
 Theory of operation. `start` brings everything up in order: the engine's process begins to load
-first, since that takes longest; then the probe, the store, the tiers' warming. One task supervises:
-when the engine dies or hangs, slots are declared empty, a new process is started with growing
-pauses, the pinned prefixes are warmed again, and what waits in the queue goes on. `stop` lets
+first, since that takes longest; then the probe, the store, the tiers' warming. The supervisor (see
+`supervision`) then watches: when the engine dies or hangs, slots are declared empty, a new one is
+started, the pinned prefixes are warmed again, and what waits in the queue goes on. `stop` lets
 running requests end, saves what is worth it, and ends the engine.
 
 States: starting -> warming -> ready <-> down, and stopping at the end. Requests are admitted when
@@ -35,10 +35,8 @@ from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import (
     DeadlineError,
     EngineDownError,
-    EngineError,
     EngineStartError,
     KeepwarmError,
-    SnapshotError,
 )
 from keepwarm.gateway.dispatcher import Dispatcher
 from keepwarm.gateway.keys import load_keys
@@ -46,6 +44,7 @@ from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
 from keepwarm.gateway.proof import Prover
 from keepwarm.gateway.slot_store import SlotStore
+from keepwarm.gateway.supervision import Supervisor
 from keepwarm.gateway.tiering import Tiered, choose_tier
 from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
 from keepwarm.settings import Places, Settings, default_staging
@@ -56,10 +55,6 @@ from keepwarm.tierfiles import find_tiers_directory, load_tiers
 log = logging.getLogger("keepwarm")
 
 _POLL_S = 0.03
-_HEALTH_EVERY_S = 2.0
-# Restarts in a row before the circuit opens, and the longest pause between two of them.
-_MAX_RESTARTS = 8
-_MAX_BACKOFF_S = 30.0
 
 
 class State(StrEnum):
@@ -112,9 +107,7 @@ class Runtime:
         self._process: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
-        self._suspected = asyncio.Event()
-        self._rewarm = asyncio.Event()
-        self._restarts = 0
+        self._supervisor: Supervisor | None = None
 
     @property
     def engine_pid(self) -> int | None:
@@ -161,7 +154,8 @@ class Runtime:
             await self._open_all()
             await self._warm()
         self.dispatcher.start()
-        self.supervise(self._watch())
+        self._supervisor = Supervisor(self, hang_timeout_s=settings.engine.hang_timeout_s)
+        self.supervise(self._supervisor.watch())
         self._set_ready()
 
     def _set_ready(self) -> None:
@@ -344,91 +338,45 @@ class Runtime:
 
     def suspect_engine(self) -> None:
         """A request got no answer: look at the engine now rather than at the next interval."""
-        self._suspected.set()
+        if self._supervisor:
+            self._supervisor.suspect()
 
-    async def _watch(self) -> None:
-        """Notice an engine that died or hangs, and bring it back."""
-        unhealthy_since: float | None = None
-        while True:
-            reason = await self._trouble(unhealthy_since)
-            if reason == "unanswered":
-                unhealthy_since = unhealthy_since or time.monotonic()
-                continue
-            unhealthy_since = None
-            if reason:
-                await self._recover(reason)
+    @property
+    def process(self) -> EngineProcess | None:
+        """The engine's current process; None for an attached one."""
+        return self._process
 
-    async def _trouble(self, unhealthy_since: float | None) -> str | None:
-        """Wait for the next sign of life or its absence: None, unanswered, died or hung."""
-        waits = [asyncio.ensure_future(self._suspected.wait())]
-        if self._process:
-            waits.append(asyncio.ensure_future(self._process.exited.wait()))
-        try:
-            await asyncio.wait(waits, timeout=_HEALTH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        self._suspected.clear()
-        if self._process and self._process.exited.is_set():
-            return "died"
-        if await self.client.health():
-            return None
-        if self._process and self._process.exited.is_set():
-            return "died"
-        # A large batch holds the engine's loop but not its HTTP threads, so /health is answered
-        # while it works; silence for long is a hang.
-        limit_s = self.settings.engine.hang_timeout_s if self._process else 0.0
-        if unhealthy_since is not None and time.monotonic() - unhealthy_since >= limit_s:
-            return "hung"
-        await asyncio.sleep(_POLL_S)
-        return "unanswered"
-
-    async def _recover(self, reason: str) -> None:
-        """Start the engine again, with growing pauses, and warm it."""
+    def engine_lost(self, reason: str) -> None:
+        """The engine is gone: its slots are empty, requests wait."""
         self.state = State.DOWN
         self.metrics.warm.set(0)
         self.metrics.restarted(reason)
         self.dispatcher.engine_down()
-        log.warning("the engine %s; restarting it", reason)
-        for attempt in range(_MAX_RESTARTS):
-            if attempt:
-                await asyncio.sleep(min(0.25 * 2**attempt, _MAX_BACKOFF_S))
-            try:
-                if self._process and not self._process.exited.is_set():
-                    self._process.kill()
-                await self._stop_engine()
-                await self._start_engine()
-                await self._warm()
-            except (EngineError, SnapshotError) as error:
-                self.failure = error
-                log.error("the engine didn't come back: %s", error)
-                continue
-            self._restarts += 1
-            self.failure = None
-            self._set_ready()
-            self.dispatcher.engine_up()
-            log.info("the engine is back and warm")
-            return
-        self.state = State.FAILED
-        self._tell("the engine doesn't come back")
-        while True:
-            # The circuit is open: requests are refused at once, and a start is tried now and then.
-            await asyncio.sleep(_MAX_BACKOFF_S)
-            if await self._try_again():
-                return
 
-    async def _try_again(self) -> bool:
-        try:
-            await self._stop_engine()
-            await self._start_engine()
-            await self._warm()
-        except (EngineError, SnapshotError) as error:
-            self.failure = error
-            return False
+    async def engine_again(self) -> None:
+        """Start a new engine and warm it.
+
+        Raises:
+            EngineError, SnapshotError: it didn't come up.
+        """
+        if self._process and not self._process.exited.is_set():
+            self._process.kill()
+        await self._stop_engine()
+        await self._start_engine()
+        await self._warm()
+
+    def engine_back(self) -> None:
+        """The engine is up and warm: requests go on."""
         self.failure = None
         self._set_ready()
         self.dispatcher.engine_up()
-        return True
+
+    def engine_failed(self, error: KeepwarmError, *, gave_up: bool) -> None:
+        """A start failed; if `gave_up`, the circuit is open."""
+        self.failure = error
+        if gave_up:
+            self.state = State.FAILED
+            self._tell("the engine doesn't come back")
 
     async def admitted(self) -> None:
         """Wait until requests are served.
