@@ -7,7 +7,7 @@ import sys
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import serve
+from keepwarm.cli import serve, store, tiers, warmup
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("serve")(serve.serve)
+app.command("warmup")(warmup.warmup)
+app.command("tiers")(tiers.tiers_command)
+app.add_typer(store.app, name="store")
 
 
 def _show_version(wanted: bool) -> None:

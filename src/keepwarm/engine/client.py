@@ -131,6 +131,12 @@ class EngineClient:
             raise EngineDownError(f"The engine went away while prefilling: {error}.") from error
         return last
 
+    async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A whole chat completion, not streamed."""
+        return dict(
+            await self._call("POST", "/v1/chat/completions", body, timeout_s=_FILL_TIMEOUT_S)
+        )
+
     async def save(self, slot: int, filename: str) -> SlotFileInfo:
         """Save a slot under a name in the engine's slot directory."""
         reply = await self._slot(slot, "save", {"filename": filename})

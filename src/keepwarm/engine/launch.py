@@ -60,12 +60,13 @@ class Launch:
         return replace(self, options=replace(self.options, swa_full=True))
 
 
-async def plan_launch(settings: EngineSettings, *, slot_dir: Path) -> Launch:
+async def plan_launch(settings: EngineSettings, *, slot_dir: Path, saves: bool = True) -> Launch:
     """Decide how the engine is run, from the settings and the model's header.
 
     Args:
         settings: the engine's section.
         slot_dir: where slot files pass through; an attached server has its own.
+        saves: False for a look at the model only: an attached server needs no slot directory then.
 
     Raises:
         ConfigError: no engine is named, or two are.
@@ -73,7 +74,7 @@ async def plan_launch(settings: EngineSettings, *, slot_dir: Path) -> Launch:
         EngineStartError: the binary can't be run.
     """
     if settings.upstream:
-        return await _plan_attached(settings)
+        return await _plan_attached(settings, slot_dir if not saves else None)
     if not settings.model:
         raise ConfigError(
             "No model is given. Say which with --model FILE.gguf (add --engine PATH for a "
@@ -107,18 +108,18 @@ async def plan_launch(settings: EngineSettings, *, slot_dir: Path) -> Launch:
     return Launch(identity, model, options, binary, None, slot_dir, free_port())
 
 
-async def _plan_attached(settings: EngineSettings) -> Launch:
+async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> Launch:
     if settings.model or settings.binary:
         raise ConfigError(
             "--upstream attaches to a server that runs already, so --model and --engine say "
             "nothing. Leave them out, or leave out --upstream."
         )
-    if not settings.slot_dir:
+    if not settings.slot_dir and unused_dir is None:
         raise ConfigError(
             "--upstream needs --slot-dir DIR: the directory that server was given as "
             "--slot-save-path, as it is seen from here."
         )
-    slot_dir = Path(settings.slot_dir).expanduser()
+    slot_dir = unused_dir or Path(settings.slot_dir).expanduser()
     if not slot_dir.is_dir():
         raise ConfigError(f"The slot directory {slot_dir} doesn't exist (--slot-dir).")
     client = EngineClient(settings.upstream, api_key=settings.upstream_key or None)

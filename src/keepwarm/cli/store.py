@@ -1,0 +1,272 @@
+"""`keepwarm store`: what is saved, whether it is sound, and carrying it elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+from rich.progress import Progress
+from rich.tree import Tree
+
+from keepwarm.cli import options as opt
+from keepwarm.cli.inspect import describe
+from keepwarm.cli.output import err, out, print_json
+from keepwarm.core.slotfile import Layout
+from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.store import checks
+from keepwarm.store.container import read_container
+from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.store import Store
+from keepwarm.store.types import Listed
+
+app = typer.Typer(help="See, check and carry saved KV state.", no_args_is_help=True)
+
+T = TypeVar("T")
+_QUOTA = Annotated[
+    int | None,
+    typer.Option(
+        "--quota", metavar="BYTES", help="Keep at most this. [default: store.quota_bytes]"
+    ),
+]
+
+
+def _root(config: Path | None, store: str | None) -> tuple[Path, int]:
+    """The store's directory and its quota in bytes."""
+    settings, places = opt.settings_from(config, {"store.dir": store})
+    root = Path(settings.store.dir).expanduser() if settings.store.dir else places.store
+    if not root.is_dir():
+        raise ConfigError(
+            f"There is no store at {root}. It is made when a gateway starts; name another with "
+            "--store DIR."
+        )
+    return root, settings.store.quota_bytes
+
+
+@app.command("ls")
+def list_store(
+    config: opt.ConfigFile = None, store: opt.StoreDir = None, as_json: opt.Json = False
+) -> None:
+    """Show the saved prefixes as a tree: tokens, own and shared bytes, use, and what each spares.
+
+    Works beside a running gateway.
+    """
+    root, quota_bytes = _root(config, store)
+    found = []
+    for one in checks.stores(root):
+        extents = checks.list_extents(root, one.name)
+        found.append({**msgspec.to_builtins(one), "list": msgspec.to_builtins(extents)})
+        if not as_json:
+            _show_store(one, extents)
+    if as_json:
+        print_json({"directory": str(root), "quota_bytes": quota_bytes, "stores": found})
+    elif not found:
+        out.print(f"{root} holds no snapshots yet.")
+
+
+def _show_store(one: checks.StoreListed, extents: list[Listed]) -> None:
+    form = "whole snapshots" if one.layout == "whole" else "rows, each token's once"
+    owner = f", open in {one.owner}" if one.owner else ""
+    tree = Tree(
+        f"{one.fingerprint[:12]}: {one.size_bytes / 1e6:,.1f} MB in {one.extents} extents, "
+        f"{form}{owner}"
+    )
+    nodes: dict[int, Tree] = {}
+    for extent in extents:
+        parent = nodes.get(extent.parent) if extent.parent is not None else None
+        nodes[extent.extent_id] = (parent or tree).add(_line(extent))
+    out.print(tree)
+
+
+def _line(extent: Listed) -> str:
+    # Rows are all of one size, so what is shared follows from where the extent begins.
+    shared_bytes = extent.lo * extent.size_bytes / max(extent.hi - extent.lo, 1)
+    name = ", ".join(_short(pin) for pin in extent.pins) or extent.origin.value
+    shared = f" on {shared_bytes / 1e6:.1f} MB shared" if shared_bytes else ""
+    used = _ago(extent.used_s) if extent.uses else "never used"
+    return (
+        f"#{extent.extent_id} {name}: tokens {extent.lo:,}-{extent.hi:,}, "
+        f"{extent.size_bytes / 1e6:.2f} MB{shared}, {used}, {extent.uses} uses, "
+        f"spares {extent.prefill_s:.1f} s"
+    )
+
+
+def _short(pin: str) -> str:
+    return pin[: pin.rindex(":") + 9] if pin.startswith("learned:") else pin
+
+
+def _ago(then_s: float) -> str:
+    seconds = max(time.time() - then_s, 0)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"used {seconds / size:.0f} {unit} ago"
+    return "used just now"
+
+
+@app.command()
+def verify(
+    config: opt.ConfigFile = None, store: opt.StoreDir = None, as_json: opt.Json = False
+) -> None:
+    """Read everything again and compare checksums; changes nothing. Exit status 1 on findings.
+
+    What is damaged is quarantined by the gateway itself at its next use.
+    """
+    root, _ = _root(config, store)
+    report = []
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        for one in checks.stores(root):
+            bar = progress.add_task(one.fingerprint[:12], total=None)
+
+            def on_progress(done: int, total: int, bar: Any = bar) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            result = checks.verify_files(root, one.name, on_progress)
+            report.append({"fingerprint": one.fingerprint, **msgspec.to_builtins(result)})
+    findings = [finding for one in report for finding in one["findings"]]
+    if as_json:
+        print_json({"directory": str(root), "stores": report})
+    else:
+        for one in report:
+            out.print(
+                f"{one['fingerprint'][:12]}: {one['extents']} extents, "
+                f"{one['read_bytes'] / 1e6:,.1f} MB read, {len(one['findings'])} findings"
+            )
+        for finding in findings:
+            out.print(f"  {finding['about']}: {finding['what']}")
+    if findings:
+        sys.exit(1)
+
+
+@app.command()
+def prune(
+    config: opt.ConfigFile = None,
+    store: opt.StoreDir = None,
+    quota: _QUOTA = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Evict what is worth least until the store is within its quota; empty the quarantine.
+
+    Pinned prefixes stay. A running gateway keeps its quota itself; this is for one that is stopped.
+    """
+    root, quota_bytes = _root(config, store)
+    removed = [
+        {
+            "fingerprint": one.fingerprint,
+            **msgspec.to_builtins(
+                checks.prune_offline(root, one.name, quota if quota is not None else quota_bytes)
+            ),
+        }
+        for one in checks.stores(root)
+    ]
+    if as_json:
+        print_json({"directory": str(root), "stores": removed})
+        return
+    for one in removed:
+        out.print(
+            f"{one['fingerprint'][:12]}: removed {len(one['extents'])} extents, "
+            f"{one['size_bytes'] / 1e6:,.1f} MB"
+        )
+
+
+@app.command()
+def export(
+    what: Annotated[
+        str, typer.Argument(metavar="TIER", help="A tier's name, or a pin's as `ls` shows it.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    config: opt.ConfigFile = None,
+    store: opt.StoreDir = None,
+) -> None:
+    """Write one warm prefix to a file, for another machine with the same model and engine."""
+    root, _ = _root(config, store)
+    name = what if ":" in what else f"tier:{what}"
+    holders = [
+        one
+        for one in checks.stores(root)
+        if any(pin.name == name for pin in checks.list_pins(root, one.name))
+    ]
+    if not holders:
+        raise ConfigError(f"Nothing called {what!r} is saved in {root}. See `keepwarm store ls`.")
+    # The most recent index is that of the deployment last used.
+    newest = max(holders, key=lambda s: (root / f"{s.name}.index").stat().st_mtime)
+    layout = None if newest.layout == "whole" else Layout.from_json(newest.layout)
+
+    async def write(opened: Store) -> int:
+        return await opened.export(name, output)
+
+    size = _with_store(root, newest.fingerprint, layout, write)
+    out.print(f"{name}: {size / 1e6:.1f} MB written to {output}")
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="What `keepwarm store export` wrote.")],
+    config: opt.ConfigFile = None,
+    store: opt.StoreDir = None,
+) -> None:
+    """Take in an exported prefix; the next start with that model and engine finds it warm."""
+    settings, places = opt.settings_from(config, {"store.dir": store})
+    root = Path(settings.store.dir).expanduser() if settings.store.dir else places.store
+    try:
+        header = read_container(file).header
+    except SnapshotError as error:
+        raise ConfigError(f"{file} can't be imported: {error}.") from error
+    layout = Layout.from_json(header.layout) if header.layout else None
+
+    async def read(opened: Store) -> int:
+        imported = await opened.import_(file)
+        return len(imported.tokens)
+
+    tokens = _with_store(root, header.fingerprint, layout, read)
+    out.print(f"{header.pin or 'a prefix'}: {tokens:,} tokens imported into {root}")
+
+
+def _with_store(
+    root: Path, fingerprint: str, layout: Layout | None, work: Callable[[Store], Any]
+) -> Any:
+    """Open a store that no gateway has open, for one piece of work."""
+
+    async def run() -> Any:
+        with tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
+            opened = await Store.open(
+                StoreSettings(
+                    root=root,
+                    fingerprint=fingerprint,
+                    layout=layout,
+                    quota_bytes=1 << 50,
+                    staging=Path(scratch),
+                    staging_bytes=0,
+                    streams=1,
+                    max_tokens=1 << 30,
+                    owner=f"keepwarm store, process {os.getpid()}",
+                )
+            )
+            try:
+                return await work(opened)
+            except SnapshotError as error:
+                raise ConfigError(f"It can't be done: {error}.") from error
+            finally:
+                await opened.close()
+
+    return asyncio.run(run())
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A slot file, or an exported prefix.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Explain any slot file: version, tokens, layers, memory kind, and where the bytes are."""
+    report = describe(file)
+    if as_json:
+        print_json(report)
+        return
+    for key, value in report.items():
+        out.print(f"{key.replace('_', ' '):20} {value}")
