@@ -197,6 +197,27 @@ class Places:
         return self.state_home / "keepwarm" / "store"
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceManager:
+    """What systemd asks of this process; all None where it runs without.
+
+    `watchdog_s` is the longest time without a ping before it restarts us.
+    """
+
+    notify_socket: str | None
+    watchdog_s: float | None
+
+
+def service_manager() -> ServiceManager:
+    """Read what systemd put into the environment (sd_notify(3), sd_watchdog_enabled(3))."""
+    environment = os.environ
+    usec = environment.get("WATCHDOG_USEC", "")
+    # The variables are inherited; WATCHDOG_PID tells whose watchdog it is.
+    ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    watchdog_s = int(usec) / 1e6 if usec.isdecimal() and int(usec) and ours else None
+    return ServiceManager(environment.get("NOTIFY_SOCKET") or None, watchdog_s)
+
+
 def load_settings(
     *, file: Path | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Settings, Places]:

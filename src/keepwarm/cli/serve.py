@@ -21,7 +21,9 @@ from keepwarm.gateway.app import make_app
 from keepwarm.gateway.keys import is_loopback
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.logs import set_up_logging
-from keepwarm.settings import Places, Settings
+from keepwarm.sdnotify import Notifier
+from keepwarm.service.presence import Presence, stop_timeout_s
+from keepwarm.settings import Places, Settings, service_manager
 
 
 def serve(
@@ -84,8 +86,14 @@ async def run(settings: Settings, places: Places) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    presence = _presence(settings)
+
+    def tell(status: str) -> None:
+        progress.status(status)
+        presence.status(status)
+
     with WarmProgress() as progress:
-        runtime = Runtime(settings, places, on_status=progress.status, on_progress=progress.tokens)
+        runtime = Runtime(settings, places, on_status=tell, on_progress=progress.tokens)
         _refuse_open_door(settings, has_keys=bool(runtime.keys))
         app = make_app(runtime)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
@@ -93,6 +101,7 @@ async def run(settings: Settings, places: Places) -> None:
         try:
             address = await _listen(runner, settings)
             starting = asyncio.create_task(runtime.start())
+            pinging = asyncio.create_task(presence.ping(lambda: runtime.is_alive))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -112,11 +121,25 @@ async def run(settings: Settings, places: Places) -> None:
                     f"{warmed.how} in {warmed.seconds:.2f} s"
                 )
             err.print(f"keepwarm is ready on {address}")
+            presence.ready()
             await stopping
             err.print("stopping")
+            presence.stopping()
             await runtime.stop()
+            pinging.cancel()
         finally:
             await runner.cleanup()
+            presence.close()
+
+
+def _presence(settings: Settings) -> Presence:
+    systemd = service_manager()
+    return Presence(
+        Notifier(systemd.notify_socket),
+        watchdog_s=systemd.watchdog_s,
+        load_s=settings.engine.start_timeout_s,
+        stop_s=stop_timeout_s(settings),
+    )
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:

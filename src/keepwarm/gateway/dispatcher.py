@@ -90,9 +90,10 @@ class Dispatcher:
         """What things cost here."""
         return self.scheduler.rates
 
-    def start(self) -> None:
-        """Begin the clock that saves idle slots and ends waits."""
+    def start(self) -> asyncio.Task[None]:
+        """Begin the clock that saves idle slots and ends waits; its task never ends by itself."""
         self._ticking = self._supervise(self._tick())
+        return self._ticking
 
     async def acquire(self, job: Job, static_body: dict[str, Any] | None) -> Grant:
         """Wait until a slot is ready for a request.

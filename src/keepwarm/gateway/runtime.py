@@ -108,11 +108,17 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._supervisor: Supervisor | None = None
+        self._vital: list[asyncio.Task[None]] = []
 
     @property
     def engine_pid(self) -> int | None:
         """The engine's process id, None for an attached one."""
         return self._process.pid if self._process else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether those tasks still run without which nobody would see a dead engine."""
+        return not any(task.done() for task in self._vital)
 
     async def start(self) -> None:
         """Bring everything up and warm; returns when ready.
@@ -153,9 +159,8 @@ class Runtime:
             await self._start_engine()
             await self._open_all()
             await self._warm()
-        self.dispatcher.start()
         self._supervisor = Supervisor(self, hang_timeout_s=settings.engine.hang_timeout_s)
-        self.supervise(self._supervisor.watch())
+        self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
 
     def _set_ready(self) -> None:
