@@ -1,0 +1,29 @@
+"""The written docs follow the code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_settings_and_commands_are_documented_as_they_are() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "write_docs.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_relative_link_in_the_docs_leads_somewhere() -> None:
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for part in page.read_text(encoding="utf-8").split("](")[1:]:
+            target = part.split(")")[0].split("#")[0]
+            if target and "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not missing
