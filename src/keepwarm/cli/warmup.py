@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,12 @@ def warmup(
     slot_dir: opt.SlotDir = None,
     tiers: opt.Tiers = None,
     store: opt.StoreDir = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait", metavar="SECONDS", min=0, help="Wait so long for the server to listen."
+        ),
+    ] = 2.0,
     as_json: opt.Json = False,
 ) -> None:
     """Warm every tier on a running server, save what was prefilled, and prove it.
@@ -65,7 +72,7 @@ def warmup(
         "store.dir": store,
     }
     settings, places = opt.settings_from(config, flags)
-    report = asyncio.run(_warmup(settings, places))
+    report = asyncio.run(_warmup(settings, places, wait_s=wait))
     if as_json:
         print_json(report)
     else:
@@ -75,9 +82,10 @@ def warmup(
         sys.exit(1)
 
 
-async def _warmup(settings: Settings, places: Places) -> dict[str, Any]:
+async def _warmup(settings: Settings, places: Places, *, wait_s: float) -> dict[str, Any]:
     with WarmProgress() as progress:
-        status = await _keepwarm_status(settings)
+        progress.status("waiting for the server")
+        status = await _keepwarm_status(settings, wait_s=wait_s)
         if status is not None:
             tiers = _tiers(settings, places)
             warmed = status["warmed"]
@@ -113,10 +121,14 @@ def _proof_row(proof: Proof | None) -> dict[str, Any]:
     return {"warm": proof.warm, "request_cached_tokens": proof.cached_tokens}
 
 
-async def _keepwarm_status(settings: Settings) -> dict[str, Any] | None:
-    """The status of a Keepwarm once it is ready; None if the server is a bare llama-server."""
+async def _keepwarm_status(settings: Settings, *, wait_s: float) -> dict[str, Any] | None:
+    """The status of a Keepwarm once it is ready; None if the server is a bare llama-server.
+
+    `wait_s` is how long nobody may listen there: a service that was started just now, say.
+    """
     url = settings.engine.upstream.rstrip("/") + "/keepwarm/status"
     deadline_s = settings.engine.start_timeout_s
+    patience_s = time.monotonic() + wait_s
     async with aiohttp.ClientSession() as session, asyncio.timeout(deadline_s):
         while True:
             try:
@@ -125,7 +137,9 @@ async def _keepwarm_status(settings: Settings) -> dict[str, Any] | None:
                         return None
                     body: dict[str, Any] = await reply.json() if reply.status == 200 else {}
             except aiohttp.ClientError:
-                return None  # the runtime says what is wrong with the address
+                if time.monotonic() >= patience_s:
+                    return None  # the runtime says what is wrong with the address
+                body = {}
             if body.get("state") == "ready":
                 return body
             await asyncio.sleep(0.2)
