@@ -35,12 +35,17 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is known of a finished reply; `counts` is None if the engine didn't say."""
+    """What is known of a reply, finished or not; `counts` is None if the engine didn't say.
+
+    `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text.
+    """
 
     counts: Counts | None
     segment: Segment | None
     finish_reason: str | None = None
     error: str | None = None
+    calls: tuple[str, ...] = ()
+    reasons: bool = False
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
@@ -50,6 +55,7 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
     finish: str | None = None
     error: str | None = None
     message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
+    reasons = b'"reasoning_content":"' in raw or b'"thinking_delta"' in raw
     for event in events:
         counts = counts_of(event) or counts
         if "error" in event:
@@ -59,7 +65,9 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
         _add_messages(event, message)
         _add_responses(event, message)
     said = bool(message["content"] or message["tool_calls"])
-    return Reply(counts, segment_of(message) if said else None, finish, error)
+    calls = tuple(call["function"]["name"] for call in message["tool_calls"])
+    segment = segment_of(message) if said else None
+    return Reply(counts, segment, finish, error, calls, reasons)
 
 
 def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:

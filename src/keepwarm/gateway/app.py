@@ -56,6 +56,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get("/v1/models", site.models)
     app.router.add_get("/models", site.models)
     app.router.add_get("/keepwarm/status", site.status)
+    app.router.add_post("/keepwarm/route", site.route)
     app.router.add_post("/slots/{id}", site.refuse_slot_action)
     app.router.add_route("*", "/{path:.*}", proxy.pass_through)
     return app
@@ -158,6 +159,21 @@ class _Site:
             ]
             body["store"] = msgspec.to_builtins(runtime.store.stats())
         return _json(body)
+
+    async def route(self, request: web.Request) -> web.StreamResponse:
+        """Explain which tier a chat body, or a `{"text": ...}`, would get now."""
+        runtime = self._runtime
+        runtime.keys.namespace(request.headers)
+        await runtime.admitted()
+        try:
+            body = msgspec.json.decode(await request.read(), type=dict)
+        except msgspec.DecodeError as error:
+            raise RequestError(f"The request body isn't a JSON object: {error}.") from error
+        if "messages" not in body:
+            body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
+        decision = runtime.router.decide("chat", body).to_json()
+        decision["cost_now_s"] = {c.tier: round(c.seconds, 4) for c in runtime.tier_costs()}
+        return _json(decision)
 
     async def refuse_slot_action(self, _: web.Request) -> web.StreamResponse:
         """Slots are Keepwarm's to change."""

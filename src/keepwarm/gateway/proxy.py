@@ -22,8 +22,10 @@ from keepwarm.core.scheduler import Job
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, KeepwarmError, RequestError
 from keepwarm.gateway.dispatcher import Grant
+from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
+from keepwarm.router import Escalation
 
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
@@ -52,6 +54,7 @@ class Exchange:
     grant: Grant | None = None
     first_byte_s: float | None = None
     streamed: bool = False
+    may_escalate: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -95,29 +98,40 @@ class Proxy:
         runtime = self._runtime
         namespace = runtime.keys.namespace(request.headers)
         body = _decode(await request.read())
-        tiered = runtime.tier(api, body, request.headers.get(HEADER))
-        exchange = self._exchange(api, tiered, namespace, received_s)
         await runtime.admitted()
+        tiered = runtime.router.tier(api, body, request.headers.get(HEADER), namespace)
+        while True:
+            exchange = self._exchange(api, tiered, namespace, received_s)
+            try:
+                return await self._serve(request, exchange)
+            except _EscalatedError as escalated:
+                # A tier was too small and nothing has been sent: once more, one tier up.
+                runtime.metrics.escalated(
+                    tier=tiered.tier.name if tiered.tier else "none",
+                    reason=escalated.escalation.cause.value,
+                )
+                up = runtime.router.escalated(api, body, tiered, escalated.escalation, namespace)
+                assert up is not None
+                tiered = up
+
+    async def _serve(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+        """Get a slot for an exchange, forward it, and give the slot back."""
+        runtime = self._runtime
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
-        done = False
         try:
             for attempt in range(_RETRIES + 1):
                 try:
-                    response = await self._forward(request, exchange)
+                    return await self._forward(request, exchange)
                 except EngineDownError:
                     if attempt == _RETRIES:
                         raise
                     runtime.suspect_engine()
                     exchange.grant = await runtime.dispatcher.retry(exchange.job)
-                    continue
-                done = True
-                return response
             raise AssertionError("unreachable")
         finally:
-            if not done:
-                # Whatever happened, the slot is given back; after `_forward` has done so this
-                # does nothing.
-                runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+            # Whatever happened, the slot is given back; once `_ended` has done so this does
+            # nothing.
+            runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
 
     def _exchange(self, api: Api, tiered: Tiered, namespace: str, received_s: float) -> Exchange:
         runtime = self._runtime
@@ -134,7 +148,14 @@ class Proxy:
             static_shared=prompt.is_static_shared,
         )
         static = static_body(api, tiered.body) if prompt.static else None
-        return Exchange(job.id, api, namespace, received_s, tiered, job, static)
+        exchange = Exchange(job.id, api, namespace, received_s, tiered, job, static)
+        exchange.may_escalate = (
+            runtime.settings.tiers.escalate
+            and tiered.tier is not None
+            and tiered.reason != "explicit"
+            and runtime.tiers.next_up(tiered.tier.name) is not None
+        )
+        return exchange
 
     def _prompt(self, api: Api, tiered: Tiered, namespace: str) -> Prompt:
         return prompt_of(
@@ -178,6 +199,8 @@ class Proxy:
         except aiohttp.ClientError as error:
             raise EngineDownError(f"The engine went away while it answered: {error}.") from error
         exchange.first_byte_s = time.monotonic()
+        if upstream.status == 200:
+            self._escalate(exchange, raw, complete=True)
         self._ended(exchange, raw, status=upstream.status)
         headers = _returned(upstream.headers) | exchange.headers
         return web.Response(body=raw, status=upstream.status, headers=headers)
@@ -193,13 +216,18 @@ class Proxy:
             raise EngineDownError(f"The engine went away before it answered: {error}.") from error
         if not chunks[0]:
             raise EngineDownError("The engine closed the stream before its first byte.")
+        while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
+            try:
+                chunks.append(await upstream.content.readany())
+            except aiohttp.ClientError as error:
+                raise EngineDownError(f"The engine went away: {error}.") from error
         exchange.first_byte_s = time.monotonic()
         headers = _returned(upstream.headers) | exchange.headers
         response = web.StreamResponse(status=upstream.status, headers=headers)
         await response.prepare(request)
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
-        await response.write(chunks[0])
+        await response.write(b"".join(chunks))
         try:
             while chunk := await upstream.content.readany():
                 chunks.append(chunk)
@@ -212,6 +240,25 @@ class Proxy:
             self._ended(exchange, b"".join(chunks), status=upstream.status)
         await response.write_eof()
         return response
+
+    def _escalate(self, exchange: Exchange, raw: bytes, *, complete: bool) -> bool:
+        """Whether a reply's first bytes may be sent.
+
+        Raises:
+            _EscalatedError: they say that the tier was too small.
+        """
+        tier = exchange.tiered.tier
+        if tier is None or not tier.need_more or not exchange.may_escalate:
+            return True
+        watch = FirstWords(
+            tier=tier.name,
+            tools=tool_names(exchange.tiered.body),
+            streamed=exchange.streamed,
+        )
+        decided, escalation = watch.judge(raw, complete=complete)
+        if escalation:
+            raise _EscalatedError(escalation)
+        return decided
 
     def _ended(self, exchange: Exchange, raw: bytes, *, status: int) -> None:
         """Prove the plan by the reply's counts, and give the slot back."""
@@ -252,6 +299,14 @@ class Proxy:
                 await response.write(chunk)
             await response.write_eof()
             return response
+
+
+class _EscalatedError(Exception):
+    """A reply's first words asked for a larger tier; nothing was sent to the client."""
+
+    def __init__(self, escalation: Escalation) -> None:
+        super().__init__(escalation.cause.value)
+        self.escalation = escalation
 
 
 def error_response(error: KeepwarmError, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.core.plan import Machine, Plan
-from keepwarm.core.prompt import Api
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Job, Scheduler
@@ -43,10 +42,12 @@ from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
 from keepwarm.gateway.proof import Prover
+from keepwarm.gateway.routing import TierRouter, load_router_config, load_weights
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
-from keepwarm.gateway.tiering import Tiered, choose_tier
+from keepwarm.gateway.tiering import Tiered
 from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
+from keepwarm.router import TierCost
 from keepwarm.settings import Places, Settings, default_staging
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
@@ -95,6 +96,13 @@ class Runtime:
         explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
         self.tiers_dir = find_tiers_directory(explicit, places.config_home)
         self.tiers: TierSet = load_tiers(self.tiers_dir, settings.tiers.agent_name)
+        self.router = TierRouter(
+            self.tiers,
+            load_router_config(self.tiers_dir),
+            load_weights(),
+            costs=self.tier_costs,
+            untiered=settings.tiers.untiered,
+        )
         self.metrics = Metrics()
         self.state = State.STARTING
         self.status = "starting"
@@ -400,9 +408,22 @@ class Runtime:
         except TimeoutError as error:
             raise DeadlineError("Keepwarm wasn't ready within the time allowed.") from error
 
-    def tier(self, api: Api, body: dict[str, Any], header: str | None) -> Tiered:
-        """Decide a request's tier and put it in."""
-        return choose_tier(api, body, header, self.tiers, untiered=self.settings.tiers.untiered)
+    def tier_costs(self) -> list[TierCost]:
+        """What each tier would cost a new request at this moment, in seconds to its first token."""
+        rates = self.dispatcher.rates
+        held = [s.content.marks for s in self.dispatcher.scheduler.slots if s.content]
+        out = []
+        for target in self.targets:
+            tokens = len(target.tokens)
+            if any(target.digest in marks for marks in held):
+                seconds = 0.0
+            elif hit := self.store.lookup([target.digest], namespace=""):
+                seconds = rates.restore_s(hit.restore_bytes, ready=hit.is_ready)
+                seconds += rates.prefill_s(tokens - hit.at_tokens)
+            else:
+                seconds = rates.prefill_s(tokens)
+            out.append(TierCost(target.name.removeprefix("tier:"), seconds))
+        return out
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
         """Compare a reply's counts with its plan."""

@@ -49,31 +49,6 @@ def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: Tie
     return ""
 
 
-def choose_tier(
-    api: Api, body: dict[str, Any], header: str | None, tiers: TierSet, *, untiered: str
-) -> Tiered:
-    """Decide a request's tier and compose it in.
-
-    An explicit tier wins; a request with a system prompt of its own and no tier asked for is left
-    alone.
-
-    Raises:
-        RequestError: the header names an unknown tier, or the body can't be composed.
-    """
-    asked = asked_tier(api, body, header, tiers)
-    if asked and asked != AUTO:
-        return apply_tier(api, body, _named(tiers, asked), "explicit")
-    if not asked and (untiered == "pass" or has_own_system(api, body) or api == "completion"):
-        return Tiered(body, None, "own-prompt" if has_own_system(api, body) else "untiered")
-    return apply_tier(api, body, tiers.default, "default")
-
-
-def _named(tiers: TierSet, name: str) -> Tier:
-    tier = tiers.get(name)
-    assert tier is not None
-    return tier
-
-
 def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
     """Whether the client brings a system prompt of its own."""
     return any(s.role in ("system", "developer") and s.text for s in segments_of(api, body))
