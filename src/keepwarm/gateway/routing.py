@@ -153,7 +153,8 @@ class TierRouter:
 
     def _tier_so_far(self, conversation: list[bytes]) -> str | None:
         """The tier an earlier turn of this conversation had: it never goes down again."""
-        for digest in reversed(conversation):
+        # Not the last: that is this very request, perhaps sent before.
+        for digest in reversed(conversation[:-1]):
             if known := self._conversations.get(digest):
                 return known
         return None
