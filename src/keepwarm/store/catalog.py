@@ -96,7 +96,10 @@ class Catalog:
 
         Raises: KeyError if the extent isn't there.
         """
-        if not self._needs_boundary or self.tree[extent_id].whole:
+        extent = self.tree[extent_id]
+        if extent.whole:
+            return Match(extent_id, at) if at == extent.hi else Match(None, 0)
+        if not self._needs_boundary:
             return Match(extent_id, at)
         return self.tree.last_boundary(extent_id, at)
 
@@ -184,7 +187,10 @@ class Catalog:
         place = MarkPlace(holder, mark.at_tokens, mark.is_exact)
         if known is None or known.extent_id not in self.tree:
             return place, None
-        if known == place or (known.is_exact, known.at) > (mark.is_exact, mark.at_tokens):
+        says, said = (mark.is_exact, mark.at_tokens), (known.is_exact, known.at)
+        # The same tokens may be kept twice, shared and private, with an end at one place only.
+        is_good = self.restorable(known.extent_id, known.at) == Match(known.extent_id, known.at)
+        if known == place or says < said or (says == said and is_good):
             return None
         return place, known
 

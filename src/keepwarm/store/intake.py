@@ -95,8 +95,10 @@ class Intake:
             known = Match(None, 0)  # a shorter whole snapshot is no part of a longer one
         row = None
         if known.at < count:
+            # Not given again if this save fails: a commit that failed may yet have taken.
+            self._shelf.next_id += 1
             row = ExtentRow(
-                id=self._shelf.next_id,
+                id=self._shelf.next_id - 1,
                 parent=known.extent_id,
                 lo=known.at,
                 namespace=why.namespace,
@@ -178,7 +180,6 @@ class Intake:
         changed = {end.extent_id for end, _ in plan.ends}
         if plan.row is not None:
             catalog.add_extent(plan.row)
-            shelf.next_id += 1
             changed.add(plan.row.id)
         for end, _ in plan.ends:
             catalog.add_end(end)

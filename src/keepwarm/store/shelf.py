@@ -187,7 +187,8 @@ class Shelf:
                 found.missing += end.extent_id in catalog.tree
                 found.ends.append((end.extent_id, end.at))
         for extent_id, namespace, digest, at, exact in self.index.marks():
-            catalog.load_mark(namespace, digest, MarkPlace(extent_id, at, bool(exact)))
+            if extent_id in catalog.tree:
+                catalog.load_mark(namespace, digest, MarkPlace(extent_id, at, bool(exact)))
         for pin in self.index.pins():
             try:
                 catalog.set_pin(pin)
@@ -346,7 +347,7 @@ class Shelf:
             for lock in self.settings.root.glob(f"*{LOCK_SUFFIX}"):
                 directory = lock.with_suffix("")
                 if directory != self.files.root and directory.is_dir():
-                    sizes = (path.stat().st_size for path in directory.rglob("*"))
+                    sizes = (p.stat().st_size for p in directory.rglob("*") if p.is_file())
                     found.append((directory, sum(sizes), lock.stat().st_mtime))
         return found
 

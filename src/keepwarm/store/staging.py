@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,8 @@ from pathlib import Path
 from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk, disk_errors
+
+log = logging.getLogger("keepwarm.store")
 
 _OURS = re.compile(r"kw-[0-9a-f]{8}-[0-9]{1,12}\.slot(?:\.new)?")
 
@@ -99,10 +102,16 @@ class Staging:
         return name
 
     def discard(self, name: str) -> None:
-        """Remove a file that was expected, whether or not it came."""
+        """Remove a file that was expected, whether or not it came.
+
+        Raises: SnapshotError('name'). One that can't be removed is left for the next opening.
+        """
+        path = self.path(name)
         self._expected.pop(name, None)
-        with disk_errors(f"removing {name}"):
-            self._disk.unlink(self.path(name))
+        try:
+            self._disk.unlink(path)
+        except OSError as error:
+            log.warning("%s stays in the staging directory: %s", name, error)
 
     def keep(self, name: str, *, extent_id: int, at: int, size_bytes: int, is_pinned: bool) -> None:
         """Make an expected file that has come the ready one for this end."""
