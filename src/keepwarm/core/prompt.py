@@ -20,13 +20,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
 # on a slow CPU), and about one digest a microsecond of hashing.
 BLOCK_CHARS = 256
 # The same for prompts given as token ids.
 BLOCK_TOKENS = 64
+# A message costs a few characters (role and turn tokens) beyond its text.
+_TURN_CHARS = 16
 
 Api = Literal["chat", "messages", "responses", "completion"]
 
@@ -63,13 +65,23 @@ class Segment:
     extra: str = ""
 
 
+class SharedEnd(NamedTuple):
+    """A place up to which a prompt is declared to equal others': inside or before a segment.
+
+    All segments before `segment` (an index) and the first `chars` characters of its text.
+    """
+
+    segment: int
+    chars: int
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A request's identity.
 
     `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
-    if there is nothing static; `turns` counts the user messages; `is_static_shared`: the static part
-    is a tier's and nothing else.
+    if there is nothing static; `turns` counts the user messages; `is_static_shared`: the static
+    part is a tier's and nothing else.
     """
 
     api: Api
@@ -100,6 +112,7 @@ def prompt_of(
     fingerprint: str,
     namespace: str,
     shared_segments: int = 0,
+    ends: Sequence[SharedEnd] = (),
 ) -> Prompt:
     """Read the identity of a request.
 
@@ -110,11 +123,13 @@ def prompt_of(
         fingerprint, namespace: what the digests are keyed by.
         shared_segments: so many messages (and the head) are a tier's, the same for all
             namespaces; only what follows is the tenant's own.
+        ends: places inside messages that get a mark of their own, since others share the prompt
+            up to there.
     """
     own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
     key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
     if api == "completion":
-        return _raw_prompt(body.get("prompt"), key)
+        return _raw_prompt(body.get("prompt"), key, [e.chars for e in ends])
     head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
     if body.get("tool_choice") == "none":
         head["tool_choice"] = "none"
@@ -130,7 +145,7 @@ def prompt_of(
         before = marks[-1]
         if shared_segments and count == shared_segments:
             before = Mark(_digest(before.digest, own), before.chars)
-        marks += _segment_marks(before, segment)
+        marks += _segment_marks(before, segment, [e.chars for e in ends if e.segment == count])
         leading = in_static and segment.role in ("system", "developer")
         in_static = leading or count < shared_segments
         if in_static:
@@ -138,6 +153,22 @@ def prompt_of(
             static_shared = count < shared_segments
         turns += segment.role == "user"
     return Prompt(api, tuple(marks), static_index, turns, static_shared)
+
+
+def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Prompt:
+    """The part of a prompt up to a shared end, all of it static: something to fill and save.
+
+    Args:
+        prompt: read with `end` among its `ends`.
+        segments: the same body's, by `segments_of`.
+        end: where the part ends.
+    """
+    head_chars = prompt.marks[0].chars
+    before = sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[: end.segment])
+    chars = head_chars + before + end.chars
+    index = max(i for i, mark in enumerate(prompt.marks) if mark.chars <= chars or i == 0)
+    shared = prompt.is_static_shared and index <= prompt.static_index
+    return Prompt(prompt.api, prompt.marks[: index + 1], index, 0, shared)
 
 
 def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
@@ -220,7 +251,7 @@ def _digest(*parts: bytes) -> bytes:
     return h.digest()
 
 
-def _segment_marks(before: Mark, segment: Segment) -> list[Mark]:
+def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> list[Mark]:
     """Marks inside and behind one segment that follows `before`."""
     h = hashlib.blake2b(digest_size=16)
     h.update(before.digest)
@@ -228,23 +259,26 @@ def _segment_marks(before: Mark, segment: Segment) -> list[Mark]:
     h.update(b"\0")
     marks: list[Mark] = []
     text = segment.text
-    for start in range(0, len(text), BLOCK_CHARS):
-        block = text[start : start + BLOCK_CHARS]
-        h.update(block.encode("utf-8", "surrogatepass"))
-        if len(block) == BLOCK_CHARS:
-            marks.append(Mark(h.digest(), before.chars + start + BLOCK_CHARS))
+    blocks = range(BLOCK_CHARS, len(text) + 1, BLOCK_CHARS)
+    places = sorted({*blocks, *(c for c in cuts if 0 < c < len(text))}) if cuts else blocks
+    start = 0
+    for end in places:
+        h.update(text[start:end].encode("utf-8", "surrogatepass"))
+        marks.append(Mark(h.digest(), before.chars + end))
+        start = end
+    h.update(text[start:].encode("utf-8", "surrogatepass"))
     h.update(b"\0")
     h.update(segment.extra.encode("utf-8", "surrogatepass"))
     h.update(b"\0end")
-    # A message costs a few characters (role and turn tokens) beyond its text.
-    marks.append(Mark(h.digest(), before.chars + len(text) + len(segment.extra) + 16))
+    chars = before.chars + len(text) + len(segment.extra) + _TURN_CHARS
+    marks.append(Mark(h.digest(), chars))
     return marks
 
 
-def _raw_prompt(prompt: object, key: bytes) -> Prompt:
+def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
     """Identity of a `/completion` prompt: text, token ids, or anything else (never shared)."""
     if isinstance(prompt, str):
-        marks = _segment_marks(Mark(key, 0), Segment("raw", prompt))
+        marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
         return Prompt("completion", tuple(marks), -1, 1)
     if isinstance(prompt, list) and prompt and all(isinstance(t, int) for t in prompt):
         return Prompt("completion", token_marks(prompt, key), -1, 1)

@@ -63,7 +63,12 @@ SAVE_AFTER_IDLE_S = 0.3
 
 @dataclass(slots=True)
 class Job:
-    """One request in the scheduler. Lower `priority` goes first (0 interactive, 1 batch)."""
+    """One request in the scheduler. Lower `priority` goes first (0 interactive, 1 batch).
+
+    `is_final`: nothing is expected to continue its prompt, so its tail isn't worth saving.
+    `must_save`: it is here to have its static part filled and saved, even if a slot holds it.
+    `filled_tokens` is how many tokens its fill prefilled, once that has ended.
+    """
 
     id: str
     namespace: str
@@ -76,6 +81,9 @@ class Job:
     static_tokens: int | None = None
     static_shared: bool = False
     waited_for_fill: bool = False
+    is_final: bool = False
+    must_save: bool = False
+    filled_tokens: int = 0
     gone: bool = False
     plan: Plan | None = None
 
@@ -85,6 +93,7 @@ class Job:
             self.prompt,
             self.reply_tokens,
             self.can_fill,
+            self.namespace,
             self.static_tokens,
             self.waited_for_fill,
         )
@@ -159,9 +168,10 @@ class Scheduler:
             reply: what the model said, as the client will send it back.
             touched: False if the engine refused the request before it looked at the slot.
         """
-        job = self.jobs.pop(job_id, None)
+        job = self.jobs.get(job_id)
         if job is None or job.plan is None:
             return []
+        del self.jobs[job_id]
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
@@ -169,6 +179,8 @@ class Scheduler:
             self._learn(job, slot, counts, reply)
         elif touched:
             self._unsure(job, slot)
+        if counts is not None or touched:
+            slot.owner = job.namespace
         self._free(slot, now_s)
         effects: list[Effect] = []
         if slot.content and slot.content.turns > 1:
@@ -181,6 +193,10 @@ class Scheduler:
         job = self.jobs.get(job_id)
         if job is None:
             return []
+        slot = self.slots[job.plan.slot] if job.plan else None
+        if slot and (slot.job != job_id or slot.state is SlotState.SERVING):
+            # It was granted in the very moment in which the client left.
+            return self.finished(job_id, now_s, counts=None, reply=None, touched=False)
         job.gone = True
         if job_id in self._queue:
             self._queue.remove(job_id)
@@ -200,7 +216,7 @@ class Scheduler:
         """The engine is gone, and with it what every slot held. Planned requests queue again."""
         self.up = False
         for slot in self.slots:
-            slot.content = None
+            slot.content, slot.held_tokens, slot.granted_tokens, slot.owner = None, 0, 0, ""
             job = self.jobs.get(slot.job) if slot.job else None
             planned_here = job is not None and job.plan is not None and job.plan.slot == slot.id
             if slot.state is SlotState.PREPARING and job and planned_here:
@@ -219,7 +235,8 @@ class Scheduler:
             return []
         slot = self.slots[job.plan.slot]
         if slot.job == job_id:
-            slot.content = None
+            slot.content, slot.owner = None, job.namespace
+            slot.held_tokens = slot.most_tokens
             self._free(slot, now_s)
         self._requeue(job)
         return self._dispatch(now_s)
@@ -257,6 +274,8 @@ class Scheduler:
         slot = self.slots[slot_id]
         assert slot.state is SlotState.IDLE
         slot.content, slot.idle_since_s = content, now_s
+        slot.held_tokens = content.tokens if content else 0
+        slot.owner = content.namespace if content else ""
 
     @property
     def queued(self) -> int:
@@ -300,11 +319,14 @@ class Scheduler:
     def _stored(self, job: Job) -> Stored | None:
         """The longest of what the store holds and what is on its way into it."""
         stored = self.lookup(job.prompt, job.namespace)
-        static = job.prompt.static
-        fresh = self._fresh.get(static.digest) if static else None
+        if not self._fresh:
+            return stored
+        marks = job.prompt.marks
+        index = max((i for i, m in enumerate(marks) if m.digest in self._fresh), default=-1)
+        fresh = self._fresh[marks[index].digest] if index >= 0 else None
         if fresh and (stored is None or stored.tokens < fresh.tokens):
             return Stored(
-                mark_index=job.prompt.static_index,
+                mark_index=index,
                 tokens=fresh.tokens,
                 promise_tokens=fresh.tokens,
                 size_bytes=fresh.size_bytes,
@@ -329,6 +351,7 @@ class Scheduler:
         slot = self.slots[plan.slot]
         job.plan = plan
         slot.state, slot.job = SlotState.PREPARING, job.id
+        slot.granted_tokens = plan.prompt_tokens + job.reply_tokens
         script: deque[Step] = deque()
         effects: list[Effect] = []
         for other_id, save in plan.evict:
@@ -343,15 +366,26 @@ class Scheduler:
             script.append(self._save_step(slot))
         if plan.restore:
             script.append(RestoreSlot(slot.id, plan.restore, job.id))
-        if plan.fill and job.prompt.static:
+        elif slot.is_foreign(job.namespace):
+            script.append(EraseSlot(slot.id))
+        static = job.prompt.static
+        fill = plan.fill or self._must_fill(job)
+        if static and fill and static.digest not in self._fills:
             script.append(FillSlot(slot.id, job.id))
-            self._fills[job.prompt.static.digest] = job.id
+            self._fills[static.digest] = job.id
         self._scripts[slot.id] = script
         for other_id, _ in plan.evict:
             effects += self._advance(self.slots[other_id], now_s)
         if not plan.evict:
             effects += self._advance(slot, now_s)
         return effects
+
+    def _must_fill(self, job: Job) -> bool:
+        """Whether the store lacks what this job is to save, though a slot may hold it."""
+        if not job.must_save or job.static_tokens is None:
+            return False
+        stored = self._stored(job)
+        return stored is None or stored.promise_tokens < job.static_tokens
 
     def _advance(self, slot: Slot, now_s: float) -> list[Effect]:
         """Take the next step of a slot's script, or end it."""
@@ -385,15 +419,10 @@ class Scheduler:
         """What a step's outcome says of its slot."""
         job = self.jobs.get(slot.job) if slot.job else None
         if isinstance(outcome, StepFailed):
-            if outcome.emptied:
-                slot.content = None
-            if isinstance(step, RestoreSlot) and job and job.plan:
-                job.plan = replace(
-                    job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
-                )
+            self._failed(slot, step, job, emptied=outcome.emptied)
             return
         if isinstance(step, EraseSlot):
-            slot.content = None
+            slot.content, slot.held_tokens, slot.owner = None, 0, ""
         elif isinstance(step, SaveSlot) and isinstance(outcome, SavedSlot):
             if slot.content:
                 slot.content.saved_tokens = outcome.tokens
@@ -403,19 +432,42 @@ class Scheduler:
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
             slot.content = self._restored_content(job, step.stored, outcome.tokens)
+            slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
+
+    def _failed(self, slot: Slot, step: Step, job: Job | None, *, emptied: bool) -> None:
+        """A step failed: the slot's content is as before, or else unknown."""
+        if isinstance(step, SaveSlot) and slot.content:
+            slot.content.save_failed = True
+        if isinstance(step, FillSlot) and job:
+            slot.owner, slot.held_tokens = job.namespace, slot.most_tokens
+        if emptied:
+            slot.content = None
+        if job is None or job.plan is None or job.plan.slot != slot.id:
+            return
+        if emptied or isinstance(step, RestoreSlot):
+            # What was to be reused isn't there: promise nothing, and blame no snapshot for it.
+            job.plan = replace(
+                job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
+            )
+        if isinstance(step, RestoreSlot) and slot.is_foreign(job.namespace):
+            self._scripts.setdefault(slot.id, deque()).appendleft(EraseSlot(slot.id))
 
     def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
         static = job.prompt.static
         assert static
         job.static_tokens = tokens
-        known = {static.digest: Position(tokens, exact=True)}
+        # What the slot held before and the prompt begins with keeps its exact places.
+        known = dict(slot.content.marks) if slot.content else {}
+        known[static.digest] = Position(tokens, exact=True)
         marks = positions(
             job.prompt.marks[: job.prompt.static_index + 1], known=known, total_tokens=tokens
         )
         namespace = "" if job.static_shared else job.namespace
         slot.content = Content(namespace, marks, tokens)
+        slot.held_tokens = tokens
+        slot.owner = namespace
         if job.plan:
             job.plan = replace(job.plan, promise_tokens=tokens)
         if self.machine.can_save:
@@ -426,10 +478,13 @@ class Scheduler:
         marks: dict[bytes, Position] = {}
         prompt = job.prompt
         static = prompt.static
-        if static and stored.mark_index >= prompt.static_index and stored.promise_tokens:
-            marks[static.digest] = Position(stored.promise_tokens, exact=True)
         matched = prompt.marks[: stored.mark_index + 1]
         exact = stored.promise_tokens == stored.tokens
+        if static and stored.mark_index >= prompt.static_index and stored.promise_tokens:
+            # The promise is of the matched mark if that is exact, else of the static end.
+            own = job.static_tokens if exact else stored.promise_tokens
+            if own:
+                marks[static.digest] = Position(own, exact=True)
         if matched and exact:
             marks[matched[-1].digest] = Position(stored.tokens, exact=True)
         marks |= positions(matched, known=marks, total_tokens=stored.tokens)
@@ -452,7 +507,8 @@ class Scheduler:
         turns = prompt.turns
         if reply is not None:
             marks[prompt.continued(reply).digest] = Position(total, exact=False)
-        slot.content = Content(job.namespace, marks, total, saved_tokens=saved, turns=turns)
+        slot.content = Content(job.namespace, marks, total, saved, turns, job.is_final)
+        slot.held_tokens = total
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         if counts.prompt >= 64 and prompt.marks[-1].tokens is None:
             self.rates.tokens_per_char.learn(counts.prompt / max(prompt.chars, 1))
@@ -465,6 +521,7 @@ class Scheduler:
         """
         plan = job.plan
         content = slot.content
+        slot.held_tokens = slot.most_tokens
         if content is None or plan is None:
             return
         marks = {
@@ -474,7 +531,9 @@ class Scheduler:
         }
         tokens = max((p.tokens for p in marks.values()), default=0)
         saved = min(content.saved_tokens, tokens)
-        slot.content = Content(content.namespace, marks, tokens, saved, content.turns)
+        slot.content = Content(
+            content.namespace, marks, tokens, saved, content.turns, content.is_final
+        )
         if not marks:
             slot.content = None
 
@@ -522,5 +581,6 @@ class Scheduler:
             del self._fills[static.digest]
 
     def _free(self, slot: Slot, now_s: float) -> None:
-        slot.state, slot.job, slot.idle_since_s = SlotState.IDLE, None, now_s
-        slot.uses += 1
+        if slot.job is not None:
+            slot.idle_since_s = now_s  # not after a save on its own: that is no use of it
+        slot.state, slot.job, slot.granted_tokens = SlotState.IDLE, None, 0

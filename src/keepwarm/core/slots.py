@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from keepwarm.core.prompt import Mark, Prompt
@@ -40,7 +40,8 @@ class Content:
     """The prefix a slot holds.
 
     `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` the user
-    messages in it; `namespace` whose it is ('' for a tier alone).
+    messages in it; `namespace` whose it is ('' for a tier alone); `is_final`: nobody is expected to
+    go on from its end; `save_failed`: it couldn't be saved, and isn't tried again unchanged.
     """
 
     namespace: str
@@ -48,6 +49,8 @@ class Content:
     tokens: int
     saved_tokens: int = 0
     turns: int = 0
+    is_final: bool = False
+    save_failed: bool = False
 
     def match(self, prompt: Prompt) -> tuple[int, Position]:
         """The last of a prompt's marks that this holds: its index (-1: none) and position."""
@@ -65,18 +68,39 @@ class Content:
 
 @dataclass(slots=True)
 class Slot:
-    """One llama-server sequence. `job` is the id of the request it is prepared for or serves."""
+    """One llama-server sequence. `job` is the id of the request it is prepared for or serves.
+
+    `content` is what is known of it. The engine's sequence may hold more than that (a reply that
+    was cut off, a fill that was given up): at most `held_tokens`, and `owner` is the only tenant
+    whose tokens can be among them ('' for none but a tier's). `granted_tokens` is what the request
+    it is given to may come to.
+    """
 
     id: int
     state: SlotState = SlotState.IDLE
     content: Content | None = None
     job: str | None = None
     idle_since_s: float = 0.0
-    uses: int = field(default=0)
+    held_tokens: int = 0
+    granted_tokens: int = 0
+    owner: str = ""
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may come to in a shared pool."""
+        return max(self.held_tokens, self.granted_tokens)
+
+    def is_foreign(self, namespace: str) -> bool:
+        """Whether it may hold another tenant's tokens.
+
+        The engine compares tokens itself, so a prompt in this slot would show by its count and its
+        time how much of it the other one had sent.
+        """
+        return self.owner not in ("", namespace)
 
     def returns(self, now_s: float) -> float:
         """The estimated chance that this slot's conversation goes on."""
-        if self.content is None:
+        if self.content is None or self.content.is_final:
             return 0.0
         chance = _RETURNS_LATER if self.content.turns > 1 else _RETURNS_FIRST
         return float(chance * 0.5 ** (max(now_s - self.idle_since_s, 0.0) / _RETURN_HALF_LIFE_S))
@@ -104,6 +128,7 @@ def loss(
         return Loss(0.0, save=False)
     returns = slot.returns(now_s)
     size_bytes = content.tokens * row_bytes
+    can_save = can_save and not content.save_failed
     restore_s = rates.restore_s(size_bytes, ready=False)
     tail_s = returns * min(restore_s, rates.prefill_s(content.tokens - kept_tokens))
     unsaved = content.tokens - max(content.saved_tokens, kept_tokens)

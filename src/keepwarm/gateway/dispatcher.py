@@ -80,7 +80,8 @@ class Dispatcher:
         self._snapshots = snapshots
         self._supervise = supervise
         self._waiting: dict[str, _Waiting] = {}
-        self._bodies: dict[str, dict[str, Any]] = {}
+        # What each job's static part is filled from: a body to render, or its very tokens.
+        self._bodies: dict[str, dict[str, Any] | list[int]] = {}
         self._fills: dict[int, asyncio.Task[Any]] = {}
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
         self._ticking: asyncio.Task[None] | None = None
@@ -95,12 +96,13 @@ class Dispatcher:
         self._ticking = self._supervise(self._tick())
         return self._ticking
 
-    async def acquire(self, job: Job, static_body: dict[str, Any] | None) -> Grant:
+    async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """Wait until a slot is ready for a request.
 
         Args:
             job: the request; its id must be new.
-            static_body: a chat body to render its static part from; None if it can't be filled.
+            static: what its static part is filled from, a chat body to render or the token ids;
+                None if it can't be filled.
 
         Raises:
             QueueFullError, DeadlineError: it was not forwarded and holds nothing.
@@ -108,8 +110,10 @@ class Dispatcher:
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         if known:
             job.static_tokens = len(known)
-        if static_body is not None:
-            self._bodies[job.id] = static_body
+        if isinstance(static, list):
+            job.static_tokens = len(static)
+        if static is not None:
+            self._bodies[job.id] = static
             job.can_fill = True
         return await self._wait(job, lambda now_s: self.scheduler.submit(job, now_s))
 
@@ -308,13 +312,16 @@ class Dispatcher:
         if job is None or job.prompt.static is None:
             return StepFailed(emptied=False)
         digest = job.prompt.static.digest
-        tokens = self._statics.get(digest)
+        given = self._bodies[step.job]
+        tokens = given if isinstance(given, list) else self._statics.get(digest)
         if tokens is None:
-            tokens = await static_tokens(self._client, self._bodies[step.job])
+            assert isinstance(given, dict)
+            tokens = await static_tokens(self._client, given)
             self.know_static(digest, tokens)
         if not tokens:
             return StepFailed(emptied=False)
         counts = await self._client.fill(tokens, slot=step.slot)
+        job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)
         return FilledSlot(len(tokens))

@@ -53,7 +53,12 @@ class Prover:
         # One token is always evaluated again, so a prompt that is all known reuses one less.
         if counts.cached < min(plan.promise_tokens, counts.prompt - 1):
             runtime.supervise(self._broken(job, plan, counts))
-        elif job.prompt.static and not tier.tier and runtime.settings.store.learned:
+        elif (
+            job.prompt.static
+            and not tier.tier
+            and not job.is_final
+            and runtime.settings.store.learned
+        ):
             self._learn(job)
 
     async def _broken(self, job: Job, plan: Plan, counts: Counts) -> None:

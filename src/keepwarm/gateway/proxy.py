@@ -6,6 +6,7 @@ a stream go to the client as they come; the reply is read for its counts once it
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from keepwarm.core.reply import Reply, read_reply
 from keepwarm.core.scheduler import Job
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, KeepwarmError, RequestError
+from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.runtime import Runtime
@@ -45,8 +47,7 @@ class Exchange:
     """One request on its way; what is known of it grows."""
 
     id: str
-    api: Api
-    namespace: str
+    asked: Asked
     received_s: float
     tiered: Tiered
     job: Job
@@ -61,6 +62,9 @@ class Exchange:
         """What the client is told of what happened."""
         tier = self.tiered.tier.name if self.tiered.tier else "none"
         out = {"X-Keepwarm-Request-Id": self.id, HEADER: f"{tier}; {self.tiered.reason}"}
+        if self.job.filled_tokens:
+            # They were prefilled before the engine's own count of this reply began.
+            out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
         if self.grant:
             route_s = self.job.arrived_s - self.received_s
             out["X-Keepwarm-Plan"] = self.grant.plan.source.value
@@ -94,14 +98,29 @@ class Proxy:
 
     async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
         """Serve one request of a planned API."""
+        namespace = self._runtime.keys.namespace(request.headers)
+        body = decode_body(await request.read())
+        asked = Asked(api, body, namespace, request.path_qs, request.headers)
+        return await self._answer(asked, request)
+
+    async def answer(self, asked: Asked) -> web.StreamResponse:
+        """Serve a request of Keepwarm's own, like one that came by HTTP.
+
+        Its body must not ask for a stream.
+
+        Raises:
+            KeepwarmError: as a client would be told.
+        """
+        return await self._answer(asked, None)
+
+    async def _answer(self, asked: Asked, request: web.Request | None) -> web.StreamResponse:
         received_s = time.monotonic()
         runtime = self._runtime
-        namespace = runtime.keys.namespace(request.headers)
-        body = _decode(await request.read())
+        api, body, namespace = asked.api, asked.body, asked.namespace
         await runtime.admitted()
-        tiered = runtime.router.tier(api, body, request.headers.get(HEADER), namespace)
+        tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:
-            exchange = self._exchange(api, tiered, namespace, received_s)
+            exchange = self._exchange(asked, tiered, received_s)
             try:
                 return await self._serve(request, exchange)
             except _EscalatedError as escalated:
@@ -114,7 +133,7 @@ class Proxy:
                 assert up is not None
                 tiered = up
 
-    async def _serve(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+    async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
@@ -133,22 +152,27 @@ class Proxy:
             # nothing.
             runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
 
-    def _exchange(self, api: Api, tiered: Tiered, namespace: str, received_s: float) -> Exchange:
+    def _exchange(self, asked: Asked, tiered: Tiered, received_s: float) -> Exchange:
         runtime = self._runtime
-        prompt = self._prompt(api, tiered, namespace)
+        prompt = self._prompt(asked, tiered)
         now_s = time.monotonic()
+        priority = asked.priority
+        # A batch has hours; who sent it decides how long to wait.
+        wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
         limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
         job = Job(
             id=uuid.uuid4().hex[:16],
-            namespace=namespace,
+            namespace=asked.namespace,
             prompt=prompt,
             arrived_s=now_s,
-            deadline_s=now_s + runtime.settings.server.queue_timeout_s,
+            deadline_s=now_s + wait_s,
             reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
+            priority=priority,
+            is_final=priority > 0,
             static_shared=prompt.is_static_shared,
         )
-        static = static_body(api, tiered.body) if prompt.static else None
-        exchange = Exchange(job.id, api, namespace, received_s, tiered, job, static)
+        static = static_body(asked.api, tiered.body) if prompt.static else None
+        exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
             and tiered.tier is not None
@@ -157,16 +181,17 @@ class Proxy:
         )
         return exchange
 
-    def _prompt(self, api: Api, tiered: Tiered, namespace: str) -> Prompt:
+    def _prompt(self, asked: Asked, tiered: Tiered) -> Prompt:
         return prompt_of(
-            api,
+            asked.api,
             tiered.body,
             fingerprint=self._runtime.fingerprint,
-            namespace=namespace,
+            namespace=asked.namespace,
             shared_segments=tiered.shared_segments,
+            ends=asked.ends(tiered),
         )
 
-    async def _forward(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+    async def _forward(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Forward to the granted slot and give the slot back when the engine has ended.
 
         Raises:
@@ -175,16 +200,18 @@ class Proxy:
         assert exchange.grant
         body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
         body.setdefault("cache_prompt", True)
-        url = self._runtime.client.base_url + request.path_qs
+        asked = exchange.asked
+        url = self._runtime.client.base_url + asked.path
         try:
             upstream = await self._session.post(
-                url, data=msgspec.json.encode(body), headers=_forwarded(request.headers)
+                url, data=msgspec.json.encode(body), headers=_forwarded(asked.headers)
             )
         except aiohttp.ClientError as error:
             raise EngineDownError(f"The engine can't be reached: {error}.") from error
         try:
             streamed = upstream.content_type == "text/event-stream"
             if streamed:
+                assert request, "only a client's request may stream"
                 return await self._stream(request, exchange, upstream)
             return await self._whole(exchange, upstream)
         finally:
@@ -235,7 +262,7 @@ class Proxy:
         except aiohttp.ClientError:
             self._runtime.suspect_engine()
             self._runtime.metrics.failed("engine_died")
-            await response.write(_error_event(exchange.api))
+            await response.write(_error_event(exchange.asked.api))
         else:
             self._ended(exchange, b"".join(chunks), status=upstream.status)
         await response.write_eof()
@@ -323,7 +350,12 @@ def error_response(error: KeepwarmError, headers: Mapping[str, str] | None = Non
     )
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
+def decode_body(raw: bytes) -> dict[str, Any]:
+    """A request's JSON object.
+
+    Raises:
+        RequestError: it isn't one.
+    """
     try:
         body = msgspec.json.decode(raw)
     except msgspec.DecodeError as error:
