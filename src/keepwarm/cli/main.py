@@ -7,7 +7,7 @@ import sys
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import serve, store, tiers, warmup
+from keepwarm.cli import serve, service, store, tiers, warmup
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
@@ -24,6 +24,7 @@ app.command("serve")(serve.serve)
 app.command("warmup")(warmup.warmup)
 app.command("tiers")(tiers.tiers_command)
 app.add_typer(store.app, name="store")
+app.add_typer(service.app, name="service")
 
 
 def _show_version(wanted: bool) -> None:
