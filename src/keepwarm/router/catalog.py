@@ -12,10 +12,11 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
-from keepwarm.router.lexicon import STOP_WORDS, TOOL_STOP_WORDS, VERB_CLASSES
-from keepwarm.router.words import concepts, content_stems, name_words, stem, words
+from keepwarm.router.lexicon import SLOT_WORDS, STOP_WORDS, TOOL_STOP_WORDS, VERB_CLASSES
+from keepwarm.router.words import by_stem, concepts, content_stems, name_words, stem, words
 
 #: Characters of a description that are looked at; longer ones turn to details and examples.
 DESCRIPTION_SEEN_CHARS: Final = 400
@@ -29,6 +30,7 @@ _ARGUMENTS = re.compile(
 VERB_CLASS_OF: Final[dict[str, str]] = {
     stem(word): kind for kind, listed in VERB_CLASSES.items() for word in listed
 }
+_SLOT_OF: Final = by_stem(SLOT_WORDS)
 _TOOL_STOP_STEMS: Final = frozenset(stem(word) for word in TOOL_STOP_WORDS)
 
 
@@ -53,29 +55,26 @@ class ToolFacts:
     concepts: frozenset[str]
     verbs: frozenset[str]
     trigrams: frozenset[str]
+    slots: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """A tools list, ready to be compared with requests. Immutable; share it freely.
 
-    `is_own` says that the tools are the tiers' own rather than the client's: then what a request
-    could need is not limited to what its words have in common with a tool.
+    `is_open` says that the tools do more than their words tell, or aren't known: then a request can
+    need one without having words in common with it. True of the tiers' own (a shell, the web).
     """
 
     tools: tuple[ToolFacts, ...]
     index: Mapping[str, tuple[int, ...]]
-    is_own: bool = False
-    is_known: bool = True
-
-    def __len__(self) -> int:
-        return len(self.tools)
+    is_open: bool = False
 
 
 #: Nothing is on offer: no request can need a tool.
 NO_TOOLS: Final = Catalog(tools=(), index={})
 #: What is on offer can't be told: only the request itself is evidence.
-UNKNOWN_TOOLS: Final = Catalog(tools=(), index={}, is_own=True, is_known=False)
+UNKNOWN_TOOLS: Final = Catalog(tools=(), index={}, is_open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,9 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
         return tuple(each for each in content_stems(found) if each not in _TOOL_STOP_STEMS)
 
     name_stems, every = meaning(named), meaning([*named, *described])
-    kinds = {VERB_CLASS_OF[each] for word in (*named, *core[:2]) if (each := stem(word)) in VERB_CLASS_OF}
+    kinds = {
+        VERB_CLASS_OF[each] for word in (*named, *core[:2]) if (each := stem(word)) in VERB_CLASS_OF
+    }
     in_order = [stem(word) for word in described if word not in STOP_WORDS]
     named_in_order = [stem(word) for word in named]
     return ToolFacts(
@@ -141,16 +142,18 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
         core_stems=meaning(core),
         all_stems=frozenset(every),
         weight=weights.total(every),
-        pairs=frozenset(zip(in_order, in_order[1:], strict=False))
-        | frozenset(zip(named_in_order, named_in_order[1:], strict=False)),
+        pairs=frozenset(pairwise(in_order)) | frozenset(pairwise(named_in_order)),
         concepts=frozenset(concepts(every)),
         verbs=frozenset(kinds),
         trigrams=trigrams([*named, *described]),
+        slots=frozenset(
+            slot for word in (*named, *described) for slot in _SLOT_OF.get(stem(word), ())
+        ),
     )
 
 
 def prepare_catalog(
-    tools: Sequence[ToolText], weights: WordWeights, *, is_own: bool = False
+    tools: Sequence[ToolText], weights: WordWeights, *, is_open: bool = False
 ) -> Catalog:
     """A tools list taken apart; about 30 us a tool."""
     facts = tuple(tool_facts(tool, weights) for tool in tools)
@@ -159,7 +162,7 @@ def prepare_catalog(
         for each in tool.all_stems:
             index.setdefault(each, []).append(at)
     return Catalog(
-        tools=facts, index={each: tuple(where) for each, where in index.items()}, is_own=is_own
+        tools=facts, index={each: tuple(where) for each, where in index.items()}, is_open=is_open
     )
 
 
@@ -171,13 +174,13 @@ class CatalogCache:
         self._capacity = capacity
         self._prepared: OrderedDict[tuple[bool, tuple[ToolText, ...]], Catalog] = OrderedDict()
 
-    def get(self, tools: Sequence[ToolText], *, is_own: bool = False) -> Catalog:
+    def get(self, tools: Sequence[ToolText], *, is_open: bool = False) -> Catalog:
         """The catalog of a tools list, prepared now if it is new."""
-        key = (is_own, tuple(tools))
+        key = (is_open, tuple(tools))
         if (found := self._prepared.get(key)) is not None:
             self._prepared.move_to_end(key)
             return found
-        found = prepare_catalog(key[1], self._weights, is_own=is_own) if tools else NO_TOOLS
+        found = prepare_catalog(key[1], self._weights, is_open=is_open) if tools else NO_TOOLS
         self._prepared[key] = found
         while len(self._prepared) > self._capacity:
             self._prepared.popitem(last=False)

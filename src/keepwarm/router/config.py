@@ -5,12 +5,20 @@ The form is documented in the file itself (`configs/prompt-tiers/routing.toml`) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from keepwarm.errors import ConfigError
-from keepwarm.router.types import FULL, MINIMAL, STANDARD, TIERS, DeploymentRule, MissCosts, TierCost
+from keepwarm.router.types import (
+    FULL,
+    MINIMAL,
+    STANDARD,
+    TIERS,
+    DeploymentRule,
+    MissCosts,
+    TierCost,
+)
 from keepwarm.router.words import words
 
 #: What the tiers cost when nobody has measured: a small model on two cores, minimal warm and the
@@ -31,9 +39,28 @@ _TOP_KEYS: Final = frozenset(("costs", "rule", "unsure_tier"))
 class RouterConfig:
     """What a deployment says about routing. `unsure_tier` takes what the scores can't tell."""
 
-    costs: MissCosts = MissCosts()
+    costs: MissCosts = field(default_factory=MissCosts)
     rules: tuple[DeploymentRule, ...] = ()
     unsure_tier: str = STANDARD
+
+
+def probability_thresholds(missing: MissCosts, costs: Sequence[TierCost]) -> dict[str, float]:
+    """The probabilities from which on a larger tier costs less, each score by itself.
+
+    That is (what the larger tier costs more) / (what lacking it costs), at most 0.99.
+    """
+    seconds = {each.tier: each.seconds for each in costs}
+
+    def step(larger: str, smaller: str, lack_s: float) -> float:
+        steps = TIERS.index(larger) - TIERS.index(smaller)
+        more = seconds[larger] - seconds[smaller] + steps * missing.step_s
+        return min(0.99, max(0.001, more / lack_s)) if lack_s else 0.99
+
+    return {
+        "tools": step(STANDARD, MINIMAL, missing.tools_s),
+        "context": step(FULL, MINIMAL, missing.context_s),
+        "depth": step(FULL, MINIMAL, missing.depth_s),
+    }
 
 
 def _phrases(raw: Any, where: str) -> tuple[str, ...]:

@@ -14,14 +14,14 @@ lacking), and moves with what is warm. See docs/router.md for the figures this g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from keepwarm.router.catalog import Catalog
+from keepwarm.router.catalog import NO_TOOLS, Catalog
 from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
-from keepwarm.router.features import Met, Seen, look, meet
-from keepwarm.router.model import Weights, sigmoid
-from keepwarm.router.rules import Ruling, rulings, without_tier_words
+from keepwarm.router.features import Seen, look, meet
+from keepwarm.router.model import Weights
+from keepwarm.router.rules import P_NOTHING, Ruling, rulings, without_tier_words
 from keepwarm.router.types import (
     FULL,
     MINIMAL,
@@ -41,6 +41,7 @@ P_NOTHING_ON_OFFER: Final = 0.002
 P_FOREIGN: Final = 0.3
 #: How far such a request's score is replaced by the assumption.
 FOREIGN_SHRINK: Final = 0.7
+_OF_CONVERSATION: Final = (Reason.TOOL_HISTORY, Reason.FORCED_TOOL, Reason.CONVERSATION)
 #: Contributions told with a decision.
 TOLD: Final = 8
 
@@ -52,6 +53,7 @@ class Scores:
     tools: float
     context: float
     depth: float
+    logits: Mapping[str, float]
     contributions: tuple[Contribution, ...] = ()
     best_tool: str | None = None
 
@@ -65,46 +67,58 @@ def _told(score: str, found: list[tuple[str, float, float]]) -> list[Contributio
     return [Contribution(score, *each) for each in found[:TOLD]]
 
 
-def _tools_score(
-    request: Seen, met: Met | None, catalog: Catalog, weights: Weights
-) -> tuple[float, str | None, Mapping[str, float]]:
-    """P(needs tools), the score that said so, and its features."""
-    if catalog.is_known and met is None:
-        return P_NOTHING_ON_OFFER, None, {}
-    values = {**request.values, **met.values} if met else request.values
-    names = (["tools_offered"] if met else []) + (["tools_open"] if catalog.is_own else [])
-    name = max(names, key=lambda each: weights.scores[each].logit(values))
-    p = sigmoid(weights.scores[name].logit(values))
-    shrink = FOREIGN_SHRINK * request.foreign
-    return p + shrink * (max(p, P_FOREIGN) - p), name, values
+def _towards(p: float, assumed: float, share: float) -> float:
+    return p + share * (assumed - p)
 
 
 def score(request: Seen, catalog: Catalog, weights: Weights) -> Scores:
     """The probabilities of a request against a catalog, with what moved them."""
-    met = meet(request, catalog, weights.words) if catalog.tools else None
-    p_tools, name, values = _tools_score(request, met, catalog, weights)
+    logits: dict[str, float] = {}
     told: list[Contribution] = []
-    if name is not None:
+    met = meet(request, catalog, weights.words) if catalog.tools else None
+    values = {**request.values, **met.values} if met else request.values
+    p_tools = P_NOTHING_ON_OFFER
+    # The tiers' own tools (a shell, the web) do more than their words say: then what the request
+    # asks for is evidence by itself.
+    names = (["tools_offered"] if met else []) + (["tools_open"] if catalog.is_open else [])
+    if names:
+        said = {name: weights.scores[name].logit(values) for name in names}
+        name = max(said, key=lambda each: said[each])
+        logits["tools"] = said[name]
+        p = weights.probability("tools", said[name])
+        p_tools = _towards(p, max(p, P_FOREIGN), FOREIGN_SHRINK * request.foreign)
         told += _told("tools", weights.scores[name].contributions(values))
-    for each in ("context", "depth"):
-        told += _told(each, weights.scores[each].contributions(request.values))
+    for name in ("context", "depth"):
+        logits[name] = weights.scores[name].logit(request.values)
+        told += _told(name, weights.scores[name].contributions(request.values))
     told.sort(key=lambda each: -abs(each.logits))
     return Scores(
         tools=p_tools,
-        context=sigmoid(weights.scores["context"].logit(request.values)),
-        depth=sigmoid(weights.scores["depth"].logit(request.values)),
+        context=weights.probability("context", logits["context"]),
+        depth=weights.probability("depth", logits["depth"]),
+        logits=logits,
         contributions=tuple(told[:TOLD]),
         best_tool=met.best_tool if met else None,
     )
 
 
+def ruled(scores: Scores, found: Sequence[Ruling], *, tools_on_offer: bool) -> Scores:
+    """The scores with what rules know better."""
+    tools, context = scores.tools, scores.context
+    for each in found:
+        bound = min if each.is_final else max
+        if each.tools is not None and tools_on_offer:
+            tools = bound(tools, each.tools)
+        if each.context is not None:
+            context = bound(context, each.context)
+    depth = P_NOTHING if any(each.is_final and each.context for each in found) else scores.depth
+    return replace(scores, tools=tools, context=context, depth=depth)
+
+
 def expected_costs(
-    scores: Scores, costs: Sequence[TierCost], missing: MissCosts
+    scores: Scores, seconds: Mapping[str, float], missing: MissCosts
 ) -> dict[str, float]:
     """Expected seconds of each tier on offer, smallest tier first."""
-    known = {each.tier: each.seconds for each in costs if each.tier in TIERS}
-    if not known:
-        known = {each.tier: each.seconds for each in DEFAULT_COSTS}
     lacking = {
         MINIMAL: scores.tools * missing.tools_s
         + scores.context * missing.context_s
@@ -113,9 +127,9 @@ def expected_costs(
         FULL: 0.0,
     }
     return {
-        tier: known[tier] + TIERS.index(tier) * missing.step_s + lacking[tier]
+        tier: seconds[tier] + TIERS.index(tier) * missing.step_s + lacking[tier]
         for tier in TIERS
-        if tier in known
+        if tier in seconds
     }
 
 
@@ -126,28 +140,27 @@ def _on_offer(tier: str, expected: Mapping[str, float]) -> str:
 
 
 def _by_scores(
-    scores: Scores, catalog: Catalog, costs: Sequence[TierCost], config: RouterConfig
+    scores: Scores, seconds: Mapping[str, float], config: RouterConfig
 ) -> tuple[str, Reason, dict[str, float]]:
-    expected = expected_costs(scores, costs, config.costs)
+    expected = expected_costs(scores, seconds, config.costs)
     tier = min(expected, key=lambda each: expected[each])
-    missing = config.costs
     if tier == MINIMAL:
-        return tier, Reason.SIMPLE if catalog.tools else Reason.NO_TOOLS, expected
-    # Which need made the smaller tiers dear; none of them did if a larger one is simply warmer.
+        return tier, Reason.SIMPLE if "tools" in scores.logits else Reason.NO_TOOLS, expected
+    missing = config.costs
     needs = {
         Reason.NEEDS_TOOLS: scores.tools * missing.tools_s,
         Reason.NEEDS_CONTEXT: scores.context * missing.context_s,
         Reason.NEEDS_DEPTH: scores.depth * missing.depth_s,
     }
-    reason = max(needs, key=lambda each: needs[each])
-    seconds = {each.tier: each.seconds for each in costs}
+    # Lacking tools is what speaks against minimal, and nothing else: standard has them.
+    if tier == FULL and STANDARD in expected:
+        del needs[Reason.NEEDS_TOOLS]
     smaller = [each for each in expected if TIERS.index(each) < TIERS.index(tier)]
-    if all(seconds.get(each, 0.0) >= seconds.get(tier, 0.0) for each in smaller) and smaller:
+    if smaller and all(seconds[each] >= seconds[tier] for each in smaller):
         return tier, Reason.CHEAPEST_NOW, expected
-    top = max(scores.tools, scores.context, scores.depth)
-    if top < 0.5 and tier == STANDARD:
+    if tier == STANDARD and max(scores.tools, scores.context, scores.depth) < 0.5:
         return _on_offer(config.unsure_tier, expected), Reason.UNSURE, expected
-    return tier, reason, expected
+    return tier, max(needs, key=lambda each: needs[each]), expected
 
 
 def _decided(
@@ -161,6 +174,7 @@ def _decided(
         detail=detail,
         contributions=scores.contributions,
         expected_s=expected,
+        logits=scores.logits,
     )
 
 
@@ -177,21 +191,26 @@ def route(
     Callers leave requests alone that bring their own system prompt (`RouteRequest.is_left_alone`).
     """
     if request.forbids_tools:
-        catalog = Catalog(tools=(), index={})
+        catalog = NO_TOOLS
+    seconds = {each.tier: each.seconds for each in costs if each.tier in TIERS}
+    if not seconds:
+        seconds = {each.tier: each.seconds for each in DEFAULT_COSTS}
     text, removed = without_tier_words(request.text)
-    seen = look(text, tier_words_removed=removed)
-    scores = score(seen, catalog, weights)
-    tier, reason, expected = _by_scores(scores, catalog, costs, config)
+    request_seen = look(text, tier_words_removed=removed)
+    found = rulings(request, request_seen, config.rules)
+    scores = score(request_seen, catalog, weights)
+    scores = ruled(scores, found, tools_on_offer="tools" in scores.logits)
+    tier, reason, expected = _by_scores(scores, seconds, config)
     if request.explicit_tier is not None:
         return _decided(request.explicit_tier, Reason.EXPLICIT, scores, expected)
-    found = rulings(request, seen, config.rules)
     final = next((each for each in found if each.is_final), None)
-    if final is not None:
-        tier, reason = final.tier, final.reason
-    floors = [each for each in found if not each.is_final] + ([final] if final else [])
-    top: Ruling | None = max(floors, key=lambda each: TIERS.index(each.tier), default=None)
-    if top is not None and (top is final or TIERS.index(top.tier) >= TIERS.index(tier)):
-        detail = top.detail
-        return _decided(_on_offer(top.tier, expected), top.reason, scores, expected, detail=detail)
+    # What a final rule says still isn't less than what the conversation has already.
+    floors = [each for each in found if not each.is_final and final is None] or [
+        each for each in found if each is final or each.reason in _OF_CONVERSATION
+    ]
+    top = max(floors, key=lambda each: TIERS.index(each.tier), default=None)
+    if top is not None and (final or TIERS.index(top.tier) >= TIERS.index(tier)):
+        placed = _on_offer(top.tier, expected)
+        return _decided(placed, top.reason, scores, expected, detail=top.detail)
     detail = scores.best_tool or "" if reason is Reason.NEEDS_TOOLS else ""
     return _decided(tier, reason, scores, expected, detail=detail)

@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from keepwarm.router.catalog import VERB_CLASS_OF, Catalog, ToolFacts, WordWeights, trigrams
+from keepwarm.router.lexicon import VALUE_WORDS
 from keepwarm.router.words import (
     concepts,
     content_stems,
@@ -25,7 +27,9 @@ from keepwarm.router.words import (
 )
 
 _NUMBER = re.compile(r"\d[\d.,]*")
-_QUOTED = re.compile(r"\"[^\"\n]{1,60}\"|(?<!\w)'[^'\n]{1,60}'(?!\w)|\u201c[^\u201d\n]{1,60}\u201d|`[^`\n]{1,60}`")
+_QUOTED = re.compile(
+    r"\"[^\"\n]{1,60}\"|(?<!\w)'[^'\n]{1,60}'(?!\w)|\u201c[^\u201d\n]{1,60}\u201d|`[^`\n]{1,60}`"
+)
 _ENTITY = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 _IDENTIFIER = re.compile(
     r"\S+@\S+\.\w+|https?://\S+|\b[A-Za-z]+[_-]?\d[\w-]*\b|\b\d{4}-\d\d-\d\d\b|\b\w+_\w+\b"
@@ -35,15 +39,32 @@ _FILE = re.compile(
     r"|cpp|rs|go|java|sh|sql|html?|css|docx?|xlsx?|pptx?|log|ini|cfg|conf|zip|png|jpe?g|ipynb|tex)\b"
     r"|(?<![\w:/])(?:~|\.{1,2})?/(?:[\w.-]+/)+[\w.-]*"
 )
-_CODE = re.compile(r"```|[{};]\s*\n|^\s*(?:def|class|import|#include|SELECT|function)\b", re.MULTILINE)
+_CODE = re.compile(
+    r"```|[{};]\s*\n|^\s*(?:def|class|import|#include|SELECT|function)\b", re.MULTILINE
+)
 _FORMULA = re.compile(r"\$[^$\n]+\$|\\[a-z]{3,}|[=^<>]{1,2}|\b[a-z]\([a-z]\)")
 _STEP_MARK = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*\u2022]|[a-h]\))\s", re.MULTILINE)
 
 #: Tools that are compared in detail; the rest lost on the weight of common words.
 CANDIDATES: Final = 3
 
-_ASKING = frozenset("what who whom whose which when where why how is are was were do does did can could will would should has have whats who's what's where's when's how's".split(" "))
+_YEAR = re.compile(r"\b(?:1[0-9]|20)\d\d\b|\d(?:st|nd|rd|th)\b")
+_MONEY = re.compile(r"[$\u20ac\u00a3\u00a5]\s?\d|\d\s?[\u20ac\u00a3]")
+_PLACE = re.compile(
+    r"\b(?:in|near|at|from|to|for|around|between|of|visit|and) (?:the )?[A-Z][a-z]+|[A-Z]\w+, [A-Z]\w"
+)
+_VALUE_OF: Final[dict[str, tuple[str, ...]]] = {
+    word: tuple(kind for kind, listed in VALUE_WORDS.items() if word in listed)
+    for word in {word for listed in VALUE_WORDS.values() for word in listed}
+}
+
+_ASKING = frozenset(
+    "what who whom whose which when where why how is are was were do does did can could will would should has have whats who's what's where's when's how's".split(
+        " "
+    )
+)
 _POLITE = frozenset("can could would will please kindly i i'd i'm help hey hi hello".split(" "))
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -114,6 +135,7 @@ def look(text: str, *, tier_words_removed: bool = False) -> Seen:
     for cue, at in _CUE_AT.items():
         values[f"cue {cue}"] = _saturated(cues.get(cue, 0) / scale, at)
     values["self share"] = _saturated(cues.get("self", 0) / max(n, 8), 0.25)
+    values["asks of self"] = values["asks"] * values["cue self-question"]
     return Seen(
         values=values,
         words=found,
@@ -132,14 +154,16 @@ def _mentions_own_files(values: dict[str, float], cues: dict[str, int]) -> bool:
         return True
     writes_code = cues.get("code", 0) or values["code shown"] > 0
     return bool(
-        values["file named"] and not writes_code and (cues.get("act", 0) or cues.get("look-up", 0) or cues.get("files", 0))
+        values["file named"]
+        and not writes_code
+        and (cues.get("act", 0) or cues.get("look-up", 0) or cues.get("files", 0))
     )
 
 
 #: How many of a cue count as much as it can, in a short text.
 _CUE_AT: Final[dict[str, float]] = {
     "now": 1, "look-up": 1, "act": 2, "compute": 1, "tool-words": 1, "explain": 1, "write": 2,
-    "code": 2, "advice": 1, "earlier": 1, "self-question": 1, "files": 2, "steps": 3, "depth": 3,
+    "code": 2, "advice": 1, "past-conversation": 1, "earlier": 1, "shared": 1, "self-question": 1, "files": 2, "steps": 3, "depth": 3,
     "story-problem": 5, "small-talk": 1,
 }  # fmt: skip
 
@@ -151,11 +175,33 @@ class Asked:
     stems: tuple[str, ...]
     known: frozenset[str]
     pairs: frozenset[tuple[str, str]]
+    given: frozenset[str]
     concepts: frozenset[str]
     verbs: frozenset[str]
     trigrams: frozenset[str]
     weight: float
     lowered: str
+
+
+def given_values(request: Seen) -> frozenset[str]:
+    """The kinds of value a request gives, of those that tools ask for."""
+    text, values = request.text, request.values
+    given = {kind for word in request.words for kind in _VALUE_OF.get(word, ())}
+    if values["any number"]:
+        given.add("amount")
+        if _YEAR.search(text):
+            given.add("time")
+        if _MONEY.search(text):
+            given.add("money")
+    if _PLACE.search(text):
+        given.add("place")
+    if values["entities"] or values["quoted"]:
+        given.add("name")
+    if values["quoted"] or ":" in text:
+        given.add("text")
+    if values["identifiers"]:
+        given.add("id")
+    return frozenset(given)
 
 
 def prepare_request(request: Seen, weights: WordWeights) -> Asked:
@@ -165,7 +211,8 @@ def prepare_request(request: Seen, weights: WordWeights) -> Asked:
     return Asked(
         stems=stems,
         known=frozenset(stems),
-        pairs=frozenset(zip(in_order, in_order[1:], strict=False)),
+        pairs=frozenset(pairwise(in_order)),
+        given=given_values(request),
         concepts=frozenset(concepts(stems)),
         verbs=frozenset(VERB_CLASS_OF[each] for each in stems if each in VERB_CLASS_OF),
         trigrams=trigrams(request.words),
@@ -205,6 +252,10 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
         "concepts apart": float(bool(asked.concepts and tool.concepts) and not shared),
         "letters in common": tri / max(12.0, len(tool.trigrams)),
         "tool named": float(len(tool.name) > 4 and tool.name.lower() in asked.lowered),
+        "values given": len(tool.slots & asked.given) / len(tool.slots) if tool.slots else 0.5,
+        "values missing": _saturated(len(tool.slots - asked.given), 4),
+        "values for tool": _saturated(len(tool.slots & asked.given), 4),
+        "computes nothing": float("compute" in tool.verbs and "amount" not in asked.given),
         "tool computes": float("compute" in tool.verbs),
     }
 
@@ -242,5 +293,5 @@ def meet(request: Seen, catalog: Catalog, weights: WordWeights) -> Met:
     candidates = rough_matches(asked, catalog, weights, top=CANDIDATES) or [0]
     met = [(tool_features(asked, catalog.tools[at], weights), at) for at in candidates]
     values, at = max(met, key=lambda each: fit(each[0]))
-    values["many tools"] = min(1.0, math.log(len(catalog)) / math.log(100))
+    values["many tools"] = min(1.0, math.log(len(catalog.tools)) / math.log(100))
     return Met(values=values, best_tool=catalog.tools[at].name)

@@ -74,7 +74,7 @@ CUES: Final[dict[str, tuple[str, ...]]] = {
         "search", "find", "look up", "lookup", "fetch", "retrieve", "locate", "look for", "check",
         "list", "browse", "google", "find out", "get me", "get the", "show me", "display", "pull up",
         "can you get", "track", "query", "scan", "details of", "details for", "details about",
-        "information on", "information about", "update on",
+        "information on", "information about", "update on", "search for", "look for",
     ),
     "act": (
         "book", "buy", "order", "purchase", "send", "schedule", "reserve", "cancel", "delete",
@@ -96,10 +96,10 @@ CUES: Final[dict[str, tuple[str, ...]]] = {
     "tool-words": (
         "use the tool", "use tools", "use your tools", "using the tool", "with the tool",
         "call the function", "call the tool", "call the api", "search the web", "search online",
-        "search the internet", "search for", "look it up", "look this up", "look that up", "on the web",
-        "on the internet", "online", "web search", "using the function", "run the command",
+        "search the internet", "look it up", "look this up", "look that up", "on the web",
+        "on the internet", "web search", "using the function", "run the command",
         "run the script", "run the tests", "execute the", "in the terminal", "in the shell",
-        "the calculator", "the database",
+        
     ),
     "explain": (
         "explain", "describe", "why", "how does", "how do", "how can", "how is", "how are",
@@ -126,7 +126,7 @@ CUES: Final[dict[str, tuple[str, ...]]] = {
         "void", "printf", "println", "endpoint", "framework", "git",
     ),
     "advice": (
-        "recommend", "best way", "should i", "should we", "tips", "advice", "suggest", "ideas for",
+        "recommend", "best way", "should i", "how can i", "how do i", "how can you", "can i use", "how could i", "should we", "tips", "advice", "suggest", "ideas for",
         "what would you", "your opinion", "do you think", "good idea", "how to", "how should",
         "best practices", "recommendations", "suggestions",
     ),
@@ -157,12 +157,12 @@ CUES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "self-question": (
         "did i", "do i", "was i", "am i", "have i", "had i", "were we", "did we", "do we", "are we",
-        "i usually", "is my", "are my", "was my", "were my", "does my", "did my", "do my", "will i",
-        "should i", "can i", "i should", "i planned", "i have to", "i had to", "i was", "i want to",
-        "i use", "i used", "i hope", "i need to", "i host", "i said", "i own", "i like", "i'm supposed",
-        "i supposed", "i currently", "has my", "had my", "which of my", "for my", "in my", "on my",
-        "of my", "to my", "at my", "with my", "i prefer", "i bought", "i made", "i met", "i work",
-        "i live", "i go", "i went", "i got", "i plan", "i believe", "i think", "i start", "i take",
+        "i usually", "is my", "are my", "was my", "were my", "does my", "did my", "do my", 
+        "i should", "i planned", "i have to", "i had to", "i was", 
+        "i use", "i used", "i hope", "i host", "i said", "i own", "i like", "i'm supposed",
+        "i supposed", "i currently", "has my", "had my", "which of my", 
+        "i prefer", "i bought", "i made", "i met", "i work",
+        "i live", "i go", "i went", "i got", "i plan", "i believe", "i start", "i take",
     ),
     "own-files": (
         "attached file", "attached document", "the attached", "attachment", "my files", "my file",
@@ -173,6 +173,20 @@ CUES: Final[dict[str, tuple[str, ...]]] = {
         "file i uploaded", "document i uploaded", "i uploaded", "i attached", "my folder",
         "uploaded file", "uploaded document", "current directory", "working directory",
         "in the file called", "this directory", "this folder", "our notes",
+    ),
+    "shared": (
+        "the patient", "the patient's", "the meeting", "the team meeting", "the deadline", "the project",
+        "the appointment", "the plan", "the team", "the manager", "the boss", "the client", "the clients",
+        "the customer", "the reminder", "the report", "the interview", "the trip", "the party",
+        "the wedding", "the presentation", "the budget", "the workshop", "the conference call",
+        "the proposal", "the contract", "the invoice", "the landlord", "the doctor", "the dentist",
+        "the vet", "the supplier", "the contractor", "the internship", "the startup", "the group chat",
+        "the office", "the sprint", "the release", "the ticket", "the incident", "the kids", "the dog",
+        "the cat", "the car", "the gym", "the recipe we", "the one i", "the ones i", "the person i",
+        "the thing i", "that i", "they said", "he said", "she said", "did they", "did he", "did she",
+        "was supposed to", "were supposed to", "were we", "by thursday", "by friday", "on tuesday",
+        "on monday", "on wednesday", "on thursday", "last month", "last week", "last year",
+        "last summer", "last weekend", "next month's",
     ),
     "files": (
         "file", "files", "folder", "folders", "directory", "directories", "repository", "repo",
@@ -251,11 +265,16 @@ FOREIGN_CUES: Final[dict[str, tuple[str, ...]]] = {
 CONCEPTS: Final[dict[str, tuple[str, ...]]] = {
     name: tuple(listed.split())
     for name, listed in {
-        "weather": "weather temperature rain rainy snow forecast humidity wind windy sunny storm climate"
+        "weather": "weather temperature humidity precipitation rain rainy snow forecast humidity wind windy sunny storm climate"
         " cloudy precipitation umbrella celsius fahrenheit clima tiempo météo wetter 天气 погода 날씨 天気",
+        "units": "unit units convert conversion converter measurement kilogram gram pound ounce liter litre"
+        " gallon cup teaspoon tablespoon meter metre kilometer mile foot feet inch yard celsius"
+        " fahrenheit kelvin kg km lb lbs oz ml cm",
+        "currency": "currency currencies exchange dollar dollars euro euros usd eur gbp yen jpy pound"
+        " yuan rupee peso convert conversion",
         "money": "money price cost fee budget pay payment salary cash dollar euro usd eur gbp currency"
         " exchange bank account balance invoice precio prix preis 价格",
-        "invest": "stock share invest investment portfolio dividend bond market ticker nasdaq trading"
+        "invest": "stock stocks share invest investment portfolio dividend bond market ticker nasdaq trading"
         " crypto bitcoin equity shareholder acciones aktie 股票",
         "loan": "loan mortgage interest principal debt credit repayment instalment compound",
         "tax": "tax income deduction irs vat",
@@ -297,8 +316,8 @@ CONCEPTS: Final[dict[str, tuple[str, ...]]] = {
         " distribution sample hypothesis binomial",
         "law": "law legal lawsuit court case attorney lawyer contract crime criminal judge statute"
         " patent copyright civil",
-        "history": "history historical war king queen empire century president ancient dynasty battle"
-        " revolution",
+        "history": "history historical historic war wars king queen empire century president ancient"
+        " dynasty battle revolution treaty monarch monarchs emperor era leader civilization event",
         "religion": "religion church bible god religious christian islam buddhist hindu mosque temple",
         "art": "art painting sculpture museum gallery artwork artist exhibition paint color sketch canvas",
         "place": "city country state region location address capital population neighborhood place"
@@ -330,5 +349,44 @@ CONCEPTS: Final[dict[str, tuple[str, ...]]] = {
         "space": "planet star moon sun galaxy orbit nasa satellite mars astronomy",
         "ticket": "ticket tickets support issue bug incident complaint jira",
         "order": "order shipment delivery tracking package refund return cancel pedido commande 订单",
+    }.items()
+}
+
+#: Kinds of value that tools ask for, by the words of their descriptions ...
+SLOT_WORDS: Final[dict[str, tuple[str, ...]]] = {
+    kind: tuple(listed.split())
+    for kind, listed in {
+        "place": "location city country state region place address destination airport county town"
+        " neighborhood venue origin cities countries locations coordinates",
+        "time": "date year month day period season frame century era dates years days duration hours"
+        " deadline weekly annual daily monthly",
+        "amount": "number amount weight height radius length width mass speed velocity temperature"
+        " price percentage size angle term quantity budget initial base principal dimensions depth"
+        " acceleration force voltage current resistance age salary income probability trials",
+        "name": "name person player artist author company team brand title composer actor song book"
+        " movie user employee product club league character",
+        "money": "currency currencies",
+        "unit": "unit units measurement measurements",
+        "text": "text sentence paragraph message content review string body",
+        "id": "id identifier code isbn uuid username account token",
+    }.items()
+}
+#: ... and words of a request that are such values; the rest is seen by its form (features.py).
+VALUE_WORDS: Final[dict[str, tuple[str, ...]]] = {
+    kind: tuple(listed.split())
+    for kind, listed in {
+        "time": "today tonight tomorrow yesterday now current currently latest monday tuesday wednesday"
+        " thursday friday saturday sunday january february march april june july august september"
+        " october november december year years month months week weeks day days weekend century hour"
+        " hours minutes season upcoming recent annual morning evening afternoon noon midnight",
+        "amount": "one two three four five six seven eight nine ten twelve twenty fifty hundred thousand"
+        " million billion half double twice dozen percent",
+        "money": "dollar dollars usd euro euros eur pound pounds gbp yen jpy yuan rmb rupee rupees inr"
+        " cents bucks peso pesos franc francs cad aud",
+        "unit": "kg kilogram kilograms gram grams mg lb lbs pound pounds ounce ounces oz ton tons liter"
+        " liters litre litres ml gallon gallons cup cups teaspoon teaspoons tablespoon tablespoons"
+        " meter meters metre metres cm mm km kilometer kilometers mile miles foot feet inch inches yard"
+        " yards celsius fahrenheit kelvin hz mph kmh watts joules newton volts ohm degrees psi acres"
+        " hectares bytes mb gb seconds",
     }.items()
 }

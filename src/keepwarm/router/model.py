@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keepwarm.errors import ConfigError
@@ -78,32 +78,26 @@ class LinearScore:
         return sorted(told, key=lambda each: -abs(each[2]))
 
 
+#: What a deployment's outcomes can recalibrate; `tools` stands for both scores about tools.
+REFITS: Final = ("tools", "context", "depth")
+_NO_REFIT: Final = Platt()
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All that was learned: word weights and the four scores."""
+    """All that was learned: word weights, the four scores, and a deployment's recalibrations.
+
+    `refits` map what the shipped scores say; without one a score stays as shipped.
+    """
 
     words: WordWeights
     scores: Mapping[str, LinearScore]
     trained_on: str = ""
+    refits: Mapping[str, Platt] = field(default_factory=dict)
 
-    def calibrated(self, platts: Mapping[str, Platt]) -> Weights:
-        """These weights with other calibrations, as refitted from a deployment's outcomes.
-
-        A refit maps what the shipped calibration said, so the two are composed.
-        """
-        scores = {
-            name: replace(
-                score,
-                platt=Platt(
-                    slope=platts[name].slope * score.platt.slope,
-                    offset=platts[name].slope * score.platt.offset + platts[name].offset,
-                ),
-            )
-            if name in platts
-            else score
-            for name, score in self.scores.items()
-        }
-        return replace(self, scores=scores)
+    def probability(self, refit: str, logit: float) -> float:
+        """A shipped logit as this deployment's probability."""
+        return sigmoid(self.refits.get(refit, _NO_REFIT).apply(logit))
 
 
 def weights_from_json(data: Any) -> Weights:

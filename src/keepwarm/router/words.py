@@ -90,9 +90,18 @@ def _phrase_index(
 
 
 _PHRASES: Final = _phrase_index(CUES)
-_STEM_CONCEPTS: Final[dict[str, str]] = {
-    stem(word): concept for concept, listed in CONCEPTS.items() for word in listed
-}
+
+
+def by_stem(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Word lists turned round: from a stem to the lists it stands in."""
+    found: dict[str, tuple[str, ...]] = {}
+    for group, listed in groups.items():
+        for each in dict.fromkeys(map(stem, listed)):
+            found[each] = (*found.get(each, ()), group)
+    return found
+
+
+_STEM_CONCEPTS: Final = by_stem(CONCEPTS)
 
 
 def count_cues(found: Sequence[str]) -> dict[str, int]:
@@ -115,7 +124,7 @@ def foreign_cues(text: str) -> set[str]:
 
 def concepts(stems: Iterable[str]) -> set[str]:
     """The everyday concepts (weather, money, travel, ...) that a text's stems name."""
-    return {_STEM_CONCEPTS[found] for found in stems if found in _STEM_CONCEPTS}
+    return {each for found in stems for each in _STEM_CONCEPTS.get(found, ())}
 
 
 def foreign_share(text: str, found: Sequence[str]) -> float:

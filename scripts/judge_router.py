@@ -1,0 +1,235 @@
+"""Judge how well the router holds on requests it hasn't learned from: every figure in docs/router.md.
+
+    python scripts/judge_router.py DATA.jsonl [--json]
+
+Nothing that is judged was learned from. `within`: five folds, grouped by query. `pairs`: one source
+with need and one without are both left out, since most sources have one label only and no AUC of
+their own. `sources`: each source left out in turn, judged by the whole router with its default costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from learn_router import Bools, Floats, Row, learn, load
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold
+
+from keepwarm.router.catalog import NO_TOOLS, UNKNOWN_TOOLS, Catalog, WordWeights, prepare_catalog
+from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
+from keepwarm.router.decide import route, score
+from keepwarm.router.features import look
+from keepwarm.router.model import Weights
+from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest
+
+#: The share of requests with need that may fall under a threshold when its other side is told.
+UNDER_TIERED: Final = 0.02
+#: Bins of the expected calibration error, of equal width.
+BINS: Final = 10
+
+RELEVANT: Final = (
+    "bfcl/simple_python", "bfcl/multiple", "bfcl/parallel", "bfcl/parallel_multiple",
+)  # fmt: skip
+IRRELEVANT: Final = "bfcl/irrelevance"
+UNNEEDED: Final = ("arena_hard_v2/hard_prompt", "arena_hard_v2/creative_writing", "routellm/gsm8k")
+
+
+def calibration_error(p: Floats, y: Bools) -> float:
+    """ECE: the mean distance of stated and found shares over bins, weighted by their size."""
+    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    gaps = [
+        abs(float(p[bins == at].mean()) - float(y[bins == at].mean())) * int((bins == at).sum())
+        for at in set(bins.tolist())
+    ]
+    return sum(gaps) / len(p)
+
+
+def figures(p: Floats, y: Bools) -> dict[str, float]:
+    """AUC, accuracy at 0.5, ECE, and the share without need below the threshold that 2 % of those
+    with need fall under."""
+    threshold = float(np.quantile(p[y], UNDER_TIERED))
+    return {
+        "requests": len(y),
+        "auc": float(roc_auc_score(y, p)),
+        "accuracy": float(((p > 0.5) == y).mean()),
+        "ece": calibration_error(p, y),
+        "unneeded_below": float((p[~y] < threshold).mean()),
+    }
+
+
+def catalog_of(row: Row, words: WordWeights) -> Catalog:
+    """A row's catalog: what was on offer, nothing, or unknown."""
+    if row.tools is None:
+        return UNKNOWN_TOOLS
+    return prepare_catalog(row.tools, words) if row.tools else NO_TOOLS
+
+
+def p_tools(rows: Sequence[Row], weights: Weights) -> Floats:
+    """P(needs tools) of each row."""
+    return np.array(
+        [score(look(row.query), catalog_of(row, weights.words), weights).tools for row in rows]
+    )
+
+
+def p_earlier(rows: Sequence[Row], weights: Weights) -> Floats:
+    """P(the answer lies in earlier conversations) of each row."""
+    return np.array([score(look(row.query), UNKNOWN_TOOLS, weights).context for row in rows])
+
+
+def p_depth(rows: Sequence[Row], weights: Weights) -> Floats:
+    """P(hard) of each row."""
+    return np.array([score(look(row.query), UNKNOWN_TOOLS, weights).depth for row in rows])
+
+
+def within(rows: Sequence[Row]) -> dict[str, float]:
+    """The BFCL relevance sources against irrelevance, five folds grouped by query."""
+    judged = [row for row in rows if row.source in (*RELEVANT, IRRELEVANT)]
+    others = [row for row in rows if row.source not in (*RELEVANT, IRRELEVANT)]
+    groups = [row.query.strip().lower() for row in judged]
+    p = np.zeros(len(judged))
+    for seen_at, held_at in GroupKFold(5).split(judged, groups=groups):
+        weights = learn([*others, *(judged[at] for at in seen_at)])
+        p[held_at] = p_tools([judged[at] for at in held_at], weights)
+    return figures(p, np.array([row.needs_tool for row in judged]))
+
+
+def pair(
+    rows: Sequence[Row],
+    held: Callable[[Row], bool],
+    scored: Callable[[Sequence[Row], Weights], Floats],
+    label: Callable[[Row], bool],
+) -> dict[str, float]:
+    """Figures on the rows held out, learned from all others."""
+    weights = learn([row for row in rows if not held(row)])
+    judged = [row for row in rows if held(row)]
+    return figures(scored(judged, weights), np.array([label(row) for row in judged]))
+
+
+def pairs(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Pairs of unseen sources, for each score."""
+    found: dict[str, dict[str, float]] = {}
+    for needed in RELEVANT:
+        held = (IRRELEVANT, needed)
+        found[f"tools offered: {needed} / {IRRELEVANT}"] = pair(
+            rows, lambda row, held=held: row.source in held, p_tools, lambda row: row.needs_tool
+        )  # type: ignore[misc]
+    for unneeded in UNNEEDED:
+        held = ("bfcl/multi_turn_base", unneeded)
+        learned = learn([row for row in rows if row.source not in held])
+        judged = [row for row in rows if row.source in held]
+        p = np.array([score(look(row.query), UNKNOWN_TOOLS, learned).tools for row in judged])
+        found[f"tools unknown: bfcl/multi_turn_base / {unneeded}"] = figures(
+            p, np.array([row.needs_tool for row in judged])
+        )
+    scenarios = sorted({row.id.split("-")[1] for row in rows if row.needs_context})
+    for scenario in scenarios:
+        for unneeded in (
+            "bfcl/simple_python",
+            "bfcl/multi_turn_base",
+            "arena_hard_v2/creative_writing",
+        ):
+
+            def is_held(row: Row, scenario: str = scenario, unneeded: str = unneeded) -> bool:
+                own = row.needs_context and row.id.split("-")[1] == scenario
+                return own or row.source == unneeded
+
+            found[f"context: memory {scenario} / {unneeded}"] = pair(
+                rows, is_held, p_earlier, lambda row: row.needs_context
+            )
+    for family in ("arena_hard_v2", "routellm"):
+        found[f"depth: {family}"] = pair(
+            rows,
+            lambda row, family=family: row.source.startswith(family),
+            p_depth,
+            lambda row: bool(row.is_hard),
+        )  # type: ignore[misc]
+    return found
+
+
+def family_of(source: str) -> str:
+    """Sources left out together: MT-Bench's are a handful of requests each."""
+    return source.split("/", maxsplit=1)[0] if source.startswith("mt_bench") else source
+
+
+def left_out(rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
+    """Each row's decision by a router that hasn't seen its source; default costs."""
+    found: list[tuple[Row, Decision]] = []
+    for source in sorted({family_of(row.source) for row in rows}):
+        weights = learn([row for row in rows if family_of(row.source) != source])
+        for row in rows:
+            if family_of(row.source) == source:
+                request = RouteRequest(text=row.query, tools=row.tools)
+                catalog = catalog_of(row, weights.words)
+                found.append((row, route(request, catalog, DEFAULT_COSTS, RouterConfig(), weights)))
+    return found
+
+
+def shares(decided: Sequence[tuple[Row, Decision]]) -> dict[str, Any]:
+    """Where requests went, and how many got less than they need."""
+    at = Counter(decision.tier for _, decision in decided)
+    small = sum(TIERS.index(d.tier) < TIERS.index(row.least_tier) for row, d in decided)
+    unneeded = [d for row, d in decided if row.least_tier == MINIMAL]
+    hard = [d for row, d in decided if row.is_hard]
+    return {
+        "requests": len(decided),
+        **{tier: at[tier] / len(decided) for tier in TIERS},
+        "under_tiered": small / len(decided),
+        "no_tool_to_minimal": sum(d.tier == MINIMAL for d in unneeded) / len(unneeded)
+        if unneeded
+        else None,
+        "hard_above_minimal": sum(d.tier != MINIMAL for d in hard) / len(hard) if hard else None,
+        "reasons": dict(Counter(str(d.reason) for _, d in decided).most_common()),
+    }
+
+
+def judge(rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures."""
+    decided = left_out(rows)
+    by_source: dict[str, list[tuple[Row, Decision]]] = defaultdict(list)
+    for row, decision in decided:
+        by_source[family_of(row.source)].append((row, decision))
+    y = np.array([row.needs_tool for row, _ in decided])
+    p = np.array([decision.p_tools for _, decision in decided])
+    return {
+        "within": within(rows),
+        "pairs": pairs(rows),
+        "pooled": figures(p, y),
+        "all": shares(decided),
+        "sources": {source: shares(of_source) for source, of_source in by_source.items()},
+    }
+
+
+def main() -> None:
+    """Print the figures, as text or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--json", action="store_true")
+    told = parser.parse_args()
+    found = judge(load(told.data))
+    if told.json:
+        print(json.dumps(found, indent=1))
+        return
+    heads = ("requests", "auc", "accuracy", "ece", "unneeded_below")
+    print(f"{'left out':<58}" + "".join(f"{head:>15}" for head in heads))
+    for name, row in {
+        "within": found["within"],
+        "pooled": found["pooled"],
+        **found["pairs"],
+    }.items():
+        print(f"{name:<58}" + "".join(f"{row[head]:>15.3f}" for head in heads))
+    columns = ("requests", *TIERS, "under_tiered", "no_tool_to_minimal", "hard_above_minimal")
+    print(f"\n{'source left out':<34}" + "".join(f"{head:>19}" for head in columns))
+    for name, row in {"all": found["all"], **found["sources"]}.items():
+        cells = ("-" if row[head] is None else f"{row[head]:.3f}" for head in columns)
+        print(f"{name:<34}" + "".join(f"{cell:>19}" for cell in cells))
+        print(f"    {row['reasons']}")
+
+
+if __name__ == "__main__":
+    main()
