@@ -130,9 +130,7 @@ def prompt_of(
     key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
     if api == "completion":
         return _raw_prompt(body.get("prompt"), key, [e.chars for e in ends])
-    head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
-    if body.get("tool_choice") == "none":
-        head["tool_choice"] = "none"
+    head = head_of(body)
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")) if head else ""
@@ -163,12 +161,20 @@ def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Pr
         segments: the same body's, by `segments_of`.
         end: where the part ends.
     """
-    head_chars = prompt.marks[0].chars
+    head_chars = 0 if prompt.api == "completion" else prompt.marks[0].chars
     before = sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[: end.segment])
     chars = head_chars + before + end.chars
     index = max(i for i, mark in enumerate(prompt.marks) if mark.chars <= chars or i == 0)
     shared = prompt.is_static_shared and index <= prompt.static_index
     return Prompt(prompt.api, prompt.marks[: index + 1], index, 0, shared)
+
+
+def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a body shapes how its messages render, in the order of `_HEAD_KEYS`."""
+    head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
+    if body.get("tool_choice") == "none":
+        head["tool_choice"] = "none"
+    return head
 
 
 def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
