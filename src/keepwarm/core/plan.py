@@ -21,7 +21,7 @@ from enum import StrEnum
 
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.rates import Rates
-from keepwarm.core.slots import Loss, Slot, loss
+from keepwarm.core.slots import Loss, Position, Slot, loss
 
 # A static part that is shorter than this isn't worth a fill of its own (render, tokenize, save:
 # about 30 ms) on any machine that needs Keepwarm; a tenth of a second at 1 ms a token.
@@ -58,13 +58,17 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way that was considered, kept to explain the choice."""
+    """One way that was considered, kept to explain the choice.
+
+    `mark_index` is the last of the prompt's marks that is reused (-1: none).
+    """
 
     source: Source
     slot: int
     reuse_tokens: int
     ttft_s: float
     loss_s: float
+    mark_index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ class Demand:
     prompt: Prompt
     reply_tokens: int
     can_fill: bool
+    namespace: str = ""
     static_tokens: int | None = None
     waited_for_fill: bool = False
 
@@ -173,7 +178,9 @@ def choose(
     source = option.source
     if restored and demand.waited_for_fill:
         source = Source.SHARED
-    static = static_tokens(demand, rates)
+    lacking = 0
+    if demand.can_fill and option.mark_index < demand.prompt.static_index:
+        lacking = static_tokens(demand, rates) - option.reuse_tokens
     return Plan(
         source=source,
         slot=option.slot,
@@ -182,7 +189,7 @@ def choose(
         prompt_tokens=total,
         estimate_s=option.ttft_s + (lost.seconds if lost.save else 0.0),
         save_first=lost.save,
-        fill=demand.can_fill and static - option.reuse_tokens >= FILL_MIN_TOKENS,
+        fill=lacking >= FILL_MIN_TOKENS,
         restore=restored,
         evict=evict,
         considered=tuple(considered),
@@ -201,11 +208,12 @@ def _options(
 ) -> list[tuple[Option, Loss, int]]:
     """The ways one idle slot could serve a prompt of `total` tokens."""
     content = slot.content
-    index, position = content.match(demand.prompt) if content else (-1, None)
-    kept = position.tokens if position else 0
-    if content and not machine.cuttable and kept != content.tokens:
-        kept = 0
-    kept = min(kept, total - 1)
+    index, position = -1, Position(0, exact=True)
+    if content and not slot.is_foreign(demand.namespace):
+        index, position = content.match(demand.prompt)
+        if not machine.cuttable and position.tokens != content.tokens:
+            index, position = -1, Position(0, exact=True)
+    kept = min(position.tokens, total - 1)
 
     def lose(tokens: int) -> Loss:
         return loss(
@@ -221,14 +229,17 @@ def _options(
     lost = lose(kept)
     source = Source.SLOT if kept else Source.COLD
     promise = content.promise(demand.prompt, index) if content and kept else 0
+    if not machine.cuttable and not position.exact:
+        # All of it is reused or nothing, and where it ends is an estimate.
+        promise = 0
     ttft = rates.prefill_s(total - kept)
-    out.append((Option(source, slot.id, kept, ttft, lost.seconds), lost, promise))
+    out.append((Option(source, slot.id, kept, ttft, lost.seconds, index), lost, promise))
     if stored and stored.tokens > kept:
         reuse = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)
         ttft += rates.prefill_s(total - reuse)
         lost = lose(0)
-        option = Option(Source.SNAPSHOT, slot.id, reuse, ttft, lost.seconds)
+        option = Option(Source.SNAPSHOT, slot.id, reuse, ttft, lost.seconds, stored.mark_index)
         out.append((option, lost, stored.promise_tokens))
     return out
 
@@ -251,7 +262,7 @@ def _make_room(
     if machine.pool_tokens is None:
         return ()
     others = [s for s in slots if s.id != option.slot]
-    need = total + demand.reply_tokens + sum(s.content.tokens for s in others if s.content)
+    need = total + demand.reply_tokens + sum(s.most_tokens for s in others)
     over = need - machine.pool_tokens
     if over <= 0:
         return ()
@@ -266,11 +277,11 @@ def _make_room(
             can_save=machine.can_save,
         )
 
-    idle = [(s, lose(s)) for s in others if s.state == "idle" and s.content]
+    idle = [(s, lose(s)) for s in others if s.state == "idle" and s.most_tokens]
     out: list[tuple[int, bool]] = []
     for slot, lost in sorted(idle, key=lambda pair: pair[1].seconds):
         out.append((slot.id, lost.save))
-        over -= slot.content.tokens if slot.content else 0
+        over -= slot.most_tokens
         if over <= 0:
             return tuple(out)
     # With nothing left to empty the engine itself says that the prompt is too long.
