@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from keepwarm.core.effects import (
     Effect,
@@ -57,6 +57,15 @@ class Grant:
     prepared_s: float
 
 
+class Supervise(Protocol):
+    """Runs a task in the background and loses no failure of it."""
+
+    def __call__(
+        self, work: Coroutine[Any, Any, None], *, name: str | None = None
+    ) -> asyncio.Task[None]:
+        """Begin it; what is named `absorb` is waited for at the end."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     future: asyncio.Future[Plan]
@@ -72,7 +81,7 @@ class Dispatcher:
         client: EngineClient,
         snapshots: SlotStore,
         metrics: Metrics,
-        supervise: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        supervise: Supervise,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = metrics
@@ -82,9 +91,9 @@ class Dispatcher:
         self._waiting: dict[str, _Waiting] = {}
         # What each job's static part is filled from: a body to render, or its very tokens.
         self._bodies: dict[str, dict[str, Any] | list[int]] = {}
-        self._fills: dict[int, asyncio.Task[Any]] = {}
+        self._fills: dict[FillSlot, asyncio.Task[Outcome]] = {}
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
-        self._ticking: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     @property
     def rates(self) -> Rates:
@@ -93,8 +102,13 @@ class Dispatcher:
 
     def start(self) -> asyncio.Task[None]:
         """Begin the clock that saves idle slots and ends waits; its task never ends by itself."""
-        self._ticking = self._supervise(self._tick())
-        return self._ticking
+        return self._supervise(self._tick())
+
+    def close(self) -> None:
+        """Begin nothing more: the tasks of running steps are about to be cancelled."""
+        self._is_closed = True
+        for task in self._fills.values():
+            task.cancel()
 
     async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """Wait until a slot is ready for a request.
@@ -172,6 +186,7 @@ class Dispatcher:
                 self.finish(job, counts=None, reply=None, touched=False)
             else:
                 self._perform(self.scheduler.cancelled(job.id, time.monotonic()))
+                self._forget_bodies()
             raise
         finally:
             del self._waiting[job.id]
@@ -186,10 +201,13 @@ class Dispatcher:
             elif isinstance(effect, Fail):
                 self._refuse(effect)
             elif isinstance(effect, Interrupt):
-                if task := self._fills.get(effect.step.slot):
+                if task := self._fills.get(effect.step):
                     task.cancel()
             else:
                 self._mark_begun(effect)
+                if isinstance(effect, FillSlot):
+                    # Made here and not in `_run`, so that it can be interrupted from now on.
+                    self._fills[effect] = asyncio.ensure_future(self._fill_static(effect))
                 self._supervise(self._run(effect))
 
     def _resolve(self, job_id: str, plan: Plan) -> None:
@@ -218,6 +236,8 @@ class Dispatcher:
             waiting.begun_s = time.monotonic()
 
     async def _run(self, step: Step) -> None:
+        # A step that failed in a way nobody thought of must not keep its slot for ever.
+        outcome: Outcome = StepFailed(emptied=True)
         try:
             outcome = await self._step(step)
         except SnapshotError as error:
@@ -226,7 +246,15 @@ class Dispatcher:
         except EngineError:
             # A refused restore clears the slot; after any other failure its state is unknown.
             outcome = StepFailed(emptied=not isinstance(step, SaveSlot))
-        self._perform(self.scheduler.step_done(step, outcome, time.monotonic()))
+        finally:
+            if not self._is_closed:
+                self._perform(self.scheduler.step_done(step, outcome, time.monotonic()))
+                self._forget_bodies()
+
+    def _forget_bodies(self) -> None:
+        """Let go of what requests brought that are gone, once no fill needs it any more."""
+        for job_id in [j for j in self._bodies if j not in self.scheduler.jobs]:
+            del self._bodies[job_id]
 
     async def _step(self, step: Step) -> Outcome:
         if isinstance(step, SaveSlot):
@@ -256,7 +284,7 @@ class Dispatcher:
         if not info.tokens:
             await self._snapshots.discard(name)
             return StepFailed(emptied=True)
-        self._supervise(self._absorb(step, name, info.tokens))
+        self._supervise(self._absorb(step, name, info.tokens), name="absorb")
         return SavedSlot(name, info.tokens, info.size_bytes)
 
     async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
@@ -295,8 +323,7 @@ class Dispatcher:
         return RestoredSlot(info.tokens)
 
     async def _fill(self, step: FillSlot) -> Outcome:
-        task = asyncio.ensure_future(self._fill_static(step))
-        self._fills[step.slot] = task
+        task = self._fills[step]
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -305,7 +332,7 @@ class Dispatcher:
             task.cancel()
             raise
         finally:
-            self._fills.pop(step.slot, None)
+            del self._fills[step]
 
     async def _fill_static(self, step: FillSlot) -> Outcome:
         job = self.scheduler.jobs.get(step.job)

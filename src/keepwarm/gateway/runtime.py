@@ -148,9 +148,9 @@ class Runtime:
             staging = Path(settings.store.staging_dir).expanduser()
         else:
             staging = default_staging(self._store_dir, need_bytes=settings.store.staging_bytes)
+        self.launch = await plan_launch(settings.engine, slot_dir=staging)
         if not settings.engine.upstream:
             staging.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.launch = await plan_launch(settings.engine, slot_dir=staging)
         self.client = EngineClient(
             self.launch.base_url, api_key=settings.engine.upstream_key or None
         )
@@ -326,6 +326,8 @@ class Runtime:
         absorbing = [t for t in self._tasks if t.get_name() == "absorb"]
         if absorbing:
             await asyncio.wait(absorbing, timeout=30)
+        if hasattr(self, "dispatcher"):
+            self.dispatcher.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
