@@ -58,7 +58,8 @@ class EngineClient:
         """Whether the engine is up and its model loaded."""
         try:
             await self._call("GET", "/health", timeout_s=5)
-        except EngineDownError:
+        except EngineError:
+            # A proxy before a dead server answers too, with an error or with a page.
             return False
         return True
 

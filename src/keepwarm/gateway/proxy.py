@@ -21,7 +21,7 @@ from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.core.scheduler import Job
 from keepwarm.engine.static_end import static_body
-from keepwarm.errors import EngineDownError, KeepwarmError, RequestError
+from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.first_words import FirstWords, tool_names
@@ -144,7 +144,7 @@ class Proxy:
                 except EngineDownError:
                     if attempt == _RETRIES:
                         raise
-                    runtime.suspect_engine()
+                    await runtime.look_at_engine()
                     exchange.grant = await runtime.dispatcher.retry(exchange.job)
             raise AssertionError("unreachable")
         finally:
@@ -209,6 +209,9 @@ class Proxy:
         except aiohttp.ClientError as error:
             raise EngineDownError(f"The engine can't be reached: {error}.") from error
         try:
+            if upstream.status == 503:
+                # Only while its model loads: it was started anew, and its slots are empty.
+                raise EngineDownError("The engine is loading its model.")
             streamed = upstream.content_type == "text/event-stream"
             if streamed:
                 assert request, "only a client's request may stream"
@@ -227,6 +230,7 @@ class Proxy:
             raise EngineDownError(f"The engine went away while it answered: {error}.") from error
         exchange.first_byte_s = time.monotonic()
         if upstream.status == 200:
+            _check_json(raw)
             self._escalate(exchange, raw, complete=True)
         self._ended(exchange, raw, status=upstream.status)
         headers = _returned(upstream.headers) | exchange.headers
@@ -236,18 +240,11 @@ class Proxy:
         self, request: web.Request, exchange: Exchange, upstream: aiohttp.ClientResponse
     ) -> web.StreamResponse:
         exchange.streamed = True
-        chunks: list[bytes] = []
-        try:
-            chunks.append(await upstream.content.readany())
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"The engine went away before it answered: {error}.") from error
+        chunks = [await _read(upstream)]
         if not chunks[0]:
             raise EngineDownError("The engine closed the stream before its first byte.")
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
-            try:
-                chunks.append(await upstream.content.readany())
-            except aiohttp.ClientError as error:
-                raise EngineDownError(f"The engine went away: {error}.") from error
+            chunks.append(await _read(upstream))
         exchange.first_byte_s = time.monotonic()
         headers = _returned(upstream.headers) | exchange.headers
         response = web.StreamResponse(status=upstream.status, headers=headers)
@@ -256,10 +253,10 @@ class Proxy:
             request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         await response.write(b"".join(chunks))
         try:
-            while chunk := await upstream.content.readany():
+            while chunk := await _read(upstream):
                 chunks.append(chunk)
                 await response.write(chunk)
-        except aiohttp.ClientError:
+        except EngineDownError:
             self._runtime.suspect_engine()
             self._runtime.metrics.failed("engine_died")
             await response.write(_error_event(exchange.asked.api))
@@ -358,11 +355,36 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     """
     try:
         body = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"The request body isn't valid JSON: {error}.") from error
     if not isinstance(body, dict):
         raise RequestError("The request body must be a JSON object.")
     return body
+
+
+async def _read(upstream: aiohttp.ClientResponse) -> bytes:
+    """The next bytes of a stream, empty at its end.
+
+    Raises:
+        EngineDownError: it broke off. Writing to a client that left raises aiohttp's errors too;
+            those aren't the engine's.
+    """
+    try:
+        return await upstream.content.readany()
+    except aiohttp.ClientError as error:
+        raise EngineDownError(f"The engine went away while it answered: {error}.") from error
+
+
+def _check_json(raw: bytes) -> None:
+    """Never pass garbage on with status 200.
+
+    Raises:
+        EngineError: it isn't JSON.
+    """
+    try:
+        msgspec.json.decode(raw, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise EngineError("The engine's answer isn't JSON.") from error
 
 
 def _forwarded(headers: Mapping[str, str], *, keep_type: bool = False) -> dict[str, str]:

@@ -356,6 +356,11 @@ class Runtime:
         if self._supervisor:
             self._supervisor.suspect()
 
+    async def look_at_engine(self) -> None:
+        """As `suspect_engine`; returns when it answered, or was found dead."""
+        if self._supervisor:
+            await self._supervisor.look()
+
     @property
     def process(self) -> EngineProcess | None:
         """The engine's current process; None for an attached one."""
@@ -372,13 +377,17 @@ class Runtime:
         """Start a new engine and warm it.
 
         Raises:
-            EngineError, SnapshotError: it didn't come up.
+            KeepwarmError: it didn't come up.
         """
         if self._process and not self._process.exited.is_set():
             self._process.kill()
         await self._stop_engine()
         await self._start_engine()
-        await self._warm()
+        try:
+            await self._warm()
+        except _UnprovedError:
+            # It was proved at the first start, so the engine isn't the one it was.
+            log.warning("prefixes are restored but not reused: serving cold until a restart")
 
     def engine_back(self) -> None:
         """The engine is up and warm: requests go on."""

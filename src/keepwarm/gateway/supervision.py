@@ -16,7 +16,7 @@ from typing import Protocol
 
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
-from keepwarm.errors import EngineError, KeepwarmError, SnapshotError
+from keepwarm.errors import KeepwarmError
 
 log = logging.getLogger("keepwarm")
 
@@ -43,7 +43,7 @@ class Deployment(Protocol):
         """Start a new engine and warm it.
 
         Raises:
-            EngineError, SnapshotError: it didn't come up.
+            KeepwarmError: it didn't come up.
         """
 
     def engine_back(self) -> None:
@@ -60,10 +60,22 @@ class Supervisor:
         self._deployment = deployment
         self._hang_timeout_s = hang_timeout_s
         self._suspected = asyncio.Event()
+        self._asking: list[asyncio.Future[None]] = []
+        self._answered = 0
 
     def suspect(self) -> None:
         """A request got no answer: look at the engine now rather than at the next interval."""
         self._suspected.set()
+
+    async def look(self) -> None:
+        """Look at the engine now; returns when it answered, or was found dead and given up.
+
+        Who sends a request again before that only finds the same dead engine.
+        """
+        asking = asyncio.get_running_loop().create_future()
+        self._asking.append(asking)
+        self._suspected.set()
+        await asking
 
     async def watch(self) -> None:
         """Look at the engine for ever."""
@@ -76,6 +88,15 @@ class Supervisor:
             unhealthy_since = None
             if reason:
                 await self._recover(reason)
+            else:
+                self._tell_asking(self._answered)
+
+    def _tell_asking(self, count: int) -> None:
+        """Tell those who asked first; who asked during a look waits for the next."""
+        asking, self._asking = self._asking[:count], self._asking[count:]
+        for future in asking:
+            if not future.done():
+                future.set_result(None)
 
     async def _trouble(self, unhealthy_since: float | None) -> str | None:
         """Wait for the next sign of life or its absence: None, unanswered, died or hung."""
@@ -89,6 +110,7 @@ class Supervisor:
             for wait in waits:
                 wait.cancel()
         self._suspected.clear()
+        self._answered = len(self._asking)
         if process and process.exited.is_set():
             return "died"
         if await self._deployment.client.health():
@@ -106,6 +128,7 @@ class Supervisor:
     async def _recover(self, reason: str) -> None:
         """Bring the engine back, however long that takes."""
         self._deployment.engine_lost(reason)
+        self._tell_asking(len(self._asking))
         log.warning("the engine %s; restarting it", reason)
         attempt = 0
         while not await self._try(gave_up=attempt >= _MAX_RESTARTS - 1):
@@ -116,7 +139,7 @@ class Supervisor:
     async def _try(self, *, gave_up: bool) -> bool:
         try:
             await self._deployment.engine_again()
-        except (EngineError, SnapshotError) as error:
+        except KeepwarmError as error:
             log.error("the engine didn't come back: %s", error)
             self._deployment.engine_failed(error, gave_up=gave_up)
             return False
