@@ -16,7 +16,8 @@ from keepwarm.engine.client import EngineClient
 
 # Two texts without a common beginning, in their letters or in any tokenizer's pieces.
 _PROBES = ("Quartz", "7 mild steps")
-_ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
+# What else of a body reaches the template.
+ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
 
 
 async def static_tokens(client: EngineClient, static: Mapping[str, Any]) -> list[int]:
@@ -34,7 +35,7 @@ async def static_tokens(client: EngineClient, static: Mapping[str, Any]) -> list
 
 
 async def _tokens(client: EngineClient, static: Mapping[str, Any], probe: str) -> list[int]:
-    request = {key: static[key] for key in _ARGUMENTS if static.get(key) is not None}
+    request = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
     request["messages"] = [*static["messages"], {"role": "user", "content": probe}]
     return await client.tokenize(await client.render(request))
 

@@ -1,0 +1,170 @@
+"""Fill and save a prefix that several requests are known to share, before they are sent.
+
+Inside a message the engine's tokens don't break where the characters do, so the prefix's tokens
+are those which the request itself has in common with two that part from it right there. That holds
+for every request that goes on as this one does for one more word; the batch planner cuts at white
+space, where no tokenizer joins the words.
+
+It is a job like any other (priority of a batch) which is granted a slot, filled, saved, and ended
+without anything being forwarded: the scheduler knows all that happens to its slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
+from keepwarm.core.scheduler import Job
+from keepwarm.engine.client import EngineClient
+from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
+from keepwarm.errors import RequestError
+from keepwarm.gateway.asked import SHARED_HEADER, Asked
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.tiering import HEADER
+
+# Both begin with white space, so that the last word before them is whole, and part after it.
+_PROBES = (" Quartz", "\n7 mild steps")
+_PLAIN_ROLES = ("system", "developer", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPrefix:
+    """A prefix that is saved now: its length, and what getting there took.
+
+    `prefilled_tokens` is 0 where it was known; `plan` says where its beginning came from.
+    """
+
+    tokens: int
+    prefilled_tokens: int
+    plan: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "tokens": self.tokens,
+            "prefilled_tokens": self.prefilled_tokens,
+            "plan": self.plan,
+            "seconds": round(self.seconds, 4),
+        }
+
+
+async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
+    """Fill and save the prefix of a request up to the last place its `X-Keepwarm-Shared` names.
+
+    Raises:
+        RequestError: no place is named, or one that can't be a prefix's end.
+        EngineError: the engine can't render or prefill it.
+    """
+    began_s = time.monotonic()
+    await runtime.admitted()
+    tiered = runtime.router.tier(
+        asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
+    )
+    ends = asked.ends(tiered)
+    if not ends:
+        raise RequestError(
+            f"{SHARED_HEADER} must say where the shared prefix ends, as `segment:characters`."
+        )
+    tokens = await prefix_tokens(runtime.client, asked.api, tiered.body, ends[-1])
+    if not tokens:
+        raise RequestError("Nothing of this request comes before the place that is named.")
+    prompt = prompt_of(
+        asked.api,
+        tiered.body,
+        fingerprint=runtime.fingerprint,
+        namespace=asked.namespace,
+        shared_segments=tiered.shared_segments,
+        ends=ends,
+    )
+    part = prefix_of(prompt, _segments(asked.api, tiered.body), ends[-1])
+    job = Job(
+        id=uuid.uuid4().hex[:16],
+        namespace=asked.namespace,
+        prompt=part,
+        arrived_s=began_s,
+        deadline_s=math.inf,
+        reply_tokens=1,
+        priority=1,
+        static_shared=part.is_static_shared,
+        must_save=True,
+    )
+    grant = await runtime.dispatcher.acquire(job, tokens)
+    runtime.dispatcher.finish(job, counts=None, reply=None, touched=False)
+    return WarmPrefix(
+        len(tokens), job.filled_tokens, grant.plan.source.value, time.monotonic() - began_s
+    )
+
+
+async def prefix_tokens(
+    client: EngineClient, api: Api, body: Mapping[str, Any], end: SharedEnd
+) -> list[int]:
+    """The token ids up to a place in a request, as every request has them that shares it.
+
+    Raises:
+        RequestError: the place is inside a message that isn't text.
+        EngineError: the engine can't render or tokenize.
+    """
+    if api == "completion":
+        text = body.get("prompt")
+        if not isinstance(text, str):
+            raise RequestError("Only prompts that are text have places to share.")
+        texts = [text, *(text[: end.chars] + probe for probe in _PROBES)]
+    else:
+        messages, arguments = _as_chat(api, body, end)
+        whole = messages or [{"role": "user", "content": _PROBES[0]}]
+        if end.segment >= len(messages):
+            whole = [*messages, {"role": "user", "content": "Go on."}]
+        bodies = [whole, *(_parted(messages, end, probe) for probe in _PROBES)]
+        texts = await asyncio.gather(
+            *(client.render({**arguments, "messages": listed}) for listed in bodies)
+        )
+    own, *others = await asyncio.gather(*(client.tokenize(text) for text in texts))
+    return own[: min(common_length(own, other) for other in others)]
+
+
+def _parted(
+    messages: Sequence[Mapping[str, Any]], end: SharedEnd, probe: str
+) -> list[Mapping[str, Any]]:
+    """The messages up to a place, and then something else."""
+    before = list(messages[: end.segment])
+    if end.segment >= len(messages):
+        return [*before, {"role": "user", "content": probe}]
+    parted = messages[end.segment]
+    text = parted.get("content")
+    if end.chars and not isinstance(text, str):
+        raise RequestError(
+            f"Message {end.segment} isn't plain text: a shared prefix can end before it, not in it."
+        )
+    shared = str(text)[: end.chars] if end.chars else ""
+    return [*before, {"role": parted.get("role"), "content": shared + probe}]
+
+
+def _as_chat(
+    api: Api, body: Mapping[str, Any], end: SharedEnd
+) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    """A body's messages and template arguments in the shape of chat completions.
+
+    Raises:
+        RequestError: what is shared isn't plain text, whose conversion is the engine's own affair.
+    """
+    static = static_body(api, body) or {}
+    arguments = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
+    if api == "chat":
+        listed = body.get("messages")
+        messages = [m for m in listed if isinstance(m, Mapping)] if isinstance(listed, list) else []
+        return messages, arguments
+    segments = segments_of(api, body)
+    if any(s.extra or s.role not in _PLAIN_ROLES for s in segments[: end.segment + 1]):
+        raise RequestError("Only prefixes that are plain text can be filled for this API.")
+    return [{"role": s.role, "content": s.text} for s in segments], arguments
+
+
+def _segments(api: Api, body: Mapping[str, Any]) -> list[Any]:
+    return [] if api == "completion" else list(segments_of(api, body))
