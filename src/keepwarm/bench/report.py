@@ -1,0 +1,210 @@
+"""A report for people: Markdown, a terminal table, and the rows of its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from keepwarm.bench.results import Duration, Figure, Report, Sample, select, ttfts
+from keepwarm.bench.stats import Summary, median, summarize
+from keepwarm.bench.svg import Mark, Panel, Row, picture, seconds_text
+
+# What each scenario's table is headed with.
+TITLES = {
+    "first": "First request on each tier after a start with nothing saved",
+    "identical": "Identical requests",
+    "new": "New conversations",
+    "restart": "After the engine's SIGKILL",
+    "overhead": "An identical request through Keepwarm and directly to the engine's hot slot",
+    "ready": "Start to ready with every tier saved",
+    "switch": "One slot, from tier to tier",
+    "conversations": "Several conversations at a time",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One step in one arm."""
+
+    step: str
+    arm: str
+    ttft: Summary
+    cached_tokens: float
+    prefilled_tokens: float
+    plans: str
+
+
+def lines_of(samples: Sequence[Sample], scenario: str) -> list[Line]:
+    """A scenario's samples summed up by step and arm, in the order they were measured."""
+    chosen = select(samples, scenario=scenario)
+    steps = dict.fromkeys(s.step for s in chosen)
+    arms = dict.fromkeys(s.arm for s in samples)
+    out = []
+    for step in steps:
+        for arm in arms:
+            if not (these := select(chosen, step=step, arm=arm)):
+                continue
+            plans = dict.fromkeys(s.plan for s in these if s.plan)
+            out.append(
+                Line(
+                    step,
+                    arm,
+                    summarize(ttfts(these)),
+                    median([s.cached_tokens for s in these]),
+                    median([s.prefilled_tokens for s in these]),
+                    ", ".join(plans),
+                )
+            )
+    return out
+
+
+_HEAD = ("step", "arm", "n", "median", "p95", "min", "max", "cached", "prefilled", "plan")
+_TEXT_COLUMNS = (0, 1, 9)
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    t = line.ttft
+    times = (seconds_text(v) for v in (t.median, t.p95, t.minimum, t.maximum))
+    tokens = (f"{line.cached_tokens:,.0f}", f"{line.prefilled_tokens:,.0f}")
+    return (line.step, line.arm, str(t.n), *times, *tokens, line.plans)
+
+
+_DURATION_HEAD = ("step", "arm", "n", "median", "min", "max")
+
+
+def _duration_rows(durations: Sequence[Duration], scenario: str) -> list[tuple[str, ...]]:
+    chosen = [d for d in durations if d.scenario == scenario]
+    out = []
+    for step, arm in dict.fromkeys((d.step, d.arm) for d in chosen):
+        s = summarize([d.seconds for d in chosen if (d.step, d.arm) == (step, arm)])
+        times = (seconds_text(v) for v in (s.median, s.minimum, s.maximum))
+        out.append((step, arm, str(s.n), *times))
+    return out
+
+
+def _scenarios(report: Report) -> list[str]:
+    seen = {s.scenario for s in report.samples} | {d.scenario for d in report.durations}
+    return [name for name in TITLES if name in seen]
+
+
+def _verdict(figure: Figure) -> str:
+    return "" if figure.met is None else ("reached" if figure.met else "MISSED")
+
+
+def _figure_row(figure: Figure) -> tuple[str, ...]:
+    value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
+    return (figure.what, f"{value} {figure.unit}", figure.goal, _verdict(figure), figure.detail)
+
+
+_FIGURE_HEAD = ("what", "measured", "goal", "", "how it comes about")
+
+
+def _facts(report: Report) -> list[str]:
+    m = report.machine
+    facts = [
+        f"{report.began}, {report.seconds:.0f} s",
+        f"{m.processor}, {m.cores} cores, {m.system}, load {m.load} at the beginning",
+        f"engine {report.engine}, model {report.model}, Keepwarm {report.keepwarm}",
+        "; ".join(f"{key}: {value}" for key, value in report.settings.items()),
+    ]
+    if report.prefixes:
+        warmed = ", ".join(
+            f"{p.tier} {p.tokens:,} tokens ({p.how} in {p.seconds:.1f} s)" for p in report.prefixes
+        )
+        facts.append(f"tiers: {warmed}; the store takes {report.store_bytes / 1e6:.1f} MB on disk")
+    return [*facts, *report.notes]
+
+
+def markdown(report: Report) -> str:
+    """The whole report, ready to be pasted into a document."""
+    out = [*(f"- {fact}" for fact in _facts(report)), ""]
+    if report.figures:
+        out += _md_table(_FIGURE_HEAD, [_figure_row(f) for f in report.figures])
+    for scenario in _scenarios(report):
+        out += [f"### {TITLES[scenario]}", ""]
+        if lines := lines_of(report.samples, scenario):
+            out += _md_table(_HEAD, [_cells(line) for line in lines], left=_TEXT_COLUMNS)
+        if rows := _duration_rows(report.durations, scenario):
+            out += _md_table(_DURATION_HEAD, rows, left=(0, 1))
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _md_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] | None = None
+) -> list[str]:
+    align = ["---" if left is None or i in left else "---:" for i in range(len(head))]
+    lines = [head, align, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def terminal(report: Report) -> Group:
+    """The report as tables for the terminal."""
+    parts: list[Table | Text] = []
+    for scenario in _scenarios(report):
+        if lines := lines_of(report.samples, scenario):
+            parts.append(
+                _rich_table(TITLES[scenario], _HEAD, [_cells(x) for x in lines], _TEXT_COLUMNS)
+            )
+        if rows := _duration_rows(report.durations, scenario):
+            parts.append(_rich_table(TITLES[scenario], _DURATION_HEAD, rows, (0, 1)))
+    if report.figures:
+        rows = [_figure_row(f) for f in report.figures]
+        parts.append(_rich_table("What it comes to", _FIGURE_HEAD, rows, range(5)))
+    parts.append(Text("\n".join(_facts(report)), style="dim"))
+    return Group(*parts)
+
+
+def _rich_table(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int]
+) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    texts = set(left)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i in texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def svg(report: Report) -> str:
+    """The report's picture: a panel for each scenario, medians with their range.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    panels = [
+        Panel(TITLES[scenario], rows, kind="dots")
+        for scenario in _scenarios(report)
+        if (rows := _rows(report, scenario))
+    ]
+    m = report.machine
+    subtitle = (
+        f"time to first token, logarithmic; dot: median, line: least to most; {report.model}; "
+        f"{m.cores} cores"
+    )
+    return picture("Keepwarm benchmark", subtitle, panels)
+
+
+def _rows(report: Report, scenario: str) -> list[Row]:
+    rows: dict[str, list[Mark]] = {}
+    for line in lines_of(report.samples, scenario):
+        if line.step == "settling":
+            continue
+        t = line.ttft
+        mark = Mark(line.arm, t.median, t.minimum, t.maximum)
+        rows.setdefault(line.step, []).append(mark)
+    if not rows:
+        for d in (d for d in report.durations if d.scenario == scenario):
+            rows.setdefault(d.step, [])
+            if d.arm not in {m.series for m in rows[d.step]}:
+                these = [
+                    e.seconds
+                    for e in report.durations
+                    if (e.scenario, e.step, e.arm) == (scenario, d.step, d.arm)
+                ]
+                rows[d.step].append(Mark(d.arm, median(these), min(these), max(these)))
+    return [Row(step, marks) for step, marks in rows.items()]

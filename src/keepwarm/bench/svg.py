@@ -1,0 +1,233 @@
+"""Pictures of a run as SVG, written by hand: no plotting library is needed to run the demo.
+
+Pure: values in, text out. A picture is panels below one another; a panel is rows of a label and one
+or more marks. *Bars* begin at zero on a linear scale, so that lengths compare; *dots* lie on a
+logarithmic one with a line from the least to the largest value, for what spans milliseconds to
+minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from xml.sax.saxutils import escape
+
+_WIDTH = 860
+_MARGIN = 28
+_LABELS = 236
+# Room for a value behind the longest bar.
+_VALUES = 132
+_PLOT_X = _MARGIN + _LABELS
+_PLOT_WIDTH = _WIDTH - _PLOT_X - _VALUES - _MARGIN
+_ROW, _MARK = 20, 12
+_GROUP_GAP = 10
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+_INK, _SOFT, _GRID = "#1f2430", "#667085", "#e4e7ec"
+# Distinct in lightness too, so that they differ when printed in grey.
+_COLORS = ("#98a2b3", "#f0a35e", "#0f766e", "#7c3aed")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One value, in seconds, of one series; `low` and `high` where it stands for several."""
+
+    series: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Marks that belong together, below one another at one label."""
+
+    label: str
+    marks: Sequence[Mark]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Rows on a scale of their own."""
+
+    title: str
+    rows: Sequence[Row]
+    kind: Literal["bars", "dots"] = "bars"
+
+
+def picture(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
+    """A whole SVG document.
+
+    Raises:
+        ValueError: there is nothing to draw, or a value isn't a positive finite number.
+    """
+    shown = [panel for panel in panels if panel.rows]
+    series = _series(shown)
+    if not series:
+        raise ValueError("nothing was measured, so there is nothing to draw")
+    parts: list[str] = [
+        _text(_MARGIN, 40, title, size=20, weight=600),
+        _text(_MARGIN, 62, subtitle, color=_SOFT, size=12.5),
+    ]
+    parts += _legend(series, y=92)
+    y = 122.0
+    for panel in shown:
+        drawn, y = _panel(panel, series, y)
+        parts += drawn
+    height = math.ceil(y + 8)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        f'viewBox="0 0 {_WIDTH} {height}" font-family="{escape(_FONT)}" role="img">'
+    )
+    background = f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#ffffff"/>'
+    named = f"<title>{escape(title)}</title>"
+    return "\n".join([head, named, background, *parts, "</svg>"]) + "\n"
+
+
+def seconds_text(value_s: float) -> str:
+    """A time for people: three figures, in milliseconds below a second."""
+    if value_s >= 100:
+        return f"{value_s:.0f} s"
+    if value_s >= 10:
+        return f"{value_s:.1f} s"
+    if value_s >= 1:
+        return f"{value_s:.2f} s"
+    return f"{value_s * 1e3:.0f} ms" if value_s >= 0.01 else f"{value_s * 1e3:.1f} ms"
+
+
+def _series(panels: Iterable[Panel]) -> dict[str, str]:
+    """Every series and its color, in order of appearance."""
+    names = dict.fromkeys(
+        mark.series for panel in panels for row in panel.rows for mark in row.marks
+    )
+    return {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
+
+
+def _legend(series: dict[str, str], *, y: float) -> list[str]:
+    parts = []
+    x = float(_MARGIN)
+    for name, color in series.items():
+        parts.append(
+            f'<rect x="{x:.0f}" y="{y - 10}" width="12" height="12" rx="3" fill="{color}"/>'
+        )
+        parts.append(_text(x + 18, y, name, size=12.5))
+        x += 18 + 7.2 * len(name) + 24
+    return parts
+
+
+def _panel(panel: Panel, series: dict[str, str], y: float) -> tuple[list[str], float]:
+    values = [v for row in panel.rows for m in row.marks for v in (m.value, m.low, m.high) if v]
+    if not values or not all(math.isfinite(v) and v > 0 for v in values):
+        raise ValueError(f"{panel.title}: every value must be a positive number of seconds")
+    scale = _Scale.of(values, panel.kind)
+    parts = [_text(_MARGIN, y + 14, panel.title, size=14, weight=600)]
+    top = y + 30
+    bottom = top + sum(_ROW * len(row.marks) + _GROUP_GAP for row in panel.rows)
+    parts += _grid(scale, top - 4, bottom - 4)
+    at = top
+    for row in panel.rows:
+        middle = at + _ROW * len(row.marks) / 2 + 4
+        parts.append(_text(_PLOT_X - 14, middle, row.label, size=12.5, anchor="end"))
+        for mark in row.marks:
+            parts += _mark(mark, series[mark.series], scale, at + (_ROW - _MARK) / 2)
+            at += _ROW
+        at += _GROUP_GAP
+    return parts, bottom + 34
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Seconds to a place on the x axis."""
+
+    kind: Literal["bars", "dots"]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], kind: Literal["bars", "dots"]) -> _Scale:
+        if kind == "bars":
+            return cls(kind, 0.0, max(values))
+        low = 10 ** math.floor(math.log10(min(values)))
+        high = 10 ** math.ceil(math.log10(max(values)))
+        return cls(kind, low, high if high > low else low * 10)
+
+    def x(self, value: float) -> float:
+        if self.kind == "bars":
+            share = value / self.high
+        else:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        return _PLOT_X + share * _PLOT_WIDTH
+
+    def ticks(self) -> list[float]:
+        if self.kind == "dots":
+            decades = round(math.log10(self.high / self.low))
+            return [self.low * 10**i for i in range(decades + 1)]
+        step = 10 ** math.floor(math.log10(self.high))
+        for size in (step / 5, step / 2, step, 2 * step, 5 * step):
+            if self.high / size <= 5:
+                return [size * i for i in range(int(self.high / size) + 1)]
+        return [0.0, self.high]
+
+
+def _grid(scale: _Scale, top: float, bottom: float) -> list[str]:
+    parts = []
+    for tick in scale.ticks():
+        x = scale.x(tick)
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{top:.1f}" x2="{x:.1f}" y2="{bottom:.1f}" stroke="{_GRID}"/>'
+        )
+        label = "0" if tick == 0 else _tick_text(tick)
+        parts.append(_text(x, bottom + 15, label, size=11, color=_SOFT, anchor="middle"))
+    return parts
+
+
+def _tick_text(tick_s: float) -> str:
+    return f"{tick_s:g} s" if tick_s >= 1 else f"{tick_s * 1e3:g} ms"
+
+
+def _mark(mark: Mark, color: str, scale: _Scale, y: float) -> list[str]:
+    x = scale.x(mark.value)
+    parts = []
+    end = x
+    middle = y + _MARK / 2
+    if scale.kind == "bars":
+        # A bar too short to see would look like nothing was measured.
+        width = max(x - _PLOT_X, 1.5)
+        parts.append(
+            f'<rect x="{_PLOT_X}" y="{y:.1f}" width="{width:.1f}" height="{_MARK}" rx="2" '
+            f'fill="{color}"/>'
+        )
+        end = _PLOT_X + width
+    if mark.low is not None and mark.high is not None:
+        left, right = scale.x(mark.low), scale.x(mark.high)
+        end = max(end, right)
+        stroke = _INK if scale.kind == "bars" else color
+        parts.append(
+            f'<line x1="{left:.1f}" y1="{middle:.1f}" x2="{right:.1f}" y2="{middle:.1f}" '
+            f'stroke="{stroke}" stroke-width="{1 if scale.kind == "bars" else 3}" '
+            f'stroke-opacity="{0.6 if scale.kind == "bars" else 0.45}"/>'
+        )
+    if scale.kind == "dots":
+        parts.append(f'<circle cx="{x:.1f}" cy="{middle:.1f}" r="5" fill="{color}"/>')
+        end = max(end, x + 5)
+    said = seconds_text(mark.value) + (f"  {mark.note}" if mark.note else "")
+    parts.append(_text(end + 8, middle + 4, said, size=12))
+    return parts
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float,
+    color: str = _INK,
+    weight: int = 400,
+    anchor: str = "start",
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" fill="{color}" '
+        f'text-anchor="{anchor}">{escape(text)}</text>'
+    )
