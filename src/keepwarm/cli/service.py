@@ -121,7 +121,8 @@ def install(
     new, old = installation.final(text), unit.text
     difference = installation.difference(old, new, unit.path)
     if difference:
-        out.print(difference, markup=False, end="")
+        sys.stdout.write(difference)
+        sys.stdout.flush()
         _ask_before_writing(unit, yes=yes, overwrite=overwrite)
         systemd.write(unit.path, new)
         err.print(f"wrote {unit.path}", markup=False)

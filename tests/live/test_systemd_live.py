@@ -1,0 +1,159 @@
+"""Keepwarm under a real systemd: a user instance that the test starts, and the units as shipped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from smalltiers import write_small_tiers
+from usermanager import UserManager, ask, get, wait_until_ready
+
+from keepwarm.engine.process import free_port
+from tinymodels import small_model
+
+pytestmark = pytest.mark.live
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
+KEEPWARM = Path(sys.executable).parent / "keepwarm"
+UNIT = "keepwarm.service"
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserManager]:
+    manager = UserManager(tmp_path_factory.mktemp("systemd"))
+    yield manager
+    manager.stop()
+
+
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_tiers(tmp_path_factory.mktemp("tiers"))
+
+
+@pytest.fixture(scope="module")
+def base(manager: UserManager, tiers: Path) -> str:
+    """The service installed and started by its own command; its address."""
+    if not KEEPWARM.exists():
+        pytest.skip("the keepwarm command isn't installed beside this Python")
+    # Blanks, percent and dollar signs are what a unit's quoting must get right.
+    odd = manager.root / "a model %h $HOME's"
+    odd.mkdir()
+    model = odd / "small.gguf"
+    model.symlink_to(small_model())
+    port = free_port()
+    manager.run(
+        [
+            *(str(KEEPWARM), "service", "install", "--user", "--yes", "--model", str(model)),
+            *("--port", str(port), "--tiers", str(tiers), "--slots", "2", "--context", "2048"),
+            *("--threads", "2"),
+        ]
+    )
+    return f"http://127.0.0.1:{port}"
+
+
+def test_started_means_warm_and_status_says_so(manager: UserManager, base: str) -> None:
+    assert manager.show(UNIT, "ActiveState") == "active"
+    assert manager.show(UNIT, "StatusText") == "ready: 2 prefixes warm"
+    assert get(f"{base}/health")["status"] == "ok"
+    said = manager.run([str(KEEPWARM), "service", "status", "--user"]).stdout
+    assert "active (running)" in said
+    assert "as it was installed" in said
+
+
+def test_the_first_request_after_the_start_is_warm(base: str) -> None:
+    headers, body = ask(base, "standard", "Is the backup disk there?")
+    assert headers["x-keepwarm-plan"] in ("slot", "snapshot")
+    assert body["timings"]["cache_n"] >= 100
+
+
+def test_a_killed_engine_comes_back_and_the_queued_requests_with_it(
+    manager: UserManager, base: str
+) -> None:
+    before = get(f"{base}/keepwarm/status")["engine_pid"]
+    main = manager.show(UNIT, "MainPID")
+    replies: list[tuple[dict[str, str], dict[str, object]]] = []
+
+    def send(number: int) -> None:
+        replies.append(ask(base, "standard", f"Look at disk {number}, please."))
+
+    # Six requests for two slots: some run, the others wait.
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(6)]
+    os.kill(before, signal.SIGSTOP)
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    os.kill(before, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert len(replies) == 6
+    assert get(f"{base}/keepwarm/status")["engine_pid"] != before
+    assert manager.show(UNIT, "MainPID") == main
+    assert all(headers["x-keepwarm-plan"] != "cold" for headers, _ in replies)
+
+
+def test_a_killed_keepwarm_is_restarted_by_systemd_and_warm_from_snapshots(
+    manager: UserManager, base: str
+) -> None:
+    engine = get(f"{base}/keepwarm/status")["engine_pid"]
+    restarts = int(manager.show(UNIT, "NRestarts"))
+    os.kill(int(manager.show(UNIT, "MainPID")), signal.SIGKILL)
+    manager.wait_for(UNIT, "NRestarts", str(restarts + 1))
+    manager.wait_for(UNIT, "SubState", "running")
+    status = wait_until_ready(base)
+    assert [tier["how"] for tier in status["warmed"]] == ["restored", "restored"]
+    assert not Path(f"/proc/{engine}").exists()
+    _, body = ask(base, "standard", "Is the relay up?")
+    assert body["timings"]["cache_n"] >= 100
+
+
+def test_a_stuck_event_loop_is_restarted_by_the_watchdog(
+    manager: UserManager, base: str
+) -> None:
+    dropin = manager.units / f"{UNIT}.d"
+    dropin.mkdir()
+    (dropin / "fast.conf").write_text("[Service]\nWatchdogSec=2\n")
+    manager.systemctl("daemon-reload")
+    manager.systemctl("restart", UNIT)
+    main = int(manager.show(UNIT, "MainPID"))
+    restarts = int(manager.show(UNIT, "NRestarts"))
+    os.kill(main, signal.SIGSTOP)
+    manager.wait_for(UNIT, "NRestarts", str(restarts + 1))
+    manager.wait_for(UNIT, "SubState", "running")
+    assert manager.show(UNIT, "MainPID") != str(main)
+    shutil.rmtree(dropin)
+    manager.systemctl("daemon-reload")
+    manager.systemctl("restart", UNIT)
+
+
+def test_a_stop_saves_the_slots_so_that_a_conversation_goes_on_after_it(
+    manager: UserManager, base: str
+) -> None:
+    words = " ".join(f"item {i} is on shelf {i * 7 % 30}." for i in range(60))
+    question = f"Remember this list. {words}"
+    ask(base, "standard", question)
+    kept = get(f"{base}/keepwarm/status")["store"]["kept_tokens"]
+    manager.systemctl("stop", UNIT)
+    assert manager.show(UNIT, "Result") == "success"
+    manager.systemctl("start", UNIT)
+    status = get(f"{base}/keepwarm/status")
+    assert status["store"]["kept_tokens"] >= kept
+    headers, body = ask(base, "standard", question)
+    assert headers["x-keepwarm-plan"] == "snapshot"
+    assert body["timings"]["cache_n"] > 500
+
+
+def test_uninstalling_leaves_the_store(manager: UserManager, base: str) -> None:
+    assert base
+    manager.run([str(KEEPWARM), "service", "uninstall", "--user", "--yes"])
+    assert not (manager.units / UNIT).exists()
+    assert manager.show(UNIT, "LoadState") == "not-found"
+    assert list((manager.root / "state" / "keepwarm" / "store").iterdir())
