@@ -67,6 +67,10 @@ class EngineClient:
         """The engine's `/props`: chat template, build, slots, context a slot."""
         return dict(await self._call("GET", "/props"))
 
+    async def models(self) -> dict[str, Any]:
+        """The engine's `/v1/models`."""
+        return dict(await self._call("GET", "/v1/models"))
+
     async def slots(self) -> list[dict[str, Any]]:
         """The engine's `/slots`, a list of objects."""
         value = await self._call("GET", "/slots")

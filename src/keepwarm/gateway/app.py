@@ -118,9 +118,7 @@ class _Site:
         runtime = self._runtime
         runtime.keys.namespace(request.headers)
         await runtime.admitted()
-        base = runtime.client.base_url + "/v1/models"
-        async with runtime.client.session.get(base) as reply:
-            body = msgspec.json.decode(await reply.read())
+        body = await runtime.client.models()
         created = int(runtime.started_s)
         for name in (*runtime.tiers.names, AUTO):
             tier = runtime.tiers.get(name)

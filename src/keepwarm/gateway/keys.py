@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from keepwarm.errors import ConfigError, UnauthorizedError
-
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 class Keyring:
     """Known API keys. Without any, everyone is one and the same."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        """Take keys by name. Digests are compared, so that lengths don't show in timing either."""
-        self._digests = {name: _digest(key) for name, key in keys.items()}
+    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Take pairs of name and key; several keys of one name are one tenant's.
+
+        Digests are compared, so that lengths don't show in timing either.
+        """
+        self._digests = [(name, _digest(key)) for name, key in keys]
 
     def __bool__(self) -> bool:
         """Whether a key is asked for."""
@@ -31,10 +33,11 @@ class Keyring:
         """
         if not self._digests:
             return "local"
-        given = headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+        scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
         digest = _digest(given.strip())
         found = ""
-        for name, known in self._digests.items():
+        for name, known in self._digests:
             # All are compared, in constant time each: timing tells nothing of which one it is.
             if hmac.compare_digest(digest, known):
                 found = name
@@ -63,20 +66,24 @@ def load_keys(keys: Sequence[str], file: str) -> Keyring:
                 f"The API key file {file} can't be read: {error.strerror}."
             ) from error
         lines += [line.strip() for line in text.splitlines() if line.strip()[:1] not in ("", "#")]
-    named: dict[str, str] = {}
+    named: list[tuple[str, str]] = []
     for line in lines:
         name, colon, key = line.rpartition(":")
         key = key.strip()
         if not key or (colon and not name.strip()):
             raise ConfigError("An API key is empty: give `name:key` or `key`.")
-        named[name.strip() or _digest(key).hex()[:12]] = key
+        named.append((name.strip() or _digest(key).hex()[:12], key))
     return Keyring(named)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    return host.startswith(_LOOPBACK)
+    """Whether an address is this machine's own. A name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+    # Header bytes that aren't UTF-8 arrive as surrogates.
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

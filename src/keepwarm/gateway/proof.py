@@ -153,7 +153,8 @@ class Prover:
                 self._runtime.metrics.miss(error.reason)
                 continue
             assert pin.digest
-            namespace = pin.name.split(":")[1]
+            # A key's name may hold colons itself.
+            namespace = pin.name.removeprefix("learned:").rpartition(":")[0]
             out.append(
                 Target(
                     pin.name,
