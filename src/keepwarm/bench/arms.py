@@ -1,6 +1,6 @@
 """The arms that are compared, each a server and a way to ask it.
 
-*no cache* evaluates every prompt from its first token (`cache_prompt: false`), on an engine with
+*no-cache* evaluates every prompt from its first token (`cache_prompt: false`), on an engine with
 one slot and nothing else to do: the most a cold prompt can be spared of anything. *llama-server* is
 the same engine as it comes, with its own slot choice and RAM prompt cache. *Keepwarm* is
 `keepwarm serve` over the same engine. Model, context, threads and template are the same in all.
@@ -19,7 +19,7 @@ from keepwarm.bench.results import Duration, Sample
 from keepwarm.bench.servers import KeepwarmServer, Server
 from keepwarm.core.tiers import Tier
 
-NO_CACHE = "no cache"
+NO_CACHE = "no-cache"
 DEFAULTS = "llama-server"
 KEEPWARM = "keepwarm"
 ARMS = (NO_CACHE, DEFAULTS, KEEPWARM)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.results import Duration, Figure, Report, Sample, select, ttfts
+from keepwarm.bench.scenarios import SETTLING
 from keepwarm.bench.stats import Summary, median, summarize
-from keepwarm.bench.svg import Mark, Panel, Row, picture, seconds_text
+from keepwarm.bench.svg import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 
 # What each scenario's table is headed with.
 TITLES = {
@@ -40,7 +43,7 @@ class Line:
 
 def lines_of(samples: Sequence[Sample], scenario: str) -> list[Line]:
     """A scenario's samples summed up by step and arm, in the order they were measured."""
-    chosen = select(samples, scenario=scenario)
+    chosen = [s for s in select(samples, scenario=scenario) if s.step != SETTLING]
     steps = dict.fromkeys(s.step for s in chosen)
     arms = dict.fromkeys(s.arm for s in samples)
     out = []
@@ -147,21 +150,28 @@ def terminal(report: Report) -> Group:
     for scenario in _scenarios(report):
         if lines := lines_of(report.samples, scenario):
             parts.append(
-                _rich_table(TITLES[scenario], _HEAD, [_cells(x) for x in lines], _TEXT_COLUMNS)
+                rich_table(TITLES[scenario], _HEAD, [_cells(x) for x in lines], _TEXT_COLUMNS)
             )
         if rows := _duration_rows(report.durations, scenario):
-            parts.append(_rich_table(TITLES[scenario], _DURATION_HEAD, rows, (0, 1)))
+            parts.append(rich_table(TITLES[scenario], _DURATION_HEAD, rows, (0, 1)))
     if report.figures:
         rows = [_figure_row(f) for f in report.figures]
-        parts.append(_rich_table("What it comes to", _FIGURE_HEAD, rows, range(5)))
+        parts.append(rich_table("What it comes to", _FIGURE_HEAD, rows, range(5)))
     parts.append(Text("\n".join(_facts(report)), style="dim"))
     return Group(*parts)
 
 
-def _rich_table(
+def rich_table(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int]
 ) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    """A table of plain text; `left` are the columns of words, the others are numbers."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+    )
     texts = set(left)
     for i, name in enumerate(head):
         table.add_column(name, justify="left" if i in texts else "right", overflow="fold")
@@ -186,14 +196,13 @@ def svg(report: Report) -> str:
         f"time to first token, logarithmic; dot: median, line: least to most; {report.model}; "
         f"{m.cores} cores"
     )
-    return picture("Keepwarm benchmark", subtitle, panels)
+    colors = {NO_CACHE: GREY, DEFAULTS: ORANGE, KEEPWARM: TEAL}
+    return picture("Keepwarm benchmark", subtitle, panels, colors=colors)
 
 
 def _rows(report: Report, scenario: str) -> list[Row]:
     rows: dict[str, list[Mark]] = {}
     for line in lines_of(report.samples, scenario):
-        if line.step == "settling":
-            continue
         t = line.ttft
         mark = Mark(line.arm, t.median, t.minimum, t.maximum)
         rows.setdefault(line.step, []).append(mark)

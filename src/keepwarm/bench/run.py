@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -11,20 +10,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import msgspec
-
 from keepwarm import __version__
 from keepwarm.bench import measures, scenarios
-from keepwarm.bench.arms import ARMS, KEEPWARM, NO_CACHE, Arm, Record
-from keepwarm.bench.client import ChatClient
+from keepwarm.bench.arms import ARMS, Record
 from keepwarm.bench.figures import figures_of
-from keepwarm.bench.results import Machine, Prefix, Report
+from keepwarm.bench.lineup import Lineup
+from keepwarm.bench.machine import describe_model, machine
+from keepwarm.bench.results import Prefix, Report
 from keepwarm.bench.scenarios import Bench, Watcher
-from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
+from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.core.tiers import TierSet
-from keepwarm.engine.gguf_header import read_model
 from keepwarm.engine.launch import plan_launch
-from keepwarm.engine.options import EngineOptions
 from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 
@@ -74,12 +70,12 @@ async def run_bench(
         place = stack.enter_context(Workplace(settings.store.staging_bytes))
         launch = await plan_launch(settings.engine, slot_dir=place.store("bare"))
         assert launch.options
-        servers = _Servers(settings, launch.options, place, stack)
-        made = [servers.arm(name) for name in ARMS if name in arms]
-        await _go(Bench(made, tiers, record, watcher), servers, chosen, scale)
-        keepwarm = servers.keepwarm.server
+        lineup = Lineup(settings, launch.options, place, stack)
+        made = [lineup.arm(name) for name in ARMS if name in arms]
+        await _go(Bench(made, tiers, record, watcher), lineup, chosen, scale)
+        keepwarm = lineup.keepwarm.server
         assert isinstance(keepwarm, KeepwarmServer)
-        prefixes, store_bytes = _prefixes(keepwarm), keepwarm.store_bytes
+        prefixes, store_bytes = prefixes_of(keepwarm), keepwarm.store_bytes
     return Report(
         kind="bench",
         keepwarm=__version__,
@@ -118,69 +114,9 @@ def _check(settings: Settings, chosen: Sequence[str]) -> None:
         )
 
 
-class _Servers:
-    """Makes servers for one run and sees to it that each is ended."""
-
-    def __init__(
-        self, settings: Settings, options: EngineOptions, place: Workplace, stack: AsyncExitStack
-    ) -> None:
-        self._settings = settings
-        self._options = options
-        self._place = place
-        self._stack = stack
-        self._client = ChatClient()
-        stack.push_async_callback(self._client.close)
-        binary = settings.engine.binary
-        self._binary = Path(binary).expanduser() if binary else None
-        self.keepwarm = Arm(KEEPWARM, self._keepwarm(settings), self._client)
-
-    def arm(self, name: str) -> Arm:
-        """An arm by name; its server isn't started yet."""
-        if name == KEEPWARM:
-            return self.keepwarm
-        server = bare_engine(
-            self._options,
-            binary=self._binary,
-            client=self._client,
-            defaults=True,
-            plain=name == NO_CACHE,
-        )
-        return Arm(name, self._ended(server), self._client)
-
-    def single_slot(self) -> Arm:
-        """A Keepwarm with one slot over the same store; only one of the two may run."""
-        engine = msgspec.structs.replace(self._settings.engine, slots=1)
-        settings = msgspec.structs.replace(self._settings, engine=engine)
-        return Arm(KEEPWARM, self._keepwarm(settings), self._client)
-
-    def engine_alone(self) -> Server:
-        """The engine with Keepwarm's flags and nothing around it."""
-        server = bare_engine(
-            self._options, binary=self._binary, client=self._client, defaults=False
-        )
-        return self._ended(server)
-
-    def _keepwarm(self, settings: Settings) -> KeepwarmServer:
-        store = self._place.store("store")
-        changed = msgspec.structs.replace(
-            settings.store, dir=str(store), staging_dir=str(self._place.staging(store))
-        )
-        server = KeepwarmServer(
-            msgspec.structs.replace(settings, store=changed),
-            directory=self._place.root,
-            client=self._client,
-        )
-        self._ended(server)
-        return server
-
-    def _ended(self, server: Server) -> Server:
-        self._stack.push_async_callback(server.stop)
-        return server
-
-
-async def _go(bench: Bench, servers: _Servers, chosen: Sequence[str], scale: Scale) -> None:
+async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale) -> None:
     """The chosen scenarios in an order that lets one use what another has left running."""
-    keepwarm = servers.keepwarm
+    keepwarm = lineup.keepwarm
     if "first" in chosen:
         await scenarios.first_use(bench, runs=scale.runs)
     if "identical" in chosen:
@@ -197,17 +133,18 @@ async def _go(bench: Bench, servers: _Servers, chosen: Sequence[str], scale: Sca
         await arm.server.stop()
     if "ready" in chosen:
         await bench.start(keepwarm)
-        alone = servers.engine_alone()
+        alone = lineup.engine_alone()
         await measures.readiness(bench, keepwarm.server, alone, runs=scale.starts)
     if "switch" in chosen:
         await keepwarm.server.stop()
-        single = servers.single_slot()
+        single = lineup.single_slot()
         await bench.start(single)
         await measures.switching(bench, single, runs=scale.runs)
         await single.server.stop()
 
 
-def _prefixes(server: KeepwarmServer) -> list[Prefix]:
+def prefixes_of(server: KeepwarmServer) -> list[Prefix]:
+    """What Keepwarm warmed at its first start in this run."""
     return [
         Prefix(
             tier=str(warmed["name"]).removeprefix("tier:"),
@@ -218,30 +155,3 @@ def _prefixes(server: KeepwarmServer) -> list[Prefix]:
         )
         for warmed in server.warmed
     ]
-
-
-def machine() -> Machine:
-    """The machine this runs on, with how busy it was: runnable processes, one-minute mean."""
-    return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
-        cores=os.cpu_count() or 1,
-        python=platform.python_version(),
-        load=round(os.getloadavg()[0], 2),
-    )
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else the platform's word."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def describe_model(path: Path) -> str:
-    """A model's name, file and size, for people."""
-    model = read_model(path.expanduser())
-    return f"{model.name or path.stem} ({path.name}, {model.size_bytes / 1e6:.0f} MB)"

@@ -21,6 +21,7 @@ from keepwarm.core.tiers import Tier, TierSet
 # Enough to see a first token and that a reply goes on; decoding is not what is measured.
 REPLY_TOKENS = 4
 
+SETTLING = "settling"
 HOT = "hot slot"
 AFTER_KILL = "after SIGKILL"
 
@@ -120,7 +121,7 @@ async def restart(bench: Bench, *, runs: int) -> None:
         for arm in rotated(bench.arms, run):
             if arm.name != NO_CACHE:  # it has no warm state to compare with
                 for tier in bench.tiers:
-                    for step in ("settling", HOT):
+                    for step in (SETTLING, HOT):
                         await _new_on(bench, arm, tier, step, run)
             bench.watcher.doing(f"restart: killing the engine of {arm.name}")
             seconds = await arm.server.crash()
@@ -132,5 +133,5 @@ async def restart(bench: Bench, *, runs: int) -> None:
 
 
 async def _new_on(bench: Bench, arm: Arm, tier: Tier, when: str, run: int) -> None:
-    step = when if when == "settling" else f"{tier.name}, {when}"
+    step = when if when == SETTLING else f"{tier.name}, {when}"
     await bench.ask(arm, tier, bench.questions.new(), scenario="restart", step=step, run=run)

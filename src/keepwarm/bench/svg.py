@@ -9,7 +9,7 @@ minutes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.sax.saxutils import escape
@@ -26,7 +26,7 @@ _GROUP_GAP = 10
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _INK, _SOFT, _GRID = "#1f2430", "#667085", "#e4e7ec"
 # Distinct in lightness too, so that they differ when printed in grey.
-_COLORS = ("#98a2b3", "#f0a35e", "#0f766e", "#7c3aed")
+GREY, ORANGE, TEAL, VIOLET = "#98a2b3", "#f0a35e", "#0f766e", "#7c3aed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,22 @@ class Panel:
     kind: Literal["bars", "dots"] = "bars"
 
 
-def picture(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
+def picture(
+    title: str, subtitle: str, panels: Sequence[Panel], *, colors: Mapping[str, str]
+) -> str:
     """A whole SVG document.
+
+    Args:
+        title: its headline.
+        subtitle: what is drawn, in one line.
+        panels: those without rows are left out.
+        colors: of each series; one that isn't named is violet.
 
     Raises:
         ValueError: there is nothing to draw, or a value isn't a positive finite number.
     """
     shown = [panel for panel in panels if panel.rows]
-    series = _series(shown)
+    series = _series(shown, colors)
     if not series:
         raise ValueError("nothing was measured, so there is nothing to draw")
     parts: list[str] = [
@@ -97,12 +105,12 @@ def seconds_text(value_s: float) -> str:
     return f"{value_s * 1e3:.0f} ms" if value_s >= 0.01 else f"{value_s * 1e3:.1f} ms"
 
 
-def _series(panels: Iterable[Panel]) -> dict[str, str]:
+def _series(panels: Iterable[Panel], colors: Mapping[str, str]) -> dict[str, str]:
     """Every series and its color, in order of appearance."""
     names = dict.fromkeys(
         mark.series for panel in panels for row in panel.rows for mark in row.marks
     )
-    return {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
+    return {name: colors.get(name, VIOLET) for name in names}
 
 
 def _legend(series: dict[str, str], *, y: float) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import serve, service, store, tiers, warmup
+from keepwarm.cli import bench, demo, serve, service, store, tiers, warmup
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("warmup")(warmup.warmup)
 app.command("tiers")(tiers.tiers_command)
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
 app.add_typer(store.app, name="store")
 app.add_typer(service.app, name="service")
 
