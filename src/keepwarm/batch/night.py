@@ -105,6 +105,10 @@ class Night:
         """Tasks that haven't ended."""
         return len(self.tree.tasks) - len(self._ended)
 
+    def has_ended(self, leaf: int) -> bool:
+        """Whether a task has ended, also by what it depends on."""
+        return leaf in self._ended
+
     def take(self, lane: int, now_s: float) -> Work | None:
         """Work for a lane, or None: all is done, or runs, or waits for what runs."""
         if self._listed is not None:

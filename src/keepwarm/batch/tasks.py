@@ -28,14 +28,8 @@ URLS: dict[str, Api] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
     "/v1/responses": "responses",
-    "/v1/messages": "messages",
 }
-_CONTENT = {
-    "chat": "messages",
-    "completion": "prompt",
-    "responses": "input",
-    "messages": "messages",
-}
+_CONTENT: dict[Api, str] = {"chat": "messages", "completion": "prompt", "responses": "input"}
 # OpenAI's own bound on a custom id's use is none; this keeps error messages and reports readable.
 _MAX_ID_CHARS = 512
 

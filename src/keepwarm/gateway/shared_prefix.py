@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
 from keepwarm.core.scheduler import Job
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import SHARED_HEADER, Asked
+from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER
 
@@ -35,7 +36,7 @@ _PLAIN_ROLES = ("system", "developer", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class WarmPrefix:
-    """A prefix that is saved now: its length, and what getting there took.
+    """A prefix that is saved now: its length, the slot that holds it, and what that took.
 
     `prefilled_tokens` is 0 where it was known; `plan` says where its beginning came from.
     """
@@ -43,6 +44,7 @@ class WarmPrefix:
     tokens: int
     prefilled_tokens: int
     plan: str
+    slot: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class WarmPrefix:
             "tokens": self.tokens,
             "prefilled_tokens": self.prefilled_tokens,
             "plan": self.plan,
+            "slot": self.slot,
             "seconds": round(self.seconds, 4),
         }
 
@@ -64,9 +67,7 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     """
     began_s = time.monotonic()
     await runtime.admitted()
-    tiered = runtime.router.tier(
-        asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
-    )
+    tiered = runtime.router.tier(asked.api, asked.body, asked.headers.get(HEADER), asked.namespace)
     ends = asked.ends(tiered)
     if not ends:
         raise RequestError(
@@ -98,7 +99,11 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     grant = await runtime.dispatcher.acquire(job, tokens)
     runtime.dispatcher.finish(job, counts=None, reply=None, touched=False)
     return WarmPrefix(
-        len(tokens), job.filled_tokens, grant.plan.source.value, time.monotonic() - began_s
+        len(tokens),
+        job.filled_tokens,
+        grant.plan.source.value,
+        grant.plan.slot,
+        time.monotonic() - began_s,
     )
 
 

@@ -1,0 +1,155 @@
+"""How a runner reaches a Keepwarm: what is sent, what comes back, and the way over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import aiohttp
+import msgspec
+
+from keepwarm.batch.tasks import Task
+from keepwarm.core.hints import BATCH, PRIORITY_HEADER, SHARED_HEADER, format_ends
+from keepwarm.core.prompt import SharedEnd
+from keepwarm.errors import KeepwarmError
+
+WARM_PREFIX_PATH = "/keepwarm/warm-prefix"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. `headers` have Keepwarm's own names in lower case."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+    @property
+    def request_id(self) -> str:
+        """Keepwarm's id of the request."""
+        return self.headers.get("x-keepwarm-request-id", "")
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """How long the server asks to wait before another try."""
+        try:
+            return float(self.headers.get("retry-after", ""))
+        except ValueError:
+            return None
+
+
+class UnreachableError(KeepwarmError):
+    """No answer. `begun`: the request had been sent, so it may be why."""
+
+    status = 503
+    retry = True
+
+    def __init__(self, message: str, *, begun: bool) -> None:
+        super().__init__(message)
+        self.begun = begun
+
+
+class Sender(Protocol):
+    """A Keepwarm to send tasks to."""
+
+    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Send a task. Raises: UnreachableError."""
+
+    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Fill and save a task's prefix to the last of `ends`. Raises: UnreachableError."""
+
+    async def is_up(self) -> bool:
+        """Whether it would answer now."""
+
+
+def batch_headers(ends: Sequence[SharedEnd]) -> dict[str, str]:
+    """What a task's request says of itself."""
+    headers = {PRIORITY_HEADER: BATCH}
+    if ends:
+        headers[SHARED_HEADER] = format_ends(ends)
+    return headers
+
+
+class HttpSender:
+    """A Keepwarm at a URL. Use it as an async context."""
+
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> HttpSender:
+        """Open the connections."""
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            # A task waits for hours where interactive requests go first.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close them."""
+        if self._session:
+            await self._session.close()
+
+    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Send a task. Raises: UnreachableError."""
+        return await self._post(task.url, task.body, batch_headers(ends))
+
+    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Fill and save a prefix. Raises: UnreachableError."""
+        body = {"url": task.url, "body": task.body}
+        return await self._post(WARM_PREFIX_PATH, body, batch_headers(ends))
+
+    async def is_up(self) -> bool:
+        """Whether it is ready (or serves while it warms)."""
+        assert self._session
+        try:
+            async with self._session.get(self.base_url + "/health") as reply:
+                return reply.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async def status(self) -> dict[str, Any]:
+        """`/keepwarm/status`. Raises: UnreachableError: it isn't a Keepwarm that answers."""
+        assert self._session
+        try:
+            async with self._session.get(self.base_url + "/keepwarm/status") as reply:
+                value = msgspec.json.decode(await reply.read())
+        except (aiohttp.ClientError, msgspec.DecodeError) as error:
+            raise UnreachableError(
+                f"No Keepwarm answers at {self.base_url}: {error}.", begun=False
+            ) from error
+        if not isinstance(value, dict) or "state" not in value:
+            said = value.get("error", {}).get("message", "") if isinstance(value, dict) else ""
+            raise UnreachableError(
+                f"{self.base_url} doesn't answer as a Keepwarm. {said}".strip(), begun=False
+            )
+        return value
+
+    async def _post(self, path: str, body: object, headers: Mapping[str, str]) -> Answer:
+        assert self._session
+        data = msgspec.json.encode(body)
+        try:
+            async with self._session.post(
+                self.base_url + path, data=data, headers=headers
+            ) as reply:
+                raw = await reply.read()
+                named = {k.lower(): v for k, v in reply.headers.items()}
+                return Answer(reply.status, raw, named)
+        except aiohttp.ClientConnectorError as error:
+            raise UnreachableError(f"{self.base_url} can't be reached.", begun=False) from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise UnreachableError(
+                f"{self.base_url} went away before it answered: {error}.", begun=True
+            ) from error
