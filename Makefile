@@ -1,0 +1,78 @@
+# Everything a clone needs, in a virtual environment of its own. Works with GNU make 3.81 and newer.
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+TEMPLATE := configs/chat-templates/chatml-tools.jinja
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNS ?= 3
+
+# The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast lint format bench clean
+
+help:
+	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
+	@echo "make test       run every test, those with the real engine too"
+	@echo "make test-fast  run the tests that need neither engine nor model"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff format the code"
+	@echo "make bench      measure everything, $(RUNS) runs (RUNS=1 for one); Markdown on stdout"
+	@echo "make clean      remove .venv and caches; the fetched model stays"
+
+demo: $(VENV)/.installed $(MODEL)
+	@$(BIN)/keepwarm demo $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-dev $(MODEL)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "not live" $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed $(MODEL)
+	@$(BIN)/keepwarm bench all --runs $(RUNS) --markdown --model $(MODEL) \
+		--chat-template $(TEMPLATE) $(BENCH_FLAGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamps make a second call quick; a changed pyproject.toml installs again.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+		echo "error: Keepwarm needs Python 3.11 or newer, and none was found." >&2; \
+		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) can't be used: Keepwarm needs Python 3.11 or newer." >&2; exit 1; }
+	@echo "Making a virtual environment in $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) can't make a virtual environment (see above)." >&2; \
+		echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing Keepwarm and its engine into $(VENV): some 100 MB, one to three minutes ..."
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing Keepwarm with its test tools into $(VENV): some 200 MB, two to five minutes ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(MODEL): | $(BIN)/python
+	@echo "Fetching the model SmolLM2-135M-Instruct: 98 MB, once ..."
+	@$(BIN)/python scripts/fetch_model.py $(dir $(MODEL)) >/dev/null
