@@ -1,8 +1,6 @@
 """Where two prompts part, and what that looks like: a date, a reordered object, a rewritten turn.
 
-Prompts are compared in the canonical form that their identity is made of (see `prompt`), so what
-can't reach the engine isn't taken for a difference. Nothing here knows what was warm; `explain`
-does.
+Nothing here knows what was warm; `explain` does.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
-from keepwarm.core.prompt import Api, Segment, head_of, segments_of
+from keepwarm.core.parts import Parts, chars_before, common_chars, common_tail_chars, dump
+from keepwarm.core.prompt import Segment
 from keepwarm.core.volatile import find_volatile
 
 # What a person needs to recognise the place, and no more of the prompt than that.
@@ -25,8 +24,6 @@ _WINDOW_CHARS = 120
 # Objects around the difference that are tried as JSON, innermost first.
 _MOST_NESTED = 4
 _MOST_OBJECT_CHARS = 8000
-# Role and turn tokens that `prompt` counts for each message.
-_TURN_CHARS = 16
 
 
 class Cause(StrEnum):
@@ -67,40 +64,6 @@ _VOLATILE = {
     "host": Cause.ENVIRONMENT,
     "ip": Cause.ENVIRONMENT,
 }
-
-
-class Tool(NamedTuple):
-    """A tool and its JSON as it was sent, key order included."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A prompt taken apart for comparison.
-
-    `arguments` are what else shapes the rendering, as (name, JSON). `sent` has, for each segment,
-    the message as it was sent, or None where it was no message of its own.
-    """
-
-    tools: tuple[Tool, ...]
-    arguments: tuple[tuple[str, str], ...]
-    segments: tuple[Segment, ...]
-    sent: tuple[Mapping[str, Any] | None, ...]
-
-    @property
-    def chars(self) -> int:
-        """Characters of all of it: what keeping it costs."""
-        head = sum(len(tool.text) for tool in self.tools)
-        head += sum(len(text) for _, text in self.arguments)
-        return head + sum(len(s.text) + len(s.extra) for s in self.segments)
-
-    def continued(self, reply: Segment | None) -> Parts:
-        """The prompt with the model's reply behind it."""
-        if reply is None:
-            return self
-        return Parts(self.tools, self.arguments, (*self.segments, reply), (*self.sent, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,85 +114,6 @@ def _replaced(difference: Difference, **changes: Any) -> Difference:
 def _hash(text: str | None, key: bytes) -> str:
     raw = (text or "").encode("utf-8", "surrogatepass")
     return hashlib.blake2b(raw, key=key[:64], digest_size=6).hexdigest()
-
-
-def parts_of(api: Api, body: Mapping[str, Any]) -> Parts:
-    """Take a request's body apart."""
-    if api == "completion":
-        return Parts((), (), (_raw_segment(body.get("prompt")),), (None,))
-    head = head_of(body)
-    tools = head.pop("tools", None)
-    listed = tools if isinstance(tools, list) else []
-    segments = tuple(segments_of(api, body))
-    items = body.get("input" if api == "responses" else "messages")
-    sent = [m for m in items if isinstance(m, Mapping)] if isinstance(items, list) else []
-    lead: list[Mapping[str, Any] | None] = [None] * (len(segments) - len(sent))
-    return Parts(
-        tuple(Tool(_tool_name(tool), _dump(tool)) for tool in listed),
-        tuple((key, _dump(value)) for key, value in head.items()),
-        segments,
-        (*lead, *sent),
-    )
-
-
-def _raw_segment(prompt: object) -> Segment:
-    if isinstance(prompt, str):
-        return Segment("prompt", prompt)
-    if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
-        return Segment("tokens", " ".join(map(str, prompt)))
-    return Segment("prompt", _dump(prompt))
-
-
-def _tool_name(tool: object) -> str:
-    inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return str(inner.get("name", ""))[:80] if isinstance(inner, Mapping) else ""
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def common_chars(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    n = min(len(first), len(second))
-    if first[:n] == second[:n]:
-        return n
-    low, high = 0, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def common_tail_chars(first: str, second: str) -> int:
-    """How many characters two texts end with alike."""
-    n = min(len(first), len(second))
-    low, high = 0, n + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[len(first) - middle :] == second[len(second) - middle :]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def likeness_chars(before: Parts, after: Parts) -> int:
-    """How many characters two prompts have in common, wherever: to find the nearest of several."""
-    chars = sum(len(tool.text) for tool in after.tools if tool in before.tools)
-    old, new = before.segments, after.segments
-    pairs = enumerate(zip(old, new, strict=False))
-    index = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    chars += sum(len(s.text) for s in new[:index])
-    if index < min(len(old), len(new)):
-        a, b = old[index].text, new[index].text
-        front = common_chars(a, b)
-        chars += front + common_tail_chars(a[front:], b[front:])
-    later = set(old[index + 1 :])
-    return chars + sum(len(s.text) for s in new[index + 1 :] if s in later)
 
 
 def first_difference(before: Parts, after: Parts) -> Difference | None:
@@ -305,7 +189,7 @@ def _message_difference(before: Parts, after: Parts) -> Difference | None:
     index = next((i for i, (a, b) in pairs if a != b), None)
     if index is None:
         return None
-    start = _chars_before(new, index)
+    start = chars_before(new, index)
     a, b = old[index], new[index]
     return _texts_part(
         a.text + a.extra,
@@ -316,10 +200,6 @@ def _message_difference(before: Parts, after: Parts) -> Difference | None:
         prompt_chars=start,
         otherwise=_turn_cause(old, new, index),
     )
-
-
-def _chars_before(segments: Sequence[Segment], index: int) -> int:
-    return sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[:index])
 
 
 def _turn_cause(old: Sequence[Segment], new: Sequence[Segment], index: int) -> Cause:
@@ -455,7 +335,7 @@ def sent_difference(before: Parts, after: Parts) -> Difference | None:
     for index, (a, b) in enumerate(zip(before.sent, after.sent, strict=False)):
         if a is None or b is None or a is b:
             continue
-        old, new = _dump(a), _dump(b)
+        old, new = dump(a), dump(b)
         if old == new:
             continue
         otherwise = Cause.HISTORY_CHANGED
@@ -471,7 +351,7 @@ def sent_difference(before: Parts, after: Parts) -> Difference | None:
             after.segments[index].role,
             at,
             len(new),
-            _chars_before(after.segments, index),
+            chars_before(after.segments, index),
             context=new[max(at - _CONTEXT_CHARS, 0) : at],
             before=_cut(old[at:]),
             after=_cut(new[at:]),

@@ -35,11 +35,10 @@ class Nearest:
     """The earlier prompt that a request has most in common with.
 
     `difference` None: the request continues it. `sent_difference`: where the two agree
-    canonically but were sent in another form. `age_s` is how long ago it was asked.
+    canonically but were sent in another form. `reasoned`: its reply held reasoning. `same_engine`:
+    the engine wasn't restarted since.
     """
 
-    id: str
-    age_s: float
     difference: Difference | None
     sent_difference: Difference | None = None
     reasoned: bool = False
@@ -51,8 +50,10 @@ class Facts:
     """What an explanation is made of; counts in tokens.
 
     `agrees_tokens` is where the prompt parts from `nearest`, or where `nearest` ends.
-    `planned_tokens` is what the plan meant to reuse. `other_fingerprint`: the same opening was
-    asked under another fingerprint before. `is_new_namespace`: it is this one's first request.
+    `planned_tokens` is what the plan meant to reuse. `moved`: the last prompt that began like this
+    was asked under another fingerprint, and these parts of it have changed; None if it wasn't.
+    `known`: it isn't remembered but was asked before, and lost its warmth by this.
+    `is_new_namespace`: it is this one's first request.
     `failed_restore` is the reason why a restore failed. `cuttable` as in `plan.Machine`.
     """
 
@@ -63,7 +64,8 @@ class Facts:
     planned_tokens: int
     agrees_tokens: int
     nearest: Nearest | None
-    other_fingerprint: bool = False
+    moved: tuple[str, ...] | None = None
+    known: Cause | None = None
     is_new_namespace: bool = False
     failed_restore: str | None = None
     cuttable: bool = True
@@ -121,7 +123,7 @@ def _cause(facts: Facts) -> tuple[Cause, Difference | None]:
     behind = facts.prompt_tokens - facts.agrees_tokens
     if lost > _tolerance(facts.agrees_tokens) and (is_new or lost >= behind):
         return _lost_cause(facts, nearest)
-    if is_new and facts.other_fingerprint:
+    if is_new and facts.moved is not None:
         return Cause.NEW_FINGERPRINT, None
     return (parts.cause, parts) if parts else (Cause.NEW_TEXT, None)
 
@@ -134,8 +136,10 @@ def _unknown_cause(facts: Facts) -> Cause:
     """Why a prompt is cold that has nothing in common with any that is remembered."""
     if facts.failed_restore:
         return Cause.SNAPSHOT_FAILED
-    if facts.other_fingerprint:
+    if facts.moved is not None:
         return Cause.NEW_FINGERPRINT
+    if facts.known:
+        return facts.known
     return Cause.NEW_NAMESPACE if facts.is_new_namespace else Cause.FIRST_SEEN
 
 
@@ -236,6 +240,8 @@ def _summary(facts: Facts, cause: Cause, difference: Difference | None) -> str:
     sentence = _SENTENCE.get(cause, "")
     if cause is Cause.SNAPSHOT_FAILED and facts.failed_restore:
         sentence += f" ({facts.failed_restore})"
+    if cause is Cause.NEW_FINGERPRINT and facts.moved:
+        sentence += f" (changed: {', '.join(facts.moved)})"
     if cause in _WHAT and difference is not None and cause is not Cause.NEW_TEXT:
         sentence = f"In {place_of(difference)}: {_WHAT[cause]}"
     return f"{sentence}: {cold}." if sentence else f"{cold[0].upper()}{cold[1:]}."

@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from keepwarm.core.difference import Parts, likeness_chars
+from keepwarm.core.parts import Parts, likeness_chars
 
 SHARED = ""
 _PROMPTS = 48
@@ -34,8 +34,8 @@ _LEAST_ALIKE_SHARE = 0.1
 class Remembered:
     """A prompt that was answered, its reply included.
 
-    `engine` tells which life of the engine that was. `reasoned`: the reply held reasoning that
-    isn't part of `parts`.
+    `engine` tells which life of the engine that was, None if it is any. `reasoned`: the reply held
+    reasoning that isn't part of `parts`.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Remembered:
     parts: Parts
     digests: frozenset[bytes]
     at_s: float
-    engine: int = 0
+    engine: int | None = None
     reasoned: bool = False
 
 

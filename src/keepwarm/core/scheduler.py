@@ -67,7 +67,8 @@ class Job:
 
     `is_final`: nothing is expected to continue its prompt, so its tail isn't worth saving.
     `must_save`: it is here to have its static part filled and saved, even if a slot holds it.
-    `filled_tokens` is how many tokens its fill prefilled, once that has ended.
+    `filled_tokens` is how many tokens its fill prefilled, once that has ended; `failed_restore` the
+    reason why its restore failed, if it did.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Job:
     is_final: bool = False
     must_save: bool = False
     filled_tokens: int = 0
+    failed_restore: str | None = None
     gone: bool = False
     plan: Plan | None = None
 

@@ -242,14 +242,22 @@ class Dispatcher:
             outcome = await self._step(step)
         except SnapshotError as error:
             self.metrics.miss(error.reason)
+            self._note_failure(step, error.reason)
             outcome = StepFailed(emptied=isinstance(step, RestoreSlot))
         except EngineError:
+            self._note_failure(step, "engine")
             # A refused restore clears the slot; after any other failure its state is unknown.
             outcome = StepFailed(emptied=not isinstance(step, SaveSlot))
         finally:
             if not self._is_closed:
                 self._perform(self.scheduler.step_done(step, outcome, time.monotonic()))
                 self._forget_bodies()
+
+    def _note_failure(self, step: Step, reason: str) -> None:
+        """A failed restore explains why its request was cold."""
+        job = self.scheduler.jobs.get(step.job) if isinstance(step, RestoreSlot) else None
+        if job is not None:
+            job.failed_restore = reason
 
     def _forget_bodies(self) -> None:
         """Let go of what requests brought that are gone, once no fill needs it any more."""

@@ -40,16 +40,6 @@ class Prover:
             ttft_s=ttft_s,
             prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
         )
-        log.info(
-            "%s tier=%s plan=%s cached=%d prefilled=%d decoded=%d ttft=%.3fs",
-            job.id,
-            name,
-            plan.source.value,
-            counts.cached,
-            counts.prefilled,
-            counts.decoded,
-            ttft_s,
-        )
         # One token is always evaluated again, so a prompt that is all known reuses one less.
         if counts.cached < min(plan.promise_tokens, counts.prompt - 1):
             runtime.supervise(self._broken(job, plan, counts))

@@ -38,6 +38,8 @@ from keepwarm.errors import (
     KeepwarmError,
 )
 from keepwarm.gateway.dispatcher import Dispatcher
+from keepwarm.gateway.ending import begin_explaining
+from keepwarm.gateway.explainer import Explainer
 from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
@@ -104,6 +106,7 @@ class Runtime:
             untiered=settings.tiers.untiered,
         )
         self.metrics = Metrics()
+        self.explainer = Explainer(keeps_text=settings.log.prompts, sinks=[self.metrics])
         self.state = State.STARTING
         self.status = "starting"
         self.started_s = time.time()
@@ -167,6 +170,7 @@ class Runtime:
             await self._start_engine()
             await self._open_all()
             await self._warm()
+        await begin_explaining(self)
         self._supervisor = Supervisor(self, hang_timeout_s=settings.engine.hang_timeout_s)
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
@@ -331,6 +335,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.explainer.close()
         if hasattr(self, "store"):
             await self.store.close()
         await self._stop_engine()
