@@ -288,6 +288,18 @@ class Shelf:
             self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
 
+    def evict_subtree(self, extent_id: int) -> Removed:
+        """Evict an extent and what hangs off it. No pin may need any of it."""
+        before = self.catalog.used_bytes
+        extents = self.catalog.tree.subtree(extent_id)
+        ends = [end for i in extents for end in self._forget_extent(i)]
+        self._remove_rows(extents=extents, ends=ends, pins=())
+        self.files.remove([*map(FileKey, extents), *ends])
+        freed = before - self.catalog.used_bytes
+        self.counts.evicted_extents += len(extents)
+        self.counts.evicted_bytes += freed
+        return Removed(tuple(extents), (), freed)
+
     def quarantine_extent(self, extent_id: int) -> Removed:
         """Set an extent aside as untrusted, and remove all that hangs off it, pins included."""
         catalog = self.catalog

@@ -1,0 +1,70 @@
+"""What a person does to a running store: look at it, evict something now. On the store's thread."""
+
+from __future__ import annotations
+
+from keepwarm.errors import SnapshotError
+from keepwarm.store.snapshots import Snapshots
+from keepwarm.store.types import Listed, Origin, Removed
+
+
+def list_extents(snapshots: Snapshots) -> list[Listed]:
+    """All extents, parents before children, with their uses up to this moment."""
+    catalog = snapshots.shelf.catalog
+    pins: dict[int, list[str]] = {}
+    for name, pin in sorted(catalog.pins.items()):
+        pins.setdefault(pin.extent_id, []).append(name)
+    found = []
+    for extent in sorted(catalog.tree, key=lambda extent: extent.id):
+        row, uses = catalog.row(extent.id), catalog.uses(extent.id)
+        found.append(
+            Listed(
+                extent_id=extent.id,
+                parent=extent.parent,
+                lo=extent.lo,
+                hi=extent.hi,
+                namespace=extent.namespace,
+                origin=Origin(row.origin),
+                size_bytes=extent.total_bytes,
+                boundaries=tuple(sorted(extent.boundaries)),
+                pins=tuple(pins.get(extent.id, ())),
+                prefill_s=row.prefill_s,
+                created_s=row.created_s,
+                used_s=uses.used_s,
+                uses=uses.count,
+            )
+        )
+    return found
+
+
+def last_end(snapshots: Snapshots, extent_id: int) -> int:
+    """Up to where an extent's prefix can be restored at most, in tokens.
+
+    Raises: SnapshotError('unknown') if it isn't there, 'boundary' if nothing of it can be restored.
+    """
+    catalog = snapshots.shelf.catalog
+    extent = catalog.tree.get(extent_id)
+    if extent is None:
+        raise SnapshotError(f"there is no extent {extent_id}", reason="unknown")
+    end = catalog.restorable(extent_id, extent.hi)
+    if end.extent_id != extent_id:
+        raise SnapshotError(f"extent {extent_id} can't be restored by itself", reason="boundary")
+    return end.at
+
+
+def evict_extent(snapshots: Snapshots, extent_id: int) -> Removed:
+    """Evict an extent and all that hangs off it, whatever it is worth.
+
+    Raises: SnapshotError('unknown') if it isn't there, 'pinned' if a pin needs any of it; nothing
+    was evicted then.
+    """
+    shelf = snapshots.shelf
+    if extent_id not in shelf.catalog.tree:
+        raise SnapshotError(f"there is no extent {extent_id}", reason="unknown")
+    pins = shelf.catalog.pins_through(shelf.catalog.tree.subtree(extent_id))
+    if pins:
+        raise SnapshotError(
+            f"extent {extent_id} is needed by {', '.join(sorted(pins))}", reason="pinned"
+        )
+    removed = shelf.evict_subtree(extent_id)
+    snapshots.forget_ready(removed)
+    return removed
