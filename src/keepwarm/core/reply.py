@@ -1,17 +1,21 @@
 """Read what a reply said: counts, text and tool calls, from JSON or a stream of server-sent events.
 
 Bytes go to the client as they come; they are read here once, after the last one, so that nothing
-is parsed between a token and its reader.
+is parsed between a token and its reader. Whatever an engine sends, reading it never fails: what has
+another shape than it should is left out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keepwarm.core.prompt import Segment, segment_of
+
+# No model makes more calls in one reply; an index beyond it is garbage.
+_MAX_CALLS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +39,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is known of a reply, finished or not; `counts` is None if the engine didn't say.
-
-    `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text.
-    """
+    """What is known of a finished reply; `counts` is None if the engine didn't say."""
 
     counts: Counts | None
     segment: Segment | None
     finish_reason: str | None = None
     error: str | None = None
-    calls: tuple[str, ...] = ()
-    reasons: bool = False
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
@@ -54,20 +53,16 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
     counts: Counts | None = None
     finish: str | None = None
     error: str | None = None
-    message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
-    reasons = b'"reasoning_content":"' in raw or b'"thinking_delta"' in raw
+    said = _Said()
     for event in events:
-        counts = counts_of(event) or counts
-        if "error" in event:
+        counts = _later(counts, event)
+        if event.get("error"):
             error = json.dumps(event["error"])[:500]
         finish = _finish(event) or finish
-        _add_chat(event, message)
-        _add_messages(event, message)
-        _add_responses(event, message)
-    said = bool(message["content"] or message["tool_calls"])
-    calls = tuple(call["function"]["name"] for call in message["tool_calls"])
-    segment = segment_of(message) if said else None
-    return Reply(counts, segment, finish, error, calls, reasons)
+        _add_chat(event, said)
+        _add_messages(event, said)
+        _add_responses(event, said)
+    return Reply(counts, said.segment(), finish, error)
 
 
 def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
@@ -81,112 +76,156 @@ def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
 
 def counts_of(event: dict[str, Any]) -> Counts | None:
     """The counts in one JSON object: `timings` of llama-server, else `usage` of the three APIs."""
-    timings = event.get("timings")
-    if isinstance(timings, dict) and "prompt_n" in timings:
+    timings = _dict(event.get("timings"))
+    if "prompt_n" in timings:
         return Counts(
-            cached=int(timings.get("cache_n") or 0),
-            prefilled=int(timings["prompt_n"]),
-            decoded=int(timings.get("predicted_n") or 0),
-            prefill_s=float(timings.get("prompt_ms") or 0) / 1e3,
-            decode_s=float(timings.get("predicted_ms") or 0) / 1e3,
+            cached=_count(timings.get("cache_n")),
+            prefilled=_count(timings["prompt_n"]),
+            decoded=_count(timings.get("predicted_n")),
+            prefill_s=_number(timings.get("prompt_ms")) / 1e3,
+            decode_s=_number(timings.get("predicted_ms")) / 1e3,
         )
     for holder in (event, event.get("message"), event.get("response")):
-        usage = holder.get("usage") if isinstance(holder, dict) else None
-        if isinstance(usage, dict):
+        if usage := _dict(_dict(holder).get("usage")):
             return _usage_counts(usage)
     return None
+
+
+def _later(counts: Counts | None, event: dict[str, Any]) -> Counts | None:
+    """What is known after one more event of a stream."""
+    found = counts_of(event)
+    if found or counts is None:
+        return found or counts
+    # An Anthropic stream counts the prompt in its first event and the reply in its last but one.
+    decoded = _count(_dict(event.get("usage")).get("output_tokens"))
+    return replace(counts, decoded=decoded) if decoded else counts
 
 
 def _usage_counts(usage: dict[str, Any]) -> Counts | None:
     if "cache_read_input_tokens" in usage:
         return Counts(
-            cached=int(usage["cache_read_input_tokens"] or 0),
-            prefilled=int(usage.get("input_tokens") or 0),
-            decoded=int(usage.get("output_tokens") or 0),
+            cached=_count(usage["cache_read_input_tokens"]),
+            prefilled=_count(usage.get("input_tokens")),
+            decoded=_count(usage.get("output_tokens")),
         )
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    if not isinstance(prompt, int) or not isinstance(details, dict):
+    if not isinstance(details, dict):
         return None
-    cached = int(details.get("cached_tokens") or 0)
-    decoded = int(usage.get("completion_tokens", usage.get("output_tokens")) or 0)
-    return Counts(cached=cached, prefilled=prompt - cached, decoded=decoded)
+    prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    cached = min(_count(details.get("cached_tokens")), prompt)
+    decoded = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+    return Counts(cached=cached, prefilled=prompt - cached, decoded=decoded) if prompt else None
 
 
 def _finish(event: dict[str, Any]) -> str | None:
-    for choice in event.get("choices") or []:
-        if isinstance(choice, dict) and choice.get("finish_reason"):
-            return str(choice["finish_reason"])
-    reason = (
-        event.get("stop_reason") or (event.get("delta") or {}).get("stop_reason")
-        if (isinstance(event.get("delta"), dict) or "stop_reason" in event)
-        else None
-    )
-    return str(reason) if reason else None
+    for choice in _list(event.get("choices")):
+        if reason := _text(_dict(choice).get("finish_reason")):
+            return reason
+    delta = _dict(event.get("delta"))
+    return _text(event.get("stop_reason")) or _text(delta.get("stop_reason")) or None
 
 
-def _add_chat(event: dict[str, Any], message: dict[str, Any]) -> None:
-    """OpenAI chat (whole or delta) and completions."""
-    choices = event.get("choices")
-    if (
-        isinstance(event.get("content"), str)
-        and "choices" not in event
-        and "tokens_cached" in event
-    ):
-        message["content"] += event["content"]
+@dataclass(slots=True)
+class _Call:
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class _Said:
+    """What the model has said so far."""
+
+    text: str = ""
+    calls: list[_Call] = field(default_factory=list)
+
+    def call(self, index: object) -> _Call:
+        """The tool call with this index, begun if it is new; the next one without an index."""
+        at = index if isinstance(index, int) and 0 <= index < _MAX_CALLS else len(self.calls)
+        while len(self.calls) <= at:
+            self.calls.append(_Call())
+        return self.calls[at]
+
+    def segment(self) -> Segment | None:
+        """It as the client will send it back; None if nothing was said."""
+        if not self.text and not self.calls:
+            return None
+        calls = [{"function": {"name": c.name, "arguments": c.arguments}} for c in self.calls]
+        return segment_of({"role": "assistant", "content": self.text, "tool_calls": calls})
+
+
+def _add_chat(event: dict[str, Any], said: _Said) -> None:
+    """OpenAI chat (whole or delta), completions, and llama-server's own `/completion`."""
+    if "choices" not in event and "tokens_cached" in event:
+        said.text += _text(event.get("content"))
         return
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return
-    part = choices[0].get("delta") or choices[0].get("message") or choices[0]
-    message["content"] += part.get("content") or part.get("text") or ""
-    for call in part.get("tool_calls") or []:
-        function = call.get("function") or {}
-        index = call.get("index", len(message["tool_calls"]))
-        while len(message["tool_calls"]) <= index:
-            message["tool_calls"].append({"function": {"name": "", "arguments": ""}})
-        known = message["tool_calls"][index]["function"]
-        known["name"] += function.get("name") or ""
-        known["arguments"] += function.get("arguments") or ""
+    # Several choices (`n`) go on from one prompt; the slot keeps the first.
+    choice = _dict(next(iter(_list(event.get("choices"))), None))
+    part = _dict(choice.get("delta")) or _dict(choice.get("message")) or choice
+    said.text += _text(part.get("content")) or _text(part.get("text"))
+    for item in _list(part.get("tool_calls")):
+        function = _dict(_dict(item).get("function"))
+        call = said.call(_dict(item).get("index"))
+        call.name += _text(function.get("name"))
+        call.arguments += _text(function.get("arguments"))
 
 
-def _add_messages(event: dict[str, Any], message: dict[str, Any]) -> None:
+def _add_messages(event: dict[str, Any], said: _Said) -> None:
     """Anthropic messages: content blocks whole, or started and added to."""
     kind = event.get("type")
-    blocks = event.get("content") if kind == "message" else None
-    if kind == "content_block_start":
+    blocks: list[Any] = []
+    if kind == "message":
+        blocks = _list(event.get("content"))
+    elif kind == "content_block_start":
         blocks = [event.get("content_block")]
-    for block in blocks if isinstance(blocks, list) else []:
-        if not isinstance(block, dict):
-            continue
-        message["content"] += block.get("text") or ""
+    for block in map(_dict, blocks):
+        said.text += _text(block.get("text"))
         if block.get("type") == "tool_use":
             arguments = json.dumps(block["input"]) if block.get("input") else ""
-            call = {"name": block.get("name") or "", "arguments": arguments}
-            message["tool_calls"].append({"function": call})
+            said.calls.append(_Call(_text(block.get("name")), arguments))
     if kind == "content_block_delta":
-        delta = event.get("delta") or {}
-        message["content"] += delta.get("text") or ""
-        if delta.get("partial_json") and message["tool_calls"]:
-            message["tool_calls"][-1]["function"]["arguments"] += delta["partial_json"]
+        delta = _dict(event.get("delta"))
+        said.text += _text(delta.get("text"))
+        if said.calls:
+            said.calls[-1].arguments += _text(delta.get("partial_json"))
 
 
-def _add_responses(event: dict[str, Any], message: dict[str, Any]) -> None:
+def _add_responses(event: dict[str, Any], said: _Said) -> None:
     """OpenAI responses: the finished object holds all the output."""
-    done = event.get("response") if event.get("type") == "response.completed" else event
-    if not isinstance(done, dict) or not isinstance(done.get("output"), list):
-        return
-    for item in done["output"]:
+    done = event
+    if event.get("type") == "response.completed":
+        done = _dict(event.get("response"))
+    for item in map(_dict, _list(done.get("output"))):
         if item.get("type") == "message":
-            for part in item.get("content") or []:
-                message["content"] += part.get("text") or ""
+            for part in map(_dict, _list(item.get("content"))):
+                said.text += _text(part.get("text"))
         elif item.get("type") == "function_call":
-            call = {"name": item.get("name") or "", "arguments": item.get("arguments") or ""}
-            message["tool_calls"].append({"function": call})
+            said.calls.append(_Call(_text(item.get("name")), _text(item.get("arguments"))))
 
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw)
-    except ValueError:
+        return _dict(json.loads(raw))
+    except (ValueError, RecursionError):
         return {}
+
+
+def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _number(value: object) -> float:
+    """A finite number that isn't negative; 0 for anything else."""
+    good = isinstance(value, int | float) and 0 <= value < 1e15
+    return float(value) if good else 0.0  # type: ignore[arg-type]
+
+
+def _count(value: object) -> int:
+    return int(_number(value))
