@@ -327,7 +327,7 @@ def test_no_room_in_staging_leaves_no_file_there(tmp_path: Path) -> None:
     disk = FullStaging()
     store = opened(settings_in(tmp_path), disk)
     saved = save(store, FIRST)
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     disk.is_full = True
     with refused("no_space"):
         store.materialize(saved.extent_id, 20)

@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> Snapshots:
 def test_what_was_saved_is_given_back_byte_for_byte(tmp_path: Path, layout: Layout | None) -> None:
     store = opened(settings_in(tmp_path, layout), NoSyncDisk())
     kept = [(tokens, save(store, tokens)) for tokens in (FIRST, TURN, BRANCH)]
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     for tokens, saved in kept:
         found = restored(store, saved.extent_id, len(tokens))
         assert found == slot_file(tokens, layout, for_engine=layout is not None)
@@ -98,7 +98,7 @@ def test_boundary_states_are_kept_beside_rows_that_were_known(
     assert first.new_tokens == 0
     assert first.new_bytes > 0
     assert save(store, FIRST).new_bytes == 0
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     expected = slot_file(FIRST, layout, for_engine=True)
     assert restored(store, first.extent_id, 40) == expected
 
@@ -267,7 +267,7 @@ def test_a_file_that_was_cut_or_lost_is_quarantined(
     store: Snapshots, damage: object, reason: str
 ) -> None:
     saved = save(store, FIRST)
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     damage(rows_of(store, saved.extent_id))  # type: ignore[operator]
     with refused(reason):
         store.materialize(saved.extent_id, 40)
@@ -292,7 +292,7 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
     store = opened(settings_in(tmp_path, layout), NoSyncDisk())
     turn = save(store, TURN)
     save(store, FIRST)
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     flip(store.shelf.files.root / f"{turn.extent_id:010x}-{60:08x}.end", 40)
     with refused("checksum"):
         store.materialize(turn.extent_id, 60)

@@ -211,7 +211,8 @@ class StoreBesideDict(RuleBasedStateMachine):
     def index_files_and_memory_agree_within_the_quota(self) -> None:
         assert integrity(self.store) == ()
         assert self.store.shelf.used_bytes <= self.store.shelf.settings.quota_bytes
-        assert self.store.staging.used_bytes <= self.store.staging.bound_bytes
+        staged = sum(path.stat().st_size for path in self.store.staging.root.iterdir())
+        assert staged == self.store.staging.used_bytes <= self.store.staging.bound_bytes
 
 
 TestStoreBesideDict = StoreBesideDict.TestCase

@@ -157,7 +157,7 @@ def test_a_dear_boundary_state_goes_before_cheap_rows(tmp_path: Path) -> None:
     hit = store.match(tokens[:31], "")
     assert hit is not None
     assert hit.at_tokens == 30
-    store.staging.forget(lambda _: True)
+    store.staging.forget()
     assert restored(store, 1, 30) == slot_file(tokens[:30], HYBRID)
     assert integrity(store) == ()
 

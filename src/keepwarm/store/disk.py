@@ -23,7 +23,7 @@ from keepwarm.core.slotfile import Buffer
 from keepwarm.core.slotfile.cells import as_view
 from keepwarm.errors import SnapshotError
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 """Bytes checksummed, then written, at a time: still in the CPU's cache for the second step."""
 
 _MAX_BUFFERS = 512  # POSIX allows 1,024 a writev on Linux and macOS

@@ -262,8 +262,7 @@ class Snapshots:
 
     def forget_ready(self, removed: Removed) -> None:
         """Remove ready files of extents that are gone."""
-        gone = set(removed.extents)
-        self.staging.forget(lambda end: end[0] in gone)
+        self.staging.forget(set(removed.extents))
 
     def tokens_of(self, extent_id: int, at: int) -> Tokens:
         """See `Store.tokens_of`."""

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Staging:
         self._expected: dict[str, int] = {}
         self._ready: OrderedDict[tuple[int, int], ReadyFile] = OrderedDict()
         self._unlinked_later: dict[str, ReadyFile] = {}
+        self._used_bytes = 0
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.scandir(root) as entries:
             for entry in entries:
@@ -67,8 +68,7 @@ class Staging:
     @property
     def used_bytes(self) -> int:
         """Bytes of expected and ready files."""
-        ready = sum(file.size_bytes for file in self._ready.values())
-        return ready + sum(self._expected.values())
+        return self._used_bytes
 
     def __len__(self) -> int:
         """How many ready files there are."""
@@ -99,6 +99,7 @@ class Staging:
         self._count += 1
         name = f"kw-{self._life}-{self._count}.slot"
         self._expected[name] = size_bytes
+        self._used_bytes += size_bytes
         return name
 
     def discard(self, name: str) -> None:
@@ -107,7 +108,7 @@ class Staging:
         Raises: SnapshotError('name'). One that can't be removed is left for the next opening.
         """
         path = self.path(name)
-        self._expected.pop(name, None)
+        self._used_bytes -= self._expected.pop(name, 0)
         try:
             self._disk.unlink(path)
         except OSError as error:
@@ -115,8 +116,9 @@ class Staging:
 
     def keep(self, name: str, *, extent_id: int, at: int, size_bytes: int, is_pinned: bool) -> None:
         """Make an expected file that has come the ready one for this end."""
-        del self._expected[name]
-        self.forget(lambda key: key == (extent_id, at))
+        if (extent_id, at) in self._ready:
+            self._drop((extent_id, at))
+        self._used_bytes += size_bytes - self._expected.pop(name)
         self._ready[extent_id, at] = ReadyFile(name, size_bytes, is_pinned)
         self.make_room(0)
 
@@ -129,7 +131,7 @@ class Staging:
         if file is None:
             return None
         if not self.path(file.name).exists():
-            del self._ready[extent_id, at]
+            self._used_bytes -= self._ready.pop((extent_id, at)).size_bytes
             return None
         self._ready.move_to_end((extent_id, at))
         file.holds += 1
@@ -174,9 +176,15 @@ class Staging:
         for (extent_id, at), file in self._ready.items():
             file.is_pinned = is_pinned(extent_id, at)
 
-    def forget(self, which: Callable[[tuple[int, int]], bool]) -> None:
-        """Remove the ready files of these ends (extent id, at); held ones when released."""
-        for key in [key for key in self._ready if which(key)]:
+    def forget(self, extent_ids: Collection[int] | None = None) -> None:
+        """Remove the ready files of these extents, or all; held ones when released."""
+        if extent_ids is None:
+            gone = list(self._ready)
+        elif extent_ids:
+            gone = [key for key in self._ready if key[0] in extent_ids]
+        else:
+            return
+        for key in gone:
             self._drop(key)
 
     def make_room(self, size_bytes: int) -> None:
@@ -187,23 +195,36 @@ class Staging:
                 reason="no_space",
             )
         while self.used_bytes + size_bytes > self.bound_bytes:
-            free = [(key, file) for key, file in self._ready.items() if not file.holds]
-            if not free:
-                if size_bytes:
-                    raise SnapshotError("all of staging is in use", reason="no_space")
+            key = self._least_needed()
+            if key is not None:
+                self._drop(key)
+            elif size_bytes:
+                raise SnapshotError("all of staging is in use", reason="no_space")
+            else:
                 return
-            # Sorting is stable: among equals the least recently used is first.
-            self._drop(min(free, key=lambda found: found[1].is_pinned)[0])
 
     def clear(self) -> None:
         """Remove all of this life's files, held ones too; only for the end of it."""
         for name in [*self._expected, *self._unlinked_later]:
             self.discard(name)
-        for key in list(self._ready):
-            self.discard(self._ready.pop(key).name)
+        for file in self._ready.values():
+            self.discard(file.name)
+        self._ready.clear()
+        self._used_bytes = 0
+
+    def _least_needed(self) -> tuple[int, int] | None:
+        """The least recently used file that nobody holds, pinned ones last; None if all are."""
+        pinned: tuple[int, int] | None = None
+        for key, file in self._ready.items():
+            if not file.holds:
+                if not file.is_pinned:
+                    return key
+                pinned = pinned or key
+        return pinned
 
     def _drop(self, key: tuple[int, int]) -> None:
         file = self._ready.pop(key)
+        self._used_bytes -= file.size_bytes
         if file.holds:
             self._unlinked_later[file.name] = file
         else:
