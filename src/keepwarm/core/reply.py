@@ -39,12 +39,17 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is known of a finished reply; `counts` is None if the engine didn't say."""
+    """What is known of a reply, finished or not; `counts` is None if the engine didn't say.
+
+    `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text.
+    """
 
     counts: Counts | None
     segment: Segment | None
     finish_reason: str | None = None
     error: str | None = None
+    calls: tuple[str, ...] = ()
+    reasons: bool = False
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
@@ -62,7 +67,9 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
         _add_chat(event, said)
         _add_messages(event, said)
         _add_responses(event, said)
-    return Reply(counts, said.segment(), finish, error)
+    reasons = b'"reasoning_content":"' in raw or b'"thinking_delta"' in raw
+    calls = tuple(call.name for call in said.calls)
+    return Reply(counts, said.segment(), finish, error, calls, reasons)
 
 
 def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
