@@ -37,7 +37,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # Creation times double the text and say nothing that the process's start time does not.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
