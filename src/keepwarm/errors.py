@@ -85,6 +85,27 @@ class UnauthorizedError(RequestError):
     kind = "authentication_error"
 
 
+class ForbiddenError(RequestError):
+    """Who asks may not do this; nothing was done."""
+
+    status = 403
+    kind = "permission_error"
+
+
+class NotFoundError(RequestError):
+    """There is no such thing, or it isn't who asks' own."""
+
+    status = 404
+    kind = "not_found_error"
+
+
+class ConflictError(RequestError):
+    """What is asked for contradicts the present state; nothing was done."""
+
+    status = 409
+    kind = "conflict_error"
+
+
 class TooLargeError(RequestError):
     """The body is over the bound."""
 
