@@ -134,7 +134,7 @@ def prompt_of(
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")) if head else ""
-    marks = [Mark(_digest(key, text.encode()), len(text))]
+    marks = [Mark(_digest(key, _bytes(text)), len(text))]
     static_index = 0 if head.get("tools") else -1
     in_static = True
     static_shared = False
@@ -207,7 +207,8 @@ def segment_of(message: Mapping[str, Any]) -> Segment:
         text = text.strip()
     calls = message.get("tool_calls")
     if isinstance(calls, list):
-        extra += "".join(_call(c.get("function", c)) for c in calls if isinstance(c, Mapping))
+        functions = (c.get("function", c) for c in calls if isinstance(c, Mapping))
+        extra += "".join(_call(f) for f in functions if isinstance(f, Mapping))
     if role == "function_call":
         extra += _call(message)
     if role == "function_call_output":
@@ -240,13 +241,22 @@ def _text(content: object) -> tuple[str, str]:
 def _call(call: Mapping[str, Any]) -> str:
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
     return _dump([call.get("name"), arguments])
 
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 31
+
+
+def _bytes(text: str) -> bytes:
+    # JSON can escape half of a surrogate pair; that is odd, not wrong.
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -261,7 +271,7 @@ def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> 
     """Marks inside and behind one segment that follows `before`."""
     h = hashlib.blake2b(digest_size=16)
     h.update(before.digest)
-    h.update(segment.role.encode())
+    h.update(_bytes(segment.role))
     h.update(b"\0")
     marks: list[Mark] = []
     text = segment.text
@@ -269,12 +279,12 @@ def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> 
     places = sorted({*blocks, *(c for c in cuts if 0 < c < len(text))}) if cuts else blocks
     start = 0
     for end in places:
-        h.update(text[start:end].encode("utf-8", "surrogatepass"))
+        h.update(_bytes(text[start:end]))
         marks.append(Mark(h.digest(), before.chars + end))
         start = end
-    h.update(text[start:].encode("utf-8", "surrogatepass"))
+    h.update(_bytes(text[start:]))
     h.update(b"\0")
-    h.update(segment.extra.encode("utf-8", "surrogatepass"))
+    h.update(_bytes(segment.extra))
     h.update(b"\0end")
     chars = before.chars + len(text) + len(segment.extra) + _TURN_CHARS
     marks.append(Mark(h.digest(), chars))
@@ -286,9 +296,9 @@ def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
     if isinstance(prompt, str):
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
         return Prompt("completion", tuple(marks), -1, 1)
-    if isinstance(prompt, list) and prompt and all(isinstance(t, int) for t in prompt):
+    if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
         return Prompt("completion", token_marks(prompt, key), -1, 1)
-    opaque = _digest(key, _dump(prompt).encode())
+    opaque = _digest(key, _bytes(_dump(prompt)))
     return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
 
 
