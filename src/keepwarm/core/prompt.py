@@ -30,7 +30,7 @@ BLOCK_TOKENS = 64
 # A message costs a few characters (role and turn tokens) beyond its text.
 _TURN_CHARS = 16
 
-Api = Literal["chat", "messages", "responses", "completion"]
+Api = Literal["chat", "responses", "completion"]
 
 # Arguments that change how the template renders. `response_format` is among them because some of
 # llama-server's template handlers write the schema into the system turn.
@@ -180,8 +180,6 @@ def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
 def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
     """The messages of a body in canonical form, system text first."""
     out: list[Segment] = []
-    if api == "messages" and body.get("system"):
-        out.append(Segment("system", _text(body["system"])[0]))
     if api == "responses":
         if body.get("instructions"):
             out.append(Segment("system", str(body["instructions"])))
@@ -229,10 +227,6 @@ def _text(content: object) -> tuple[str, str]:
             texts.append(str(part))
         elif part.get("type") in ("text", "input_text", "output_text"):
             texts.append(str(part.get("text", "")))
-        elif part.get("type") == "tool_use":
-            extra.append(_call({"name": part.get("name"), "arguments": part.get("input")}))
-        elif part.get("type") == "tool_result":
-            texts.append(_text(part.get("content"))[0])
         elif part.get("type") not in ("thinking", "redacted_thinking", "reasoning"):
             extra.append(_dump(part))
     return "\n".join(texts), "".join(extra)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from keepwarm.core.prompt import Segment, segment_of
@@ -53,21 +53,20 @@ class Reply:
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
-    """Read a whole reply body of any of the APIs. Unreadable parts are left out, never raised."""
+    """Read a whole reply body of any of the engine's APIs. Unreadable parts are left out, never raised."""
     events = list(stream_events(raw)) if streamed else [_json(raw)]
     counts: Counts | None = None
     finish: str | None = None
     error: str | None = None
     said = _Said()
     for event in events:
-        counts = _later(counts, event)
+        counts = counts_of(event) or counts
         if event.get("error"):
             error = json.dumps(event["error"])[:500]
         finish = _finish(event) or finish
         _add_chat(event, said)
-        _add_messages(event, said)
         _add_responses(event, said)
-    reasons = b'"reasoning_content":"' in raw or b'"thinking_delta"' in raw
+    reasons = b'"reasoning_content":"' in raw
     calls = tuple(call.name for call in said.calls)
     return Reply(counts, said.segment(), finish, error, calls, reasons)
 
@@ -82,7 +81,7 @@ def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
 
 
 def counts_of(event: dict[str, Any]) -> Counts | None:
-    """The counts in one JSON object: `timings` of llama-server, else `usage` of the three APIs."""
+    """The counts in one JSON object: `timings` of llama-server, else `usage`."""
     timings = _dict(event.get("timings"))
     if "prompt_n" in timings:
         return Counts(
@@ -92,29 +91,13 @@ def counts_of(event: dict[str, Any]) -> Counts | None:
             prefill_s=_number(timings.get("prompt_ms")) / 1e3,
             decode_s=_number(timings.get("predicted_ms")) / 1e3,
         )
-    for holder in (event, event.get("message"), event.get("response")):
+    for holder in (event, event.get("response")):
         if usage := _dict(_dict(holder).get("usage")):
             return _usage_counts(usage)
     return None
 
 
-def _later(counts: Counts | None, event: dict[str, Any]) -> Counts | None:
-    """What is known after one more event of a stream."""
-    found = counts_of(event)
-    if found or counts is None:
-        return found or counts
-    # An Anthropic stream counts the prompt in its first event and the reply in its last but one.
-    decoded = _count(_dict(event.get("usage")).get("output_tokens"))
-    return replace(counts, decoded=decoded) if decoded else counts
-
-
 def _usage_counts(usage: dict[str, Any]) -> Counts | None:
-    if "cache_read_input_tokens" in usage:
-        return Counts(
-            cached=_count(usage["cache_read_input_tokens"]),
-            prefilled=_count(usage.get("input_tokens")),
-            decoded=_count(usage.get("output_tokens")),
-        )
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
     if not isinstance(details, dict):
         return None
@@ -128,8 +111,7 @@ def _finish(event: dict[str, Any]) -> str | None:
     for choice in _list(event.get("choices")):
         if reason := _text(_dict(choice).get("finish_reason")):
             return reason
-    delta = _dict(event.get("delta"))
-    return _text(event.get("stop_reason")) or _text(delta.get("stop_reason")) or None
+    return None
 
 
 @dataclass(slots=True)
@@ -174,26 +156,6 @@ def _add_chat(event: dict[str, Any], said: _Said) -> None:
         call = said.call(_dict(item).get("index"))
         call.name += _text(function.get("name"))
         call.arguments += _text(function.get("arguments"))
-
-
-def _add_messages(event: dict[str, Any], said: _Said) -> None:
-    """Anthropic messages: content blocks whole, or started and added to."""
-    kind = event.get("type")
-    blocks: list[Any] = []
-    if kind == "message":
-        blocks = _list(event.get("content"))
-    elif kind == "content_block_start":
-        blocks = [event.get("content_block")]
-    for block in map(_dict, blocks):
-        said.text += _text(block.get("text"))
-        if block.get("type") == "tool_use":
-            arguments = json.dumps(block["input"]) if block.get("input") else ""
-            said.calls.append(_Call(_text(block.get("name")), arguments))
-    if kind == "content_block_delta":
-        delta = _dict(event.get("delta"))
-        said.text += _text(delta.get("text"))
-        if said.calls:
-            said.calls[-1].arguments += _text(delta.get("partial_json"))
 
 
 def _add_responses(event: dict[str, Any], said: _Said) -> None:

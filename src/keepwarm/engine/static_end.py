@@ -67,12 +67,9 @@ def static_body(api: Api, body: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if api == "chat":
         return {**body, "messages": _leading(body.get("messages"))}
-    system = body.get("system" if api == "messages" else "instructions")
-    if isinstance(system, list):
-        system = "".join(str(b.get("text", "")) for b in system if isinstance(b, Mapping))
+    system = body.get("instructions")
     messages = [{"role": "system", "content": system}] if system else []
-    items = body.get("messages" if api == "messages" else "input")
-    messages += _leading(items)
+    messages += _leading(body.get("input"))
     out: dict[str, Any] = {"messages": messages}
     tools = [_tool(tool) for tool in body.get("tools") or [] if isinstance(tool, Mapping)]
     if tools:
@@ -88,6 +85,6 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     function = {
         "name": tool.get("name"),
         "description": tool.get("description", ""),
-        "parameters": tool.get("input_schema") or tool.get("parameters") or {},
+        "parameters": tool.get("parameters") or {},
     }
     return {"type": "function", "function": function}

@@ -11,6 +11,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from keepwarm.core.prompt import Api
 from keepwarm.errors import EngineRefusedError, KeepwarmError, RequestError, TooLargeError
+from keepwarm.gateway.batch_api import add_batch_routes
+from keepwarm.gateway.dialect import dialect_of
+from keepwarm.gateway.ending import observe_deployment
+from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.proxy import Proxy, error_response
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
@@ -20,7 +24,6 @@ log = logging.getLogger("keepwarm")
 _PLANNED: dict[str, Api] = {
     "/v1/chat/completions": "chat",
     "/chat/completions": "chat",
-    "/v1/messages": "messages",
     "/v1/responses": "responses",
     "/responses": "responses",
     "/completion": "completion",
@@ -51,6 +54,7 @@ def make_app(runtime: Runtime) -> web.Application:
 
     for path, api in _PLANNED.items():
         app.router.add_post(path, planned(api))
+    app.router.add_post("/v1/messages", proxy.handle_messages)
     app.router.add_get("/health", site.health)
     app.router.add_get("/metrics", site.metrics)
     app.router.add_get("/v1/models", site.models)
@@ -58,6 +62,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get("/keepwarm/status", site.status)
     app.router.add_post("/keepwarm/route", site.route)
     app.router.add_post("/slots/{id}", site.refuse_slot_action)
+    add_batch_routes(app, runtime, proxy)
     app.router.add_route("*", "/{path:.*}", proxy.pass_through)
     return app
 
@@ -75,12 +80,13 @@ def _errors(runtime: Runtime) -> Middleware:
             runtime.metrics.failed(error.kind)
             if error.status >= 500:
                 log.warning("%s %s: %s", request.method, request.path, error)
-            return error_response(error)
+            return error_response(error, dialect_of(request.path))
         except web.HTTPRequestEntityTooLarge:
             limit = runtime.settings.server.max_body_bytes
-            return error_response(
-                TooLargeError(f"The request body is over {limit:,} bytes (server.max_body_bytes).")
+            too_large = TooLargeError(
+                f"The request body is over {limit:,} bytes (server.max_body_bytes)."
             )
+            return error_response(too_large, dialect_of(request.path))
 
     return middleware
 
@@ -98,17 +104,17 @@ class _Site:
         body = {"status": "ok" if ready else runtime.state.value, "detail": runtime.status}
         return _json(body, status=200 if ready else 503)
 
-    async def metrics(self, _: web.Request) -> web.StreamResponse:
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""
         runtime = self._runtime
-        if hasattr(runtime, "dispatcher"):
-            runtime.metrics.queue.set(runtime.dispatcher.scheduler.queued)
-            runtime.metrics.store_bytes.set(runtime.store.stats().used_bytes)
+        runtime.keys.namespace(request.headers)
+        await runtime.explainer.settled()
+        observe_deployment(runtime)
         text = runtime.metrics.text()
         try:
             async with runtime.client.session.get(runtime.client.base_url + "/metrics") as reply:
                 if reply.status == 200:
-                    text += await reply.read()
+                    text = merged(text, await reply.read())
         except (aiohttp.ClientError, AttributeError):
             log.debug("the engine's metrics aren't available")
         return web.Response(body=text, content_type="text/plain", charset="utf-8")

@@ -17,13 +17,16 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from keepwarm.core.anthropic import chat_request
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.core.scheduler import Job
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
+from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
@@ -34,6 +37,10 @@ _RETRIES = 2
 # A reader that is slower than the model must not hold the engine's slot: this much is buffered for
 # it. A reply of 100,000 tokens as server-sent events is about 20 MB.
 _WRITE_BUFFER_BYTES = 32 << 20
+_BROKEN_OFF = (
+    "The engine went away in the middle of this reply. It is being restarted; send the request "
+    "again."
+)
 _SKIPPED = frozenset(
     (
         *("connection", "content-length", "transfer-encoding", "keep-alive"),
@@ -55,6 +62,9 @@ class Exchange:
     grant: Grant | None = None
     first_byte_s: float | None = None
     streamed: bool = False
+    status: int = 0
+    trouble: str = ""
+    reply: Reply | None = None
     may_escalate: bool = False
 
     @property
@@ -68,6 +78,7 @@ class Exchange:
         if self.grant:
             route_s = self.job.arrived_s - self.received_s
             out["X-Keepwarm-Plan"] = self.grant.plan.source.value
+            out["X-Keepwarm-Slot"] = str(self.grant.plan.slot)
             out["Server-Timing"] = ", ".join(
                 f"{name};dur={seconds * 1e3:.2f}"
                 for name, seconds in (
@@ -103,6 +114,15 @@ class Proxy:
         asked = Asked(api, body, namespace, request.path_qs, request.headers)
         return await self._answer(asked, request)
 
+    async def handle_messages(self, request: web.Request) -> web.StreamResponse:
+        """Serve one request of Anthropic's API, over chat completions."""
+        namespace = self._runtime.keys.namespace(request.headers)
+        body = decode_body(await request.read())
+        dialect = Anthropic(str(body.get("model", "")))
+        path = "/v1/chat/completions"
+        asked = Asked("chat", chat_request(body), namespace, path, request.headers, dialect)
+        return await self._answer(asked, request)
+
     async def answer(self, asked: Asked) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
 
@@ -123,7 +143,11 @@ class Proxy:
             exchange = self._exchange(asked, tiered, received_s)
             try:
                 return await self._serve(request, exchange)
+            except KeepwarmError as error:
+                exchange.trouble = error.kind
+                raise
             except _EscalatedError as escalated:
+                exchange.trouble = "escalated"
                 # A tier was too small and nothing has been sent: once more, one tier up.
                 runtime.metrics.escalated(
                     tier=tiered.tier.name if tiered.tier else "none",
@@ -132,6 +156,8 @@ class Proxy:
                 up = runtime.router.escalated(api, body, tiered, escalated.escalation, namespace)
                 assert up is not None
                 tiered = up
+            finally:
+                tell_ended(runtime, exchange)
 
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
@@ -234,6 +260,7 @@ class Proxy:
             self._escalate(exchange, raw, complete=True)
         self._ended(exchange, raw, status=upstream.status)
         headers = _returned(upstream.headers) | exchange.headers
+        raw = exchange.asked.dialect.whole(raw, status=upstream.status)
         return web.Response(body=raw, status=upstream.status, headers=headers)
 
     async def _stream(
@@ -251,15 +278,20 @@ class Proxy:
         await response.prepare(request)
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
-        await response.write(b"".join(chunks))
+        translator = exchange.asked.dialect.stream()
+        await response.write(translator.feed(b"".join(chunks)))
         try:
             while chunk := await _read(upstream):
                 chunks.append(chunk)
-                await response.write(chunk)
+                await response.write(translator.feed(chunk))
+            await response.write(translator.end())
         except EngineDownError:
             self._runtime.suspect_engine()
             self._runtime.metrics.failed("engine_died")
-            await response.write(_error_event(exchange.asked.api))
+            exchange.trouble = "engine_died"
+            await response.write(
+                exchange.asked.dialect.error_event(_BROKEN_OFF, kind="upstream_error", status=502)
+            )
         else:
             self._ended(exchange, b"".join(chunks), status=upstream.status)
         await response.write_eof()
@@ -288,6 +320,7 @@ class Proxy:
         """Prove the plan by the reply's counts, and give the slot back."""
         reply = read_reply(raw, streamed=exchange.streamed) if status == 200 else Reply(None, None)
         counts = reply.counts
+        exchange.status, exchange.reply = status, reply
         # A 4xx was refused before the engine looked at the slot.
         touched = not 400 <= status < 500
         self._runtime.dispatcher.finish(
@@ -333,17 +366,13 @@ class _EscalatedError(Exception):
         self.escalation = escalation
 
 
-def error_response(error: KeepwarmError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """An error in the shape of the OpenAI API, with `Retry-After` where a retry helps."""
-    body = {"error": {"message": str(error), "type": error.kind, "code": error.status}}
-    out = dict(headers or {})
-    if error.retry:
-        out["Retry-After"] = "5"
+def error_response(error: KeepwarmError, dialect: Dialect = OPENAI) -> web.Response:
+    """An error in the client's dialect, with `Retry-After` where a retry helps."""
     return web.Response(
-        body=msgspec.json.encode(body),
+        body=dialect.error(str(error), kind=error.kind, status=error.status),
         status=error.status,
         content_type="application/json",
-        headers=out,
+        headers={"Retry-After": "5"} if error.retry else {},
     )
 
 
@@ -399,16 +428,3 @@ def _forwarded(headers: Mapping[str, str], *, keep_type: bool = False) -> dict[s
 def _returned(headers: Mapping[str, str], *, keep_encoding: bool = False) -> dict[str, str]:
     skipped = _SKIPPED - {"content-encoding"} if keep_encoding else _SKIPPED
     return {k: v for k, v in headers.items() if k.lower() not in skipped}
-
-
-def _error_event(api: Api) -> bytes:
-    error = {
-        "type": "upstream_error",
-        "code": 502,
-        "message": "The engine went away in the middle of this reply. It is being restarted; "
-        "send the request again.",
-    }
-    if api == "messages":
-        event = {"type": "error", "error": {"type": "api_error", "message": error["message"]}}
-        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
-    return b"data: " + msgspec.json.encode({"error": error}) + b"\n\n"

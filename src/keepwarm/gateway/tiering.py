@@ -56,47 +56,19 @@ def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
 
 def apply_tier(api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
     """Put a tier's static prompt and tools into a request of any chat-like API."""
-    static = compose(tier, {"messages": []})
     mixed = bool(body.get("tools")) or (
         tier.client_role is ContextRole.MERGE and has_own_system(api, body)
     )
-    shared = 0 if mixed else len(static["messages"])
+    shared = 0 if mixed else len(tier.messages)
     if api == "chat":
         return Tiered(compose(tier, body), tier, reason, shared)
+    static = compose(tier, {"messages": []})
     out = dict(body)
-    if api == "messages":
-        return Tiered(_anthropic(out, static), tier, reason, shared)
     out["input"] = _responses_input(static, body.get("input"))
     tools = [_responses_tool(tool) for tool in static.get("tools") or []]
     if tools or body.get("tools"):
         out["tools"] = [*tools, *(body.get("tools") or [])]
     return Tiered(out, tier, reason, shared)
-
-
-def _anthropic(out: dict[str, Any], static: Mapping[str, Any]) -> dict[str, Any]:
-    """The first system message goes into `system`, what follows the tools into a message.
-
-    llama-server passes other roles inside `messages` on to the template as they are, so the
-    prompt renders to the same tokens as on chat completions.
-    """
-    first, *rest = static["messages"]
-    own = out.get("system")
-    extra = [{"role": "system", "content": m["content"]} for m in rest]
-    if own:
-        extra.append({"role": "system", "content": own if isinstance(own, str) else list(own)})
-    out["system"] = first["content"]
-    out["messages"] = [*extra, *(out.get("messages") or [])]
-    tools = [
-        {
-            "name": tool["function"]["name"],
-            "description": tool["function"].get("description", ""),
-            "input_schema": tool["function"].get("parameters", {}),
-        }
-        for tool in static.get("tools") or []
-    ]
-    if tools or out.get("tools"):
-        out["tools"] = [*tools, *(out.get("tools") or [])]
-    return out
 
 
 def _responses_input(static: Mapping[str, Any], own: object) -> list[Any]:
