@@ -53,7 +53,7 @@ class Reply:
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
-    """Read a whole reply body of any of the engine's APIs. Unreadable parts are left out, never raised."""
+    """Read a reply of any of the engine's APIs. Unreadable parts are left out, never raised."""
     events = list(stream_events(raw)) if streamed else [_json(raw)]
     counts: Counts | None = None
     finish: str | None = None
