@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from smalltiers import write_small_tiers
-from usermanager import UserManager, ask, get, wait_until_ready
+from usermanager import UserManager, ask, get, post_chat, wait_until_ready
 
+from keepwarm.core.tiers import compose
 from keepwarm.engine.process import free_port
+from keepwarm.tierfiles import load_tiers, packaged_configs
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.live
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
 KEEPWARM = Path(sys.executable).parent / "keepwarm"
 UNIT = "keepwarm.service"
+PLAIN = "llama-server.service"
+STAND_IN = Path(__file__).with_name("llama_server_stand_in.py")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def base(manager: UserManager, tiers: Path) -> str:
         [
             *(str(KEEPWARM), "service", "install", "--user", "--yes", "--model", str(model)),
             *("--port", str(port), "--tiers", str(tiers), "--slots", "2", "--context", "2048"),
-            *("--threads", "2"),
+            *("--threads", "1"),
         ]
     )
     return f"http://127.0.0.1:{port}"
@@ -115,9 +118,7 @@ def test_a_killed_keepwarm_is_restarted_by_systemd_and_warm_from_snapshots(
     assert body["timings"]["cache_n"] >= 100
 
 
-def test_a_stuck_event_loop_is_restarted_by_the_watchdog(
-    manager: UserManager, base: str
-) -> None:
+def test_a_stuck_event_loop_is_restarted_by_the_watchdog(manager: UserManager, base: str) -> None:
     dropin = manager.units / f"{UNIT}.d"
     dropin.mkdir()
     (dropin / "fast.conf").write_text("[Service]\nWatchdogSec=2\n")
@@ -157,3 +158,69 @@ def test_uninstalling_leaves_the_store(manager: UserManager, base: str) -> None:
     assert not (manager.units / UNIT).exists()
     assert manager.show(UNIT, "LoadState") == "not-found"
     assert list((manager.root / "state" / "keepwarm" / "store").iterdir())
+
+
+def _llama_server(folder: Path) -> Path:
+    """The binary named in the environment, else the packaged engine behind the same options."""
+    if named := os.environ.get("KEEPWARM_TEST_LLAMA_SERVER"):
+        return Path(named)
+    program = folder / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def _install_plain(manager: UserManager, *more: str, port: int) -> list[str]:
+    return [
+        *(str(KEEPWARM), "service", "install", "--user", "--plain", "--yes"),
+        *("--engine", str(_llama_server(manager.root)), "--model", str(small_model())),
+        *("--port", str(port), "--threads", "1", *more),
+    ]
+
+
+def test_a_plain_llama_server_is_started_only_when_its_tiers_are_warm(
+    manager: UserManager, tiers: Path
+) -> None:
+    port = free_port()
+    command = _install_plain(manager, "--tiers", str(tiers), "--context", "2048", port=port)
+    manager.run(command)
+    assert manager.show(PLAIN, "ActiveState") == "active"
+    standard = load_tiers(tiers, "Keeper").get("standard")
+    assert standard
+    body = compose(standard, {"messages": [{"role": "user", "content": "Hello?"}]})
+    assert post_chat(f"http://127.0.0.1:{port}", body)["timings"]["cache_n"] >= 100
+    # The second start restores what the first one prefilled.
+    manager.systemctl("restart", PLAIN)
+    assert post_chat(f"http://127.0.0.1:{port}", body)["timings"]["cache_n"] >= 100
+    manager.run([str(KEEPWARM), "service", "uninstall", "--user", "--plain", "--yes"])
+
+
+def test_a_plain_llama_server_that_cannot_be_warmed_is_not_up(manager: UserManager) -> None:
+    # The model's own template drops tools, which the packaged tiers have.
+    tiers = packaged_configs() / "prompt-tiers"
+    command = _install_plain(manager, "--tiers", str(tiers), port=free_port())
+    done = manager.run(command, check=False)
+    assert done.returncode == 1
+    assert manager.show(PLAIN, "ActiveState") != "active"
+    manager.run([str(KEEPWARM), "service", "uninstall", "--user", "--plain", "--yes"])
+
+
+@pytest.mark.parametrize("name", [UNIT, PLAIN])
+def test_the_system_units_leave_little_exposed(manager: UserManager, name: str) -> None:
+    done = manager.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(DEPLOY / name)]
+    )
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found
+    assert float(found[1]) <= 2.0
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.service")), ids=str)
+def test_systemd_has_nothing_to_say_against_a_unit_but_its_example_paths(
+    manager: UserManager, path: Path
+) -> None:
+    scope = ["--user"] if path.parent.name == "user" else []
+    done = manager.run(["systemd-analyze", *scope, "verify", "--man=no", str(path)], check=False)
+    own = [line for line in done.stderr.splitlines() if line.startswith(path.name)]
+    assert all("is not executable: No such file" in line for line in own)
+    assert own

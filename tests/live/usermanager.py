@@ -102,14 +102,18 @@ def get(url: str) -> Any:
         return json.load(reply)
 
 
+def post_chat(base: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A short chat reply."""
+    return _chat(base, {**body, "max_tokens": 4, "temperature": 0})[1]
+
+
 def ask(base: str, model: str, text: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """A short chat reply: its headers in lower case, and its body."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": 4,
-        "temperature": 0,
-    }
+    """A short chat reply of a tier: its headers in lower case, and its body."""
+    messages = [{"role": "user", "content": text}]
+    return _chat(base, {"model": model, "messages": messages, "max_tokens": 4, "temperature": 0})
+
+
+def _chat(base: str, body: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     request = urllib.request.Request(
         f"{base}/v1/chat/completions",
         data=json.dumps(body).encode(),

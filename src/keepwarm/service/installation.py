@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keepwarm
@@ -18,7 +18,7 @@ from keepwarm.service.render import (
     Paths,
     Scope,
     Wanted,
-    is_in_home,
+    is_hidden,
     keepwarm_unit,
     outermost,
     plain_unit,
@@ -98,19 +98,20 @@ def wanted_of(
             "while it runs: leave out --store (store.dir). docs/operations.md says how to have the "
             "state directory on another disk."
         )
-    model = read_model(_absolute(engine.model)).path
+    paths = Paths(
+        model=str(read_model(_absolute(engine.model)).path),
+        engine=_existing(engine.binary, "the engine"),
+        tiers=_existing(settings.tiers.dir, "the tiers' directory"),
+        chat_template=_existing(engine.chat_template, "the chat template"),
+        config=str(places.settings_file.absolute()) if places.settings_file else None,
+        key_file=_existing(settings.server.api_key_file, "the file of API keys"),
+    )
+    # A model is often a link into a download cache.
+    links = {str(Path(path).resolve()) for path in paths.all()}
     return Wanted(
         scope=unit.scope,
         keepwarm=_command(),
-        paths=Paths(
-            model=str(model),
-            engine=_existing(engine.binary, "the engine"),
-            tiers=_existing(settings.tiers.dir, "the tiers' directory"),
-            chat_template=_existing(engine.chat_template, "the chat template"),
-            config=str(places.settings_file.absolute()) if places.settings_file else None,
-            key_file=_existing(settings.server.api_key_file, "the file of API keys"),
-            program=_program(),
-        ),
+        paths=replace(paths, also=tuple(sorted({*_program(), *links}))),
         port=port or (8080 if is_plain else settings.server.port),
         host=settings.server.host,
         slots=slots,
@@ -137,12 +138,11 @@ def difference(old: str | None, new: str, path: Path) -> str:
 def unreadable(wanted: Wanted) -> list[str]:
     """Which files a system service's own user couldn't read, by their permissions.
 
-    Homes are shown to it through mounts of their own, so what lies above a file there doesn't
-    matter.
+    What lies in a home is mounted for it by itself, so the folders above don't matter.
     """
     if wanted.scope is Scope.USER:
         return []
-    shown = outermost([path for path in wanted.paths.all() if is_in_home(path)])
+    shown = outermost([path for path in wanted.paths.all() if is_hidden(path)])
     out = []
     for name in wanted.paths.all():
         path = Path(name)

@@ -16,8 +16,9 @@ from keepwarm.service.unitfile import (
     with_words,
 )
 
-# What ProtectHome= hides from a system service (systemd.exec(5)).
+# What ProtectHome= and PrivateTmp= hide from a system service (systemd.exec(5)).
 _HOMES = ("/home", "/root", "/run/user")
+_TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - compared, not written to
 _SPLIT_MODEL = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -30,7 +31,10 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paths:
-    """Files that a service reads, all absolute. `program` is what the interpreter itself needs."""
+    """Files that a service reads, all absolute.
+
+    `also` is what it needs besides: the interpreter's directories, and what links lead to.
+    """
 
     model: str
     engine: str | None = None
@@ -38,13 +42,13 @@ class Paths:
     chat_template: str | None = None
     config: str | None = None
     key_file: str | None = None
-    program: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def all(self) -> list[str]:
         """Each of them once, shortest first."""
         model = str(PurePath(self.model).parent) if _SPLIT_MODEL.search(self.model) else self.model
         named = (model, self.engine, self.tiers, self.chat_template, self.config, self.key_file)
-        return sorted({path for path in (*named, *self.program) if path}, key=lambda p: (len(p), p))
+        return sorted({path for path in (*named, *self.also) if path}, key=lambda p: (len(p), p))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +150,11 @@ def _confined(text: str, wanted: Wanted) -> str:
     if not wanted.is_loopback:
         text = with_value(text, "IPAddressDeny", "")
         text = with_value(text, "IPAddressAllow", "any")
-    hidden = outermost([p for p in wanted.paths.all() if is_in_home(p)])
-    if hidden:
-        # Homes are hidden but for what is named here.
+    hidden = outermost([p for p in wanted.paths.all() if is_hidden(p)])
+    if any(_is_below(path, _HOMES) for path in hidden):
+        # With `yes` nothing could be mounted into the homes; this leaves them empty.
         text = with_value(text, "ProtectHome", "tmpfs")
+    if hidden:
         binds = " ".join(quoted(path) for path in hidden)
         text = with_added(text, "ProtectHome", f"BindReadOnlyPaths={binds}")
     return text
@@ -162,9 +167,13 @@ def _reached_at(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def is_in_home(path: str) -> bool:
-    """Whether `ProtectHome=` would hide it."""
-    return any(path == home or path.startswith(home + "/") for home in _HOMES)
+def is_hidden(path: str) -> bool:
+    """Whether a system service sees it only if it is mounted there for it."""
+    return _is_below(path, _HOMES + _TEMPORARY)
+
+
+def _is_below(path: str, roots: tuple[str, ...]) -> bool:
+    return any(path == root or path.startswith(root + "/") for root in roots)
 
 
 def outermost(paths: list[str]) -> list[str]:
