@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TEMPLATE := configs/chat-templates/chatml-tools.jinja
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
@@ -14,10 +14,11 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-fast lint format bench clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
+	@echo "make setup      install everything into $(VENV) and fetch the model; others do so too"
 	@echo "make test       run every test, those with the real engine too"
 	@echo "make test-fast  run the tests that need neither engine nor model"
 	@echo "make lint       ruff and mypy"
@@ -27,6 +28,8 @@ help:
 
 demo: $(VENV)/.installed $(MODEL)
 	@$(BIN)/keepwarm demo $(DEMO_FLAGS)
+
+setup: $(VENV)/.installed-dev $(MODEL)
 
 test: $(VENV)/.installed-dev $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -129,8 +129,8 @@ async def _identical(bench: Bench, scale: DemoScale, stage: Stage) -> None:
     """The same request, in turns, until it was sent as often as wanted or the time is up."""
     tier = bench.tiers.default
     stage.heading(
-        f"The same request {scale.requests} times on tier {tier.name}: every token {WITHOUT}, "
-        "and through Keepwarm"
+        f"The same request {scale.requests} times, in turns: evaluated each time by the same "
+        f"engine alone, and through Keepwarm (tier {tier.name})"
     )
     cold, keepwarm = bench.arms
     stage.doing("starting the same engine without Keepwarm")
@@ -164,7 +164,9 @@ async def _new_conversations(bench: Bench, scale: DemoScale, stage: Stage) -> No
 
 
 async def _after_kills(bench: Bench, scale: DemoScale, stage: Stage) -> None:
-    stage.heading("The engine is killed with SIGKILL, comes back, and a new conversation is begun")
+    stage.heading(
+        "The engine is killed with SIGKILL and comes back; a new conversation on each tier"
+    )
     keepwarm = bench.arms[1]
     for run in range(scale.kills):
         stage.doing("kill -9; the engine loads the model and Keepwarm restores every tier")
@@ -210,17 +212,19 @@ def demo_tables(report: Report) -> Group:
     n = min(len(before), len(after))
     rows = [
         _compared("first request", ttfts(before[:1]), ttfts(after[:1])),
-        _compared(f"{n} identical requests, median", ttfts(before[:n]), ttfts(after[:n])),
-        _compared("  all of them", [sum(ttfts(before[:n]))], [sum(ttfts(after[:n]))]),
+        _compared(f"{n} identical, median", ttfts(before[:n]), ttfts(after[:n])),
+        _compared("  all together", [sum(ttfts(before[:n]))], [sum(ttfts(after[:n]))]),
         (
-            "  prompt tokens evaluated",
+            "  tokens evaluated",
             f"{_prefilled(before[:n]):,}",
             f"{_prefilled(after[:n]):,}",
             f"{1 - _prefilled(after[:n]) / _prefilled(before[:n]):.1%} less",
         ),
     ]
-    first = rich_table("Time to first token", ("", WITHOUT, "Keepwarm", ""), rows, (0, 3))
+    head = ("", "before", "after", "")
+    first = rich_table("The same request: time to first token", head, rows, (0, 3))
     facts = [
+        f"before: {WITHOUT}, by the engine alone; after: through Keepwarm",
         f"{report.model}, engine {report.engine}, {report.machine.cores} cores",
         f"warming took {sum(p.seconds for p in report.prefixes):.1f} s, once; the store takes "
         f"{report.store_bytes / 1e6:.0f} MB on disk; the whole demo {report.seconds:.0f} s",
@@ -259,7 +263,7 @@ def _compared(what: str, before: Sequence[float], after: Sequence[float]) -> tup
         what,
         seconds_text(median(before)),
         seconds_text(median(after)),
-        f"{times:,.0f} times faster",
+        f"{times:,.0f} times faster" if times >= 10 else f"{times:.1f} times faster",
     )
 
 

@@ -32,6 +32,6 @@ def _processor() -> str:
 
 
 def describe_model(path: Path) -> str:
-    """A model's name, file and size, for people."""
+    """A model's file and size, for people: many files call themselves something else inside."""
     model = read_model(path.expanduser())
-    return f"{model.name or path.stem} ({path.name}, {model.size_bytes / 1e6:.0f} MB)"
+    return f"{path.name}, {model.size_bytes / 1e6:,.0f} MB"

@@ -174,7 +174,9 @@ def rich_table(
     )
     texts = set(left)
     for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i in texts else "right", overflow="fold")
+        # Numbers stay whole; words are broken where the terminal is narrow.
+        words = i in texts
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

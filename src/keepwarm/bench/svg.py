@@ -9,7 +9,7 @@ minutes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.sax.saxutils import escape
@@ -71,18 +71,16 @@ def picture(
     Raises:
         ValueError: there is nothing to draw, or a value isn't a positive finite number.
     """
-    shown = [panel for panel in panels if panel.rows]
-    series = _series(shown, colors)
-    if not series:
+    shown = [panel for panel in panels if any(row.marks for row in panel.rows)]
+    if not shown:
         raise ValueError("nothing was measured, so there is nothing to draw")
     parts: list[str] = [
         _text(_MARGIN, 40, title, size=20, weight=600),
         _text(_MARGIN, 62, subtitle, color=_SOFT, size=12.5),
     ]
-    parts += _legend(series, y=92)
-    y = 122.0
+    y = 88.0
     for panel in shown:
-        drawn, y = _panel(panel, series, y)
+        drawn, y = _panel(panel, colors, y)
         parts += drawn
     height = math.ceil(y + 8)
     head = (
@@ -105,33 +103,14 @@ def seconds_text(value_s: float) -> str:
     return f"{value_s * 1e3:.0f} ms" if value_s >= 0.01 else f"{value_s * 1e3:.1f} ms"
 
 
-def _series(panels: Iterable[Panel], colors: Mapping[str, str]) -> dict[str, str]:
-    """Every series and its color, in order of appearance."""
-    names = dict.fromkeys(
-        mark.series for panel in panels for row in panel.rows for mark in row.marks
-    )
-    return {name: colors.get(name, VIOLET) for name in names}
-
-
-def _legend(series: dict[str, str], *, y: float) -> list[str]:
-    parts = []
-    x = float(_MARGIN)
-    for name, color in series.items():
-        parts.append(
-            f'<rect x="{x:.0f}" y="{y - 10}" width="12" height="12" rx="3" fill="{color}"/>'
-        )
-        parts.append(_text(x + 18, y, name, size=12.5))
-        x += 18 + 7.2 * len(name) + 24
-    return parts
-
-
-def _panel(panel: Panel, series: dict[str, str], y: float) -> tuple[list[str], float]:
-    values = [v for row in panel.rows for m in row.marks for v in (m.value, m.low, m.high) if v]
-    if not values or not all(math.isfinite(v) and v > 0 for v in values):
+def _panel(panel: Panel, colors: Mapping[str, str], y: float) -> tuple[list[str], float]:
+    values = [v for row in panel.rows for m in row.marks for v in _values(m)]
+    if not all(math.isfinite(v) and v > 0 for v in values):
         raise ValueError(f"{panel.title}: every value must be a positive number of seconds")
     scale = _Scale.of(values, panel.kind)
     parts = [_text(_MARGIN, y + 14, panel.title, size=14, weight=600)]
-    top = y + 30
+    parts += _legend(panel, colors, y + 38)
+    top = y + 58
     bottom = top + sum(_ROW * len(row.marks) + _GROUP_GAP for row in panel.rows)
     parts += _grid(scale, top - 4, bottom - 4)
     at = top
@@ -139,10 +118,26 @@ def _panel(panel: Panel, series: dict[str, str], y: float) -> tuple[list[str], f
         middle = at + _ROW * len(row.marks) / 2 + 4
         parts.append(_text(_PLOT_X - 14, middle, row.label, size=12.5, anchor="end"))
         for mark in row.marks:
-            parts += _mark(mark, series[mark.series], scale, at + (_ROW - _MARK) / 2)
+            color = colors.get(mark.series, VIOLET)
+            parts += _mark(mark, color, scale, at + (_ROW - _MARK) / 2)
             at += _ROW
         at += _GROUP_GAP
-    return parts, bottom + 34
+    return parts, bottom + 36
+
+
+def _values(mark: Mark) -> list[float]:
+    return [v for v in (mark.value, mark.low, mark.high) if v is not None]
+
+
+def _legend(panel: Panel, colors: Mapping[str, str], y: float) -> list[str]:
+    parts = []
+    x = float(_PLOT_X)
+    for name in dict.fromkeys(mark.series for row in panel.rows for mark in row.marks):
+        place = f'x="{x:.0f}" y="{y - 10:.0f}" width="12" height="12"'
+        parts.append(f'<rect {place} rx="3" fill="{colors.get(name, VIOLET)}"/>')
+        parts.append(_text(x + 18, y, name, size=12))
+        x += 18 + 7 * len(name) + 22
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

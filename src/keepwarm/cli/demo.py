@@ -139,18 +139,18 @@ class _Screen:
 
     def measured(self, sample: Sample) -> None:
         """See `Watcher`."""
-        ttft = seconds_text(sample.ttft_s)
         if sample.scenario != IDENTICAL:
             self.told(
-                f"{sample.step:24} first token after {ttft:>8}, {sample.prefilled_tokens} tokens "
-                f"evaluated, {sample.cached_tokens:,} reused ({sample.plan})"
+                f"{sample.step:24}{seconds_text(sample.ttft_s):>8}  "
+                f"{sample.prefilled_tokens:6,} evaluated {sample.cached_tokens:6,} reused  "
+                f"{sample.plan}"
             )
             return
         {NO_CACHE: self._cold, KEEPWARM: self._warm}[sample.arm][sample.run] = sample
         cold, warm = self._cold.get(sample.run), self._warm.get(sample.run)
         if cold and warm:
             self.told(
-                f"{sample.run + 1:3}  {seconds_text(cold.ttft_s):>8} ({cold.prefilled_tokens:,} "
-                f"tokens evaluated)   Keepwarm {seconds_text(warm.ttft_s):>8} "
-                f"({warm.prefilled_tokens:,} evaluated, {warm.cached_tokens:,} reused)"
+                f"{sample.run + 1:2}  alone {seconds_text(cold.ttft_s):>7}, "
+                f"{cold.prefilled_tokens:,} evaluated   Keepwarm {seconds_text(warm.ttft_s):>7}, "
+                f"{warm.prefilled_tokens:,} evaluated"
             )
