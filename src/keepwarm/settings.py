@@ -160,6 +160,44 @@ class StoreSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tru
     ] = 16
 
 
+class BatchSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Batches that run on the gateway: when, how much of it, and where they are kept."""
+
+    dir: Annotated[
+        str,
+        Meta(
+            description="directory of uploaded files and batches; empty: `keepwarm/batches` under "
+            "XDG_STATE_HOME"
+        ),
+    ] = ""
+    hours: Annotated[
+        str,
+        Meta(
+            description="when tasks may begin, in local time: `22:00-07:00`, several separated by "
+            "commas; empty: always"
+        ),
+    ] = ""
+    share: Annotated[
+        float,
+        Meta(gt=0, le=1, description="part of the slots that batches use at most, one at least"),
+    ] = 0.75
+    gap_s: Annotated[
+        float,
+        Meta(
+            ge=0, le=3600, description="seconds without an interactive request before a task begins"
+        ),
+    ] = 1.0
+    attempts: Annotated[
+        int, Meta(ge=1, le=100, description="how often a task is tried before it has failed")
+    ] = 4
+    max_file_bytes: Annotated[
+        int, Meta(ge=1024, le=1 << 40, description="largest file that may be uploaded, bytes")
+    ] = 200 * 1024 * 1024
+    quota_bytes: Annotated[
+        int, Meta(ge=1 << 20, le=1 << 50, description="bytes that all files may take together")
+    ] = 4 * _GIB
+
+
 class LogSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """What is logged."""
 
@@ -179,6 +217,7 @@ class Settings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     server: ServerSettings = ServerSettings()
     tiers: TierSettings = TierSettings()
     store: StoreSettings = StoreSettings()
+    batch: BatchSettings = BatchSettings()
     log: LogSettings = LogSettings()
 
 

@@ -102,3 +102,13 @@ def _said(answer: Answer) -> tuple[str, str]:
 
 def _number(text: str | None, otherwise: int) -> int:
     return int(text) if text and text.isdecimal() else otherwise
+
+
+def expired(task: Task) -> Entry:
+    """A task whose batch has run out of time before it began."""
+    line = error_line(
+        task.custom_id,
+        code="batch_expired",
+        message="The batch's completion window ended before this request could be executed.",
+    )
+    return Entry(task.custom_id, False, "errors", task_digest(task), line, {})

@@ -32,6 +32,8 @@ from keepwarm.errors import EngineDownError
 
 # Statuses after which the same request may succeed: overload, restarts, a lost engine.
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
+# Keepwarm is there and its engine isn't: no use in asking before it says that it is well.
+_ENGINE_GONE = frozenset((502, 503))
 _MAX_PAUSE_S = 60.0
 _FULL_DISK_PAUSE_S = 5.0
 
@@ -278,6 +280,9 @@ class Runner:
                 return failure(task, answer, stats)
             self._failures[task.custom_id] = failures
             await self._patiently(lambda: self._journal.failed(task.custom_id))
+            if answer is not None and answer.status in _ENGINE_GONE:
+                deadline_s = time.monotonic() + self._retry.patience_s
+                await self._until_up(deadline_s, "Keepwarm's engine is gone.")
             await self._pause(failures - 1, answer)
 
     async def _pause(self, failures: int, answer: Answer | None) -> None:

@@ -1,0 +1,267 @@
+"""Runs the batches of the API on this very gateway, in the gaps that interactive requests leave.
+
+Theory of operation. One task takes the unfinished batches, the oldest of the namespace that was
+served longest ago first, and runs each to its end with the same runner as `keepwarm batch run`.
+Its requests go the way of every request, in-process and with a batch's priority, so they get a slot
+only when nobody else waits for one. Beyond that a `GapGate` holds the next task back while the
+settings' hours are closed, while an interactive request is being served or has just been, and while
+the engine isn't there. At most `share` of the slots are used, so that one is free at once for
+whoever comes.
+
+A batch that was running when Keepwarm ended goes on at the next start, from its journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from keepwarm.batch.hours import Hours
+from keepwarm.batch.job import Job, Paths, read_tasks
+from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.ledger import Ledger
+from keepwarm.batch.outcome import expired
+from keepwarm.batch.runner import Progress, RetryRule, Runner
+from keepwarm.batch.senders import Answer, UnreachableError, batch_headers
+from keepwarm.batch.tasks import LineError, Parsed, Task
+from keepwarm.core.prompt import SharedEnd
+from keepwarm.errors import EngineDownError, KeepwarmError
+from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.proxy import Proxy, error_response
+from keepwarm.gateway.runtime import Runtime, State
+from keepwarm.gateway.shared_prefix import warm_prefix
+
+log = logging.getLogger("keepwarm")
+
+_POLL_S = 0.05
+# How long to wait, without news, before the ledger is looked at again.
+_IDLE_S = 2.0
+# A batch object lists as many bad lines; the error file has all of them.
+_MAX_LISTED_ERRORS = 100
+
+
+class LocalSender:
+    """Sends tasks to this process's own gateway, as one namespace."""
+
+    def __init__(self, runtime: Runtime, proxy: Proxy, namespace: str) -> None:
+        self._runtime = runtime
+        self._proxy = proxy
+        self._namespace = namespace
+
+    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Send a task. Raises: UnreachableError: the gateway is stopping or has no engine."""
+        self._check()
+        try:
+            response = await self._proxy.answer(self._asked(task, ends))
+        except KeepwarmError as error:
+            response = error_response(error)
+        assert isinstance(response, web.Response)
+        assert isinstance(response.body, bytes)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return Answer(response.status, response.body, headers)
+
+    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        """Fill and save a prefix. Raises: as `send`."""
+        self._check()
+        try:
+            warm = await warm_prefix(self._runtime, self._asked(task, ends))
+        except KeepwarmError as error:
+            body = error_response(error).body
+            assert isinstance(body, bytes)
+            return Answer(error.status, body, {})
+        return Answer(200, json.dumps(warm.as_dict()).encode(), {})
+
+    async def is_up(self) -> bool:
+        """Whether the engine is there and warm."""
+        return self._runtime.state is State.READY
+
+    def _asked(self, task: Task, ends: Sequence[SharedEnd]) -> Asked:
+        return Asked(task.api, task.body, self._namespace, task.url, batch_headers(ends))
+
+    def _check(self) -> None:
+        if self._runtime.state in (State.STOPPING, State.FAILED):
+            raise UnreachableError("Keepwarm is stopping or has no engine.", begun=False)
+
+
+class GapGate:
+    """Holds a batch's next task back until it disturbs nobody."""
+
+    def __init__(self, runtime: Runtime, hours: Hours, *, gap_s: float) -> None:
+        self._runtime = runtime
+        self._hours = hours
+        self._gap_s = gap_s
+        self._busy_s = -math.inf
+
+    async def wait(self) -> None:
+        """Until nobody interactive is served or was within `gap_s`, and the hours are open."""
+        while not self._is_open():  # noqa: ASYNC110 - the clock and other requests open it
+            await asyncio.sleep(_POLL_S)
+
+    def _is_open(self) -> bool:
+        runtime = self._runtime
+        if runtime.state is not State.READY:
+            return False
+        now_s = time.monotonic()
+        if any(job.priority == 0 for job in runtime.dispatcher.scheduler.jobs.values()):
+            self._busy_s = now_s
+        return now_s - self._busy_s >= self._gap_s and self._hours.is_open(minute_of_day())
+
+
+def minute_of_day() -> float:
+    """Of the local day, 0 to 1440."""
+    now = time.localtime()
+    return now.tm_hour * 60 + now.tm_min + now.tm_sec / 60
+
+
+class BatchService:
+    """See the module."""
+
+    def __init__(
+        self, runtime: Runtime, proxy: Proxy, ledger: Ledger, *, hours: Hours, retry: RetryRule
+    ) -> None:
+        self._runtime = runtime
+        self._proxy = proxy
+        self._ledger = ledger
+        self._retry = retry
+        self._gate = GapGate(runtime, hours, gap_s=runtime.settings.batch.gap_s)
+        self._news = asyncio.Event()
+        self._served: dict[str, int] = {}
+        self._running: tuple[str, Runner, int] | None = None
+
+    def created(self) -> None:
+        """There is a new batch."""
+        self._news.set()
+
+    def cancelled(self, batch_id: str) -> None:
+        """A batch is to end: what it has in flight does first."""
+        self._news.set()
+        if self._running and self._running[0] == batch_id:
+            self._running[1].stop()
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, int]:
+        """A batch's counts at this moment."""
+        if self._running and self._running[0] == batch["id"]:
+            return _counts(self._running[1].progress, self._running[2])
+        return dict(batch["request_counts"])
+
+    async def run(self) -> None:
+        """Run batches for as long as the gateway lives."""
+        while True:
+            self._news.clear()
+            batch = self._next() if self._runtime.state is State.READY else None
+            if batch is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), _IDLE_S)
+                continue
+            try:
+                await self._run_one(batch)
+            except (DiskFullError, EngineDownError) as error:
+                log.error("batch %s waits: %s", batch["id"], error)
+                await asyncio.sleep(_IDLE_S)
+            except KeepwarmError as error:
+                log.error("batch %s failed: %s", batch["id"], error)
+                problem = LineError(0, "batch_failed", str(error))
+                await self._finish(batch["id"], "failed", errors=_errors([problem]))
+
+    def _next(self) -> dict[str, Any] | None:
+        waiting = self._ledger.unfinished()
+        if not waiting:
+            return None
+        # The oldest batch of whoever was served longest ago: a pile of one doesn't shut others out.
+        batch = min(waiting, key=lambda b: self._served.get(b["namespace"], 0))
+        self._served[batch["namespace"]] = max(self._served.values(), default=0) + 1
+        return batch
+
+    async def _run_one(self, batch: dict[str, Any]) -> None:
+        batch_id = batch["id"]
+        paths = self._ledger.paths(batch_id)
+        if batch["status"] == "cancelling" and not paths.journal.exists():
+            await self._finish(batch_id, "cancelled")
+            return
+        parsed = await asyncio.to_thread(self._read, paths.tasks, batch["endpoint"])
+        listed = _errors(parsed.errors[:_MAX_LISTED_ERRORS])
+        if not parsed.tasks:
+            empty = _errors([LineError(0, "empty_file", "The file holds no task.")])
+            await self._finish(batch_id, "failed", errors=listed or empty)
+            return
+        if batch["status"] == "validating":
+            self._ledger.change(batch_id, status="in_progress", errors=listed)
+        job = await asyncio.to_thread(self._job, paths, parsed)
+        try:
+            await self._run_job(batch, job)
+        finally:
+            job.close()
+
+    def _read(self, path: Path, endpoint: str) -> Parsed:
+        limit = self._runtime.settings.server.max_body_bytes
+        return read_tasks(path, endpoint=endpoint, max_body_bytes=limit)
+
+    def _job(self, paths: Paths, parsed: Parsed) -> Job:
+        runtime = self._runtime
+        slots = len(runtime.dispatcher.scheduler.slots)
+        return Job(
+            paths,
+            parsed,
+            tier_tokens={w.name.removeprefix("tier:"): w.tokens for w in runtime.warmed},
+            lanes=max(int(slots * runtime.settings.batch.share), 1),
+            tokens_per_char=runtime.dispatcher.rates.tokens_per_char.value,
+        )
+
+    async def _run_job(self, batch: dict[str, Any], job: Job) -> None:
+        batch_id = batch["id"]
+        sender = LocalSender(self._runtime, self._proxy, batch["namespace"])
+        runner = job.runner(sender, retry=self._retry, gate=self._gate)
+        self._running = (batch_id, runner, len(job.parsed.errors))
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(max(batch["expires_at"] - time.time(), 0.0), runner.stop)
+        try:
+            if self._ledger.status(batch_id) != "cancelling":
+                await runner.run()
+            await self._end(batch, job, runner)
+        finally:
+            timer.cancel()
+            self._running = None
+
+    async def _end(self, batch: dict[str, Any], job: Job, runner: Runner) -> None:
+        counts = _counts(runner.progress, len(job.parsed.errors))
+        if runner.is_complete:
+            status = "completed"
+        elif self._ledger.status(batch["id"]) == "cancelling":
+            status = "cancelled"
+        elif time.time() >= batch["expires_at"]:
+            status = "expired"
+            known = job.journal.ended()
+            left = [t for t in job.parsed.tasks if t.custom_id not in known]
+            await asyncio.to_thread(job.journal.end, [expired(task) for task in left])
+            counts["failed"] += len(left)
+        else:
+            return  # Keepwarm is stopping; the batch goes on at the next start.
+        await self._finish(batch["id"], status, request_counts=counts)
+        log.info("batch %s %s: %s", batch["id"], status, counts)
+
+    async def _finish(self, batch_id: str, status: str, **changes: Any) -> None:
+        def finish() -> None:
+            self._ledger.finish(batch_id, status=status, **changes)
+
+        await asyncio.to_thread(finish)
+
+
+def _counts(progress: Progress, bad_lines: int) -> dict[str, int]:
+    return {
+        "total": progress.total + bad_lines,
+        "completed": progress.ended - progress.failed,
+        "failed": progress.failed + bad_lines,
+    }
+
+
+def _errors(errors: Sequence[LineError]) -> dict[str, Any] | None:
+    return {"object": "list", "data": [e.as_dict() for e in errors]} if errors else None
