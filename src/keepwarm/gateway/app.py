@@ -15,7 +15,7 @@ from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
-from keepwarm.gateway.proxy import Proxy, error_response
+from keepwarm.gateway.proxy import EXCHANGE, Proxy, error_response
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
 
@@ -80,7 +80,10 @@ def _errors(runtime: Runtime) -> Middleware:
             runtime.metrics.failed(error.kind)
             if error.status >= 500:
                 log.warning("%s %s: %s", request.method, request.path, error)
-            return error_response(error, dialect_of(request.path))
+            response = error_response(error, dialect_of(request.path))
+            if exchange := request.get(EXCHANGE):
+                response.headers.update(exchange.headers)
+            return response
         except web.HTTPRequestEntityTooLarge:
             limit = runtime.settings.server.max_body_bytes
             too_large = TooLargeError(

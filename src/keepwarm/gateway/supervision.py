@@ -22,6 +22,10 @@ log = logging.getLogger("keepwarm")
 
 _POLL_S = 0.03
 _HEALTH_EVERY_S = 2.0
+# Once it didn't answer it is asked more often; an attached one is given up after a second, since
+# its process can't be seen.
+_AGAIN_S = 0.2
+_ATTACHED_SILENCE_S = 1.0
 # Restarts in a row before the circuit opens, and the longest pause between two of them.
 _MAX_RESTARTS = 8
 _MAX_BACKOFF_S = 30.0
@@ -105,7 +109,8 @@ class Supervisor:
         if process:
             waits.append(asyncio.ensure_future(process.exited.wait()))
         try:
-            await asyncio.wait(waits, timeout=_HEALTH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            every_s = _HEALTH_EVERY_S if unhealthy_since is None else _AGAIN_S
+            await asyncio.wait(waits, timeout=every_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
@@ -119,7 +124,7 @@ class Supervisor:
             return "died"
         # A large batch holds the engine's loop but not its HTTP threads, so /health is answered
         # while it works; silence for long is a hang.
-        limit_s = self._hang_timeout_s if process else 0.0
+        limit_s = self._hang_timeout_s if process else _ATTACHED_SILENCE_S
         if unhealthy_since is not None and time.monotonic() - unhealthy_since >= limit_s:
             return "hung"
         await asyncio.sleep(_POLL_S)
