@@ -1,0 +1,262 @@
+"""Routes under /keepwarm/: the page, its live events, explanations, and the store by hand.
+
+The page itself is static and the same for everyone; all it shows comes from routes that ask for the
+API key and answer for that key alone. What is shared by all keys can be changed here only
+where there are none.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import ipaddress
+import re
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from keepwarm.errors import (
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    RequestError,
+    SnapshotError,
+)
+from keepwarm.gateway.feed import Feed, encode_event
+from keepwarm.gateway.record import brief
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.views import HAND, SHARED, overview, slots_now, store_now
+from keepwarm.store.types import Listed
+
+_MOST_LISTED = 500
+_LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
+
+
+def add_page_routes(app: web.Application, runtime: Runtime) -> None:
+    """Add the routes; before any that takes all paths."""
+    pages = _Pages(runtime)
+    runtime.explainer.on_record = pages.on_record
+    app.on_shutdown.append(pages.close)
+    add = app.router
+    add.add_get("/keepwarm", pages.redirect)
+    add.add_get("/keepwarm/", pages.page)
+    add.add_get("/keepwarm/overview", pages.overview)
+    add.add_get("/keepwarm/events", pages.events)
+    add.add_get("/keepwarm/requests", pages.requests)
+    add.add_get("/keepwarm/requests/{id}", pages.request)
+    add.add_get("/keepwarm/store", pages.store)
+    add.add_post("/keepwarm/store/{extent}/{action:pin|unpin|evict}", pages.change_store)
+
+
+class _Pages:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._feed = Feed(lambda namespace: slots_now(runtime, namespace))
+        html = files("keepwarm.dashboard").joinpath("index.html").read_bytes()
+        self._html = html
+        self._headers = {
+            "Content-Security-Policy": content_policy(html),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+            "ETag": f'"{hashlib.blake2b(html, digest_size=12).hexdigest()}"',
+        }
+
+    def on_record(self, namespace: str, record: dict[str, Any]) -> None:
+        """A request was explained: tell who looks."""
+        if len(self._feed):
+            self._feed.publish(namespace, "request", brief(record))
+
+    async def close(self, _: web.Application) -> None:
+        """End the live streams, which would hold up the shutdown."""
+        self._feed.close()
+
+    async def redirect(self, _: web.Request) -> web.StreamResponse:
+        """The page's address ends in a slash."""
+        raise web.HTTPMovedPermanently("/keepwarm/")
+
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        """The page, without any data in it."""
+        if request.headers.get("If-None-Match") == self._headers["ETag"]:
+            return web.Response(status=304, headers=self._headers)
+        response = web.Response(
+            body=self._html, content_type="text/html", charset="utf-8", headers=self._headers
+        )
+        response.enable_compression()
+        return response
+
+    async def overview(self, request: web.Request) -> web.StreamResponse:
+        """What runs, its tiers, and the sums."""
+        namespace = self._admit(request)
+        return _json(await overview(self._runtime, namespace))
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Live: `overview` once, then `slots` when they change and `request` for each that ends."""
+        namespace = self._admit(request)
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        )
+        await response.prepare(request)
+        listener = self._feed.attach(namespace)
+        try:
+            first = await overview(self._runtime, namespace)
+            await response.write(encode_event("overview", first))
+            while (event := await listener.events.get()) is not None:
+                await response.write(event)
+        except ConnectionResetError:
+            pass  # the browser has gone
+        finally:
+            self._feed.detach(listener)
+        return response
+
+    async def requests(self, request: web.Request) -> web.StreamResponse:
+        """The latest requests in brief: `?limit=`, `?before=` (a time), `?cause=`."""
+        namespace = self._admit(request)
+        query = request.query
+        records = await self._runtime.explainer.latest(
+            namespace=namespace,
+            limit=int(_number(query.get("limit", "100"), most=_MOST_LISTED)),
+            before_s=_number(query["before"], most=1e12) if "before" in query else None,
+            cause=query.get("cause") or None,
+        )
+        return _json({"requests": [brief(record) for record in records]})
+
+    async def request(self, request: web.Request) -> web.StreamResponse:
+        """One request with its explanation; `last` is the latest."""
+        namespace = self._admit(request)
+        found = await self._runtime.explainer.get(request.match_info["id"], namespace=namespace)
+        if found is None:
+            raise NotFoundError(
+                "There is no such request here. The last few thousand of an API key are kept."
+            )
+        return _json(found)
+
+    async def store(self, request: web.Request) -> web.StreamResponse:
+        """What is saved, as a tree, and which slots hold it."""
+        return _json(await store_now(self._runtime, self._admit(request)))
+
+    async def change_store(self, request: web.Request) -> web.StreamResponse:
+        """Pin, unpin or evict one extent by hand."""
+        namespace = self._admit(request)
+        if request.content_type != "application/json":
+            # A form on another site can't send this type without being asked first.
+            raise RequestError("Send `Content-Type: application/json`.")
+        await self._runtime.admitted()
+        extent = await self._extent(request.match_info["extent"], namespace)
+        action = request.match_info["action"]
+        try:
+            if action == "pin":
+                return _json(await self._pin(extent, namespace))
+            if action == "unpin":
+                return _json(await self._unpin(extent))
+            removed = await self._runtime.store.evict_extent(extent.extent_id)
+        except SnapshotError as error:
+            if error.reason == "unknown":
+                raise NotFoundError("It is gone already.") from error
+            raise ConflictError(f"It can't be done: {error}.") from error
+        return _json({"evicted": list(removed.extents), "bytes": removed.size_bytes})
+
+    async def _extent(self, number: str, namespace: str) -> Listed:
+        """The extent, if this namespace may change it."""
+        listed = await self._runtime.store.list_extents()
+        for extent in listed:
+            if str(extent.extent_id) == number and extent.namespace in (SHARED, namespace):
+                if extent.namespace == SHARED and self._runtime.keys:
+                    raise ForbiddenError("All API keys share this prefix, so none may change it.")
+                return extent
+        raise NotFoundError("There is no such extent here.")
+
+    async def _pin(self, extent: Listed, namespace: str) -> dict[str, Any]:
+        at_tokens = await self._runtime.store.last_end(extent.extent_id)
+        name = f"{HAND}{namespace}:{extent.extent_id}"
+        await self._runtime.store.pin(
+            name,
+            extent.extent_id,
+            at_tokens,
+            origin=extent.origin,
+            prefill_s=self._runtime.dispatcher.rates.prefill_s(at_tokens),
+        )
+        return {"pinned": extent.extent_id, "tokens": at_tokens}
+
+    async def _unpin(self, extent: Listed) -> dict[str, Any]:
+        """Let go of it; a tier's pin stays as long as there is the tier."""
+        loose = [name for name in extent.pins if not name.startswith("tier:")]
+        if not loose:
+            raise ConflictError(
+                "A tier needs it; it goes with the tier." if extent.pins else "It isn't pinned."
+            )
+        for name in loose:
+            await self._runtime.store.unpin(name)
+        return {"unpinned": extent.extent_id}
+
+    def _admit(self, request: web.Request) -> str:
+        """The namespace of who asks.
+
+        Raises:
+            UnauthorizedError: no key, or a wrong one.
+            ForbiddenError: another site's page asks through somebody's browser.
+        """
+        refuse_other_sites(request, has_keys=bool(self._runtime.keys))
+        return self._runtime.keys.namespace(request.headers)
+
+
+def refuse_other_sites(request: web.Request, *, has_keys: bool) -> None:
+    """Let no other web site use a browser that may reach us.
+
+    Without keys whoever reaches this address is let in, and a site could reach it from a browser
+    here: by a plain cross-site request, or by giving its own name our address.
+
+    Raises:
+        ForbiddenError: it looks like that.
+    """
+    origin = request.headers.get("Origin")
+    if origin and origin.partition("://")[2] != request.host:
+        raise ForbiddenError("Another web site may not use this page.")
+    if not has_keys and not _is_local_name(request.host):
+        raise ForbiddenError(
+            f"Keepwarm is asked for as {request.host!r}. Under a public name it needs an API key "
+            "(server.api_keys)."
+        )
+
+
+def _is_local_name(host: str) -> bool:
+    """Whether a name can't be one that some site has given our address."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith(_LOCAL_SUFFIXES)
+    return True
+
+
+def content_policy(html: bytes) -> str:
+    """What the page may do: run its own script, talk to its own server, nothing else."""
+    scripts = re.findall(rb"<script>(.*?)</script>", html, re.DOTALL)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
+        for script in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _number(text: str, *, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise RequestError(f"{text[:40]!r} isn't a number.") from error
+    if not 0 <= value <= most:
+        raise RequestError(f"{text[:40]} isn't between 0 and {most:g}.")
+    return value
+
+
+def _json(body: object) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(body),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )

@@ -1,0 +1,231 @@
+"""What the page and `keepwarm top` show of a running deployment, as one API key may see it.
+
+Each function reads memory and returns plain JSON. Slots and extents of other keys' are told by
+their size alone: what someone else asks, and when, is nobody's business.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from keepwarm import __version__
+from keepwarm.core.slots import Slot, SlotState
+from keepwarm.gateway.history import Totals
+from keepwarm.store.types import Listed
+
+if TYPE_CHECKING:
+    from keepwarm.gateway.runtime import Runtime
+
+SHARED = ""
+# A page shows no more rows than this, and a store may hold a hundred thousand.
+_MOST_EXTENTS = 250
+
+
+async def overview(runtime: Runtime, namespace: str) -> dict[str, Any]:
+    """All that changes rarely, and the sums of this namespace."""
+    today, ever = await runtime.explainer.totals(namespace=namespace)
+    out: dict[str, Any] = {
+        "version": __version__,
+        "state": runtime.state.value,
+        "status": runtime.status,
+        "started": runtime.started_s,
+        "has_keys": bool(runtime.keys),
+        "namespace": namespace,
+        "keeps_text": runtime.settings.log.prompts,
+        "totals": {"today": _totals(today), "ever": _totals(ever)},
+        "tiers": [],
+    }
+    if not hasattr(runtime, "dispatcher"):
+        return out
+    launch, rates = runtime.launch, runtime.dispatcher.rates
+    model = launch.model
+    return out | {
+        "model": (model.name or model.path.name) if model else "attached server",
+        "engine": f"{launch.identity.kind} {launch.identity.build}",
+        "fingerprint": runtime.fingerprint,
+        "memory": runtime.probed.kind.value,
+        "pool_tokens": runtime.machine.pool_tokens,
+        "row_bytes": runtime.machine.row_bytes,
+        "prefill_s_per_token": rates.prefill_s_per_token.value,
+        "tiers": _tiers(runtime),
+    }
+
+
+def _totals(totals: Totals) -> dict[str, float]:
+    return {
+        "requests": totals.requests,
+        "warm_tokens": totals.warm_tokens,
+        "cold_tokens": totals.cold_tokens,
+        "decoded_tokens": totals.decoded_tokens,
+        "spared_s": round(totals.spared_s, 3),
+    }
+
+
+def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
+    targets = {target.name: target for target in runtime.targets}
+    slots = runtime.dispatcher.scheduler.slots
+    out = []
+    for tier in runtime.tiers:
+        target = targets.get(f"tier:{tier.name}")
+        holding = [
+            slot.id
+            for slot in slots
+            if target and slot.content and target.digest in slot.content.marks
+        ]
+        pin = runtime.store.pin_named(f"tier:{tier.name}")
+        out.append(
+            {
+                "name": tier.name,
+                "description": tier.description,
+                "extends": tier.extends,
+                "is_default": tier.is_default,
+                "tools": len(tier.tools),
+                "tokens": len(target.tokens) if target else None,
+                "slots": holding,
+                "on_disk": pin is not None,
+                "uses": pin.uses if pin else 0,
+            }
+        )
+    return out
+
+
+def slots_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+    """The slots and the queue at this moment."""
+    if not hasattr(runtime, "dispatcher"):
+        return {"state": runtime.state.value, "slots": [], "queued": 0, "store": ""}
+    scheduler = runtime.dispatcher.scheduler
+    stats = runtime.store.stats()
+    return {
+        "state": runtime.state.value,
+        "status": runtime.status,
+        "slots": [_slot(runtime, slot, namespace) for slot in scheduler.slots],
+        "queued": scheduler.queued,
+        # Changes when the store did: the page then asks for it again.
+        "store": f"{stats.saves}.{stats.evicted_extents}.{stats.quarantined_extents}.{stats.pins}",
+    }
+
+
+def _slot(runtime: Runtime, slot: Slot, namespace: str) -> dict[str, Any]:
+    content, scheduler = slot.content, runtime.dispatcher.scheduler
+    job = scheduler.jobs.get(slot.job) if slot.job else None
+    is_own = job is None or job.namespace == namespace
+    holds_own = content is None or content.namespace in (SHARED, namespace)
+    plan = job.plan if job and is_own else None
+    return {
+        "id": slot.id,
+        "state": slot.state.value,
+        "tokens": content.tokens if content and holds_own else None if content else 0,
+        "saved_tokens": content.saved_tokens if content and holds_own else 0,
+        "turns": content.turns if content and holds_own else 0,
+        "holds": _holds(runtime, slot) if holds_own else "another key's",
+        "job": job.id if job and is_own else None,
+        "is_own": is_own,
+        "plan": plan.source.value if plan else None,
+        "prompt_tokens": plan.prompt_tokens if plan else None,
+        "since": _wall_s(job.arrived_s) if job and slot.state is not SlotState.IDLE else None,
+    }
+
+
+def _holds(runtime: Runtime, slot: Slot) -> str:
+    """What a slot's content begins with, in a word: the largest tier it goes through."""
+    content = slot.content
+    if content is None:
+        return "empty"
+    held = [t for t in runtime.targets if t.digest in content.marks]
+    if not held:
+        return "conversation" if content.turns else "prefix"
+    largest = max(held, key=lambda t: len(t.tokens))
+    name = largest.name.removeprefix("tier:")
+    return name if content.tokens == len(largest.tokens) else f"{name} +"
+
+
+@cache
+def _monotonic_zero_s() -> float:
+    """The wall clock's time at which the monotonic one read 0; fixed, so that views compare."""
+    return time.time() - time.monotonic()
+
+
+def _wall_s(monotonic_s: float) -> float:
+    return round(_monotonic_zero_s() + monotonic_s, 3)
+
+
+async def store_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+    """The token tree: what is on disk, what of it is in slots, how often it was used."""
+    if not hasattr(runtime, "dispatcher"):
+        return {"extents": [], "used_bytes": 0, "quota_bytes": 0, "others": None}
+    listed = await runtime.store.list_extents()
+    stats = runtime.store.stats()
+    holding = _slots_by_extent(runtime, namespace)
+    seen = [e for e in listed if e.namespace in (SHARED, namespace)]
+    shown = _most_recent(seen)
+    hidden = [e for e in listed if e.namespace not in (SHARED, namespace)]
+    return {
+        "used_bytes": stats.used_bytes,
+        "quota_bytes": stats.quota_bytes,
+        "others": {"extents": len(hidden), "bytes": sum(e.size_bytes for e in hidden)},
+        "extents": [_extent(e, holding.get(e.extent_id, [])) for e in shown],
+        "unlisted": len(seen) - len(shown),
+        "may_change_shared": not runtime.keys,
+    }
+
+
+def _most_recent(extents: list[Listed]) -> list[Listed]:
+    """Those that were used last, and what they hang off."""
+    if len(extents) <= _MOST_EXTENTS:
+        return extents
+    by_id = {extent.extent_id: extent for extent in extents}
+    keep: set[int] = set()
+    for extent in sorted(extents, key=lambda e: (bool(e.pins), e.used_s), reverse=True):
+        place: int | None = extent.extent_id
+        while place is not None and place not in keep:
+            keep.add(place)
+            place = by_id[place].parent
+        if len(keep) >= _MOST_EXTENTS:
+            break
+    return [extent for extent in extents if extent.extent_id in keep]
+
+
+def _extent(extent: Listed, slots: list[dict[str, int]]) -> dict[str, Any]:
+    return {
+        "id": extent.extent_id,
+        "parent": extent.parent,
+        "lo": extent.lo,
+        "hi": extent.hi,
+        "is_shared": extent.namespace == SHARED,
+        "origin": extent.origin.value,
+        "bytes": extent.size_bytes,
+        "pins": [short_pin(name) for name in extent.pins],
+        "is_pinned_by_hand": any(name.startswith(HAND) for name in extent.pins),
+        "prefill_s": round(extent.prefill_s, 3),
+        "created": extent.created_s,
+        "used": extent.used_s,
+        "uses": extent.uses,
+        "slots": slots,
+    }
+
+
+HAND = "hand:"
+"""What the names of pins begin with that a person set."""
+
+
+def short_pin(name: str) -> str:
+    """A pin's name without what only machines need: `tier:full`, `learned`, `by hand`."""
+    if name.startswith(HAND):
+        return "by hand"
+    return "learned" if name.startswith("learned:") else name
+
+
+def _slots_by_extent(runtime: Runtime, namespace: str) -> dict[int, list[dict[str, int]]]:
+    """Which slots hold which extents' prefixes, and up to which token."""
+    out: dict[int, list[dict[str, int]]] = {}
+    for slot in runtime.dispatcher.scheduler.slots:
+        content = slot.content
+        if content is None or content.namespace not in (SHARED, namespace):
+            continue
+        by_place = sorted(content.marks.items(), key=lambda item: item[1].tokens)
+        hit = runtime.store.lookup([d for d, _ in by_place], namespace=content.namespace)
+        if hit is not None:
+            out.setdefault(hit.extent_id, []).append({"slot": slot.id, "at": hit.at_tokens})
+    return out
