@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from smalltiers import write_small_tiers
+from systemmanager import SystemManager
 from usermanager import UserManager, ask, get, post_chat, wait_until_ready
 
 from keepwarm.core.tiers import compose
 from keepwarm.engine.process import free_port
 from keepwarm.tierfiles import load_tiers, packaged_configs
+from smalltiers import write_small_tiers
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live
@@ -203,6 +205,51 @@ def test_a_plain_llama_server_that_cannot_be_warmed_is_not_up(manager: UserManag
     assert done.returncode == 1
     assert manager.show(PLAIN, "ActiveState") != "active"
     manager.run([str(KEEPWARM), "service", "uninstall", "--user", "--plain", "--yes"])
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[SystemManager]:
+    manager = SystemManager(tmp_path)
+    yield manager
+    manager.stop()
+
+
+def _status_of_process(system: SystemManager, pid: str) -> dict[str, str]:
+    lines = system.inside("cat", f"/proc/{pid}/status").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def test_the_hardened_system_service_warms_answers_and_saves(
+    system: SystemManager, tiers: Path
+) -> None:
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [
+        *(str(KEEPWARM), "service", "install", "--yes", "--directory", str(system.units)),
+        *("--model", str(small_model()), "--tiers", str(tiers), "--port", str(port)),
+        *("--slots", "2", "--context", "2048", "--threads", "1"),
+    ]
+    # Pytest's folders are private; the service's own user must be able to read the tiers.
+    for folder in (tiers, *tiers.parents[:2]):
+        folder.chmod(0o755)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    system.systemctl("daemon-reload")
+    system.systemctl("start", UNIT)
+    process = _status_of_process(system, system.show(UNIT, "MainPID"))
+    assert process["Uid"].split()[0] != "0"
+    assert int(process["CapEff"], 16) == 0
+    assert process["Seccomp"] == "2"
+    _, body = ask(base, "standard", "Is the backup disk there?")
+    assert body["timings"]["cache_n"] >= 100
+    system.inside("kill", "-KILL", str(get(f"{base}/keepwarm/status")["engine_pid"]))
+    _, body = ask(base, "standard", "And is the web page up?")
+    assert body["timings"]["cache_n"] >= 100
+    system.systemctl("restart", UNIT)
+    status = get(f"{base}/keepwarm/status")
+    assert [tier["how"] for tier in status["warmed"]] == ["restored", "restored"]
+    system.systemctl("stop", UNIT)
+    assert system.show(UNIT, "Result") == "success"
 
 
 @pytest.mark.parametrize("name", [UNIT, PLAIN])

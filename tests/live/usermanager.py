@@ -48,7 +48,13 @@ class UserManager:
             "SYSTEMD_LOG_LEVEL": "info",
         }
         self.log = root / "systemd.log"
-        with self.log.open("w") as sink:
+        # There is no journal here: what services say goes to the same file.
+        said = f"append:{self.log}"
+        (self.units / "service.d").mkdir()
+        (self.units / "service.d" / "output.conf").write_text(
+            f"[Service]\nStandardOutput={said}\nStandardError={said}\n"
+        )
+        with self.log.open("a") as sink:
             self._process = subprocess.Popen(
                 [program, "--user"], env=self.environment, stdout=sink, stderr=sink
             )

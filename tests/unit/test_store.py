@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.core.slotfile import Layout
+from keepwarm.core.slotfile import CacheLayout, Layout, MemoryKind, TensorLayout
 from keepwarm.errors import ConfigError
 from keepwarm.store.checks import integrity
 from keepwarm.store.intake import Why
@@ -62,6 +62,22 @@ def test_only_the_rows_behind_the_known_prefix_are_written(store: Snapshots) -> 
     assert (again.new_tokens, again.new_bytes) == (0, 0)
     on_disk = sum(path.stat().st_size for path in store.shelf.files.root.glob("*.rows"))
     assert on_disk == PLAIN.rows_bytes(75) == store.shelf.used_bytes
+
+
+def test_a_turn_costs_hardly_more_disk_writes_than_its_own_rows(tmp_path: Path) -> None:
+    """What the index's log grows by is counted; a 135M model's rows are as small as they come."""
+    row = (TensorLayout(1, 384),) * 30
+    layout = Layout(4, MemoryKind.PLAIN, CacheLayout(False, (0, 0), row, row))
+    store = opened(settings_in(tmp_path, layout, quota_bytes=10**8, staging_bytes=10**8))
+    save(store, list(range(160)))
+    log = store.shelf.index_path.with_name(store.shelf.index_path.name + "-wal")
+    before = log.stat().st_size
+    turn = list(range(200))
+    saved = save(store, turn, marks=[Mark(digest_of(turn[:n]), n) for n in (180, 190, 200)])
+    assert saved.new_tokens == 40
+    own = layout.rows_bytes(40)
+    written = rows_of(store, saved.extent_id).stat().st_size + log.stat().st_size - before
+    assert own < written <= 1.05 * own
 
 
 def test_a_plain_prefix_can_be_restored_at_any_token(store: Snapshots) -> None:
