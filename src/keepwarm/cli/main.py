@@ -7,7 +7,7 @@ import sys
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import bench, demo, serve, service, simulate, store, tiers, warmup
+from keepwarm.cli import batch, bench, demo, serve, service, simulate, store, tiers, warmup
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
@@ -26,6 +26,7 @@ app.command("tiers")(tiers.tiers_command)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("simulate")(simulate.simulate_command)
+app.add_typer(batch.app, name="batch")
 app.add_typer(store.app, name="store")
 app.add_typer(service.app, name="service")
 

@@ -1,0 +1,137 @@
+"""Where a command's tasks go: a Keepwarm that runs already, or one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepwarm.batch.senders import HttpSender, Sender, UnreachableError
+from keepwarm.cli.progress import WarmProgress
+from keepwarm.core.rates import Rates
+from keepwarm.core.tiers import compose
+from keepwarm.errors import ConfigError
+from keepwarm.gateway.batch_service import LocalSender
+from keepwarm.gateway.proxy import Proxy
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.settings import Places, Settings
+from keepwarm.tierfiles import find_tiers_directory, load_tiers
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A Keepwarm to send tasks to, and what a plan needs to know of it."""
+
+    sender: Sender
+    slots: int
+    tier_tokens: Mapping[str, int]
+    max_body_bytes: int
+    tokens_per_char: float | None = None
+
+
+@asynccontextmanager
+async def session(
+    settings: Settings, places: Places, *, base: str | None, key: str | None, wait_s: float
+) -> AsyncIterator[Session]:
+    """Reach a Keepwarm at `base`, or start one with these settings and end it afterwards.
+
+    Raises:
+        UnreachableError: none answers there within `wait_s`.
+        KeepwarmError: one of its own can't start.
+    """
+    if base is None:
+        async with _own(settings, places) as own:
+            yield own
+        return
+    async with HttpSender(base, api_key=key) as sender:
+        yield await _remote(sender, settings, wait_s=wait_s)
+
+
+async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> Session:
+    deadline_s = time.monotonic() + wait_s
+    with WarmProgress() as progress:
+        while True:
+            try:
+                status = await sender.status()
+                if await sender.is_up():
+                    break
+                progress.status(f"waiting until {sender.base_url} is warm")
+            except UnreachableError:
+                if time.monotonic() > deadline_s:
+                    raise
+                progress.status(f"waiting for {sender.base_url}")
+            if time.monotonic() > deadline_s:
+                raise UnreachableError(
+                    f"{sender.base_url} isn't warm yet. Wait for it, or give it more --wait.",
+                    begun=False,
+                )
+            await asyncio.sleep(_POLL_S)
+    return Session(
+        sender,
+        slots=len(status.get("slots") or [None]),
+        tier_tokens=_tiers_of(status.get("warmed") or []),
+        max_body_bytes=settings.server.max_body_bytes,
+    )
+
+
+@asynccontextmanager
+async def _own(settings: Settings, places: Places) -> AsyncIterator[Session]:
+    with WarmProgress() as progress:
+        runtime = Runtime(settings, places, on_status=progress.status, on_progress=progress.tokens)
+        await runtime.start()
+    proxy = Proxy(runtime)
+    try:
+        yield Session(
+            LocalSender(runtime, proxy, "local"),
+            slots=len(runtime.dispatcher.scheduler.slots),
+            tier_tokens=_tiers_of([w.as_dict() for w in runtime.warmed]),
+            max_body_bytes=settings.server.max_body_bytes,
+        )
+    finally:
+        await runtime.stop()
+        await proxy.close()
+
+
+def _tiers_of(warmed: list[dict[str, object]]) -> dict[str, int]:
+    return {
+        str(w["name"]).removeprefix("tier:"): int(str(w["tokens"]))
+        for w in warmed
+        if str(w.get("name", "")).startswith("tier:")
+    }
+
+
+def estimated_tiers(settings: Settings, places: Places) -> dict[str, int]:
+    """The tiers' lengths from their texts alone, for a plan without a server."""
+    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
+    directory = find_tiers_directory(explicit, places.config_home)
+    per_char = Rates().tokens_per_char.value
+    out = {}
+    for tier in load_tiers(directory, settings.tiers.agent_name):
+        static = compose(tier, {"messages": []})
+        chars = len(str(static.get("tools") or ""))
+        chars += sum(len(str(m["content"])) for m in static["messages"])
+        out[tier.name] = int(chars * per_char)
+    return out
+
+
+def read_key(file: Path | None) -> str | None:
+    """The API key in a file's first line, `name:key` or `key`.
+
+    Raises:
+        ConfigError: it can't be read or holds none.
+    """
+    if file is None:
+        return None
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"The key file {file} can't be read: {error.strerror}.") from error
+    key = lines[0].rpartition(":")[2].strip() if lines else ""
+    if not key:
+        raise ConfigError(f"The key file {file} holds no key in its first line.")
+    return key
