@@ -73,6 +73,15 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         float,
         Meta(gt=0, le=3600, description="seconds without a health answer before a restart"),
     ] = 30.0
+    max_rss_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 50,
+            description="resident memory, bytes, above which the engine is saved and restarted "
+            "when it is idle; 0: never",
+        ),
+    ] = 0
     extra: Annotated[
         tuple[str, ...], Meta(description="further arguments for the `binary`, unchanged")
     ] = ()

@@ -114,6 +114,14 @@ class EngineProcess:
             except ProcessLookupError:
                 return
 
+    def resident_bytes(self) -> int | None:
+        """Memory of the engine's process that isn't swapped out; None where /proc doesn't tell."""
+        try:
+            text = Path(f"/proc/{self._pid}/statm").read_text(encoding="ascii")
+        except OSError:
+            return None
+        return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def failure(self) -> EngineStartError:
         """Why the engine ended, with its last lines and what to do."""
         code = self._process.returncode if self._process else None

@@ -171,7 +171,11 @@ class Runtime:
             await self._open_all()
             await self._warm()
         await begin_explaining(self)
-        self._supervisor = Supervisor(self, hang_timeout_s=settings.engine.hang_timeout_s)
+        self._supervisor = Supervisor(
+            self,
+            hang_timeout_s=settings.engine.hang_timeout_s,
+            max_rss_bytes=settings.engine.max_rss_bytes,
+        )
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
 
@@ -370,6 +374,26 @@ class Runtime:
     def process(self) -> EngineProcess | None:
         """The engine's current process; None for an attached one."""
         return self._process
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
+        scheduler = self.dispatcher.scheduler
+        return not scheduler.busy and not scheduler.queued
+
+    async def engine_rest(self) -> bool:
+        """Start nothing new, let what runs end, and save the slots.
+
+        Returns:
+            False if something runs still; then all is as before.
+        """
+        scheduler = self.dispatcher.scheduler
+        scheduler.up = False
+        await self.dispatcher.drain(self.settings.server.drain_timeout_s)
+        if scheduler.busy:
+            self.dispatcher.engine_up()
+            return False
+        return True
 
     def engine_lost(self, reason: str) -> None:
         """The engine is gone: its slots are empty, requests wait."""

@@ -5,6 +5,9 @@ asking `/health` every few seconds and whenever a request got no answer. An engi
 started again with growing pauses; after too many failures in a row the circuit opens: requests are
 refused at once (503 with `Retry-After`), and a start is still tried now and then. What waits in the
 queue goes on when the engine is back and warm.
+
+An engine whose memory has grown over the owner's limit is treated before the kernel does it: when
+nothing runs its slots are saved, and a new one takes its place.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from keepwarm.engine.client import EngineClient
@@ -29,6 +33,11 @@ _ATTACHED_SILENCE_S = 1.0
 # Restarts in a row before the circuit opens, and the longest pause between two of them.
 _MAX_RESTARTS = 8
 _MAX_BACKOFF_S = 30.0
+# An engine over its limit is left alone so long while requests keep coming; then they wait.
+_IDLE_PATIENCE_S = 60.0
+# A new engine that is already near the limit wouldn't become smaller by another restart.
+_GROWN = 1.1
+_SAID = {"died": "died", "hung": "hangs", "outgrown": "has outgrown its limit"}
 
 
 class Deployment(Protocol):
@@ -39,6 +48,17 @@ class Deployment(Protocol):
     @property
     def process(self) -> EngineProcess | None:
         """The engine's current process; None for an attached one."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
+
+    async def engine_rest(self) -> bool:
+        """Start nothing new, let what runs end, and save the slots.
+
+        Returns:
+            False if something runs still; then all is as before.
+        """
 
     def engine_lost(self, reason: str) -> None:
         """The engine is gone: its slots are empty, requests wait."""
@@ -57,12 +77,42 @@ class Deployment(Protocol):
         """A start failed; if `gave_up`, the circuit is open."""
 
 
+@dataclass(slots=True)
+class Growth:
+    """Decides when an engine's memory has grown enough for a new one. Pure.
+
+    `limit_bytes` 0 means never. `fresh_bytes` is what the current engine had when it was new.
+    """
+
+    limit_bytes: int
+    fresh_bytes: int | None = None
+    over_since_s: float | None = None
+
+    def restarted(self) -> None:
+        """A new engine takes over; its first look tells its own size."""
+        self.fresh_bytes = self.over_since_s = None
+
+    def observe(self, rss_bytes: int, *, is_idle: bool, now_s: float) -> bool:
+        """Whether to restart now: it is over the limit by growing, and idle or over for long."""
+        if self.fresh_bytes is None:
+            self.fresh_bytes = rss_bytes
+        if rss_bytes <= max(self.limit_bytes, int(self.fresh_bytes * _GROWN)):
+            self.over_since_s = None
+            return False
+        if self.over_since_s is None:
+            self.over_since_s = now_s
+        return is_idle or now_s - self.over_since_s >= _IDLE_PATIENCE_S
+
+
 class Supervisor:
     """See the module."""
 
-    def __init__(self, deployment: Deployment, *, hang_timeout_s: float) -> None:
+    def __init__(
+        self, deployment: Deployment, *, hang_timeout_s: float, max_rss_bytes: int = 0
+    ) -> None:
         self._deployment = deployment
         self._hang_timeout_s = hang_timeout_s
+        self._growth = Growth(max_rss_bytes)
         self._suspected = asyncio.Event()
         self._asking: list[asyncio.Future[None]] = []
         self._answered = 0
@@ -94,6 +144,22 @@ class Supervisor:
                 await self._recover(reason)
             else:
                 self._tell_asking(self._answered)
+                if self._has_outgrown() and await self._deployment.engine_rest():
+                    await self._recover("outgrown")
+
+    def _has_outgrown(self) -> bool:
+        process = self._deployment.process
+        if process is None or not self._growth.limit_bytes:
+            return False
+        rss_bytes = process.resident_bytes()
+        if rss_bytes is None:
+            return False
+        due = self._growth.observe(
+            rss_bytes, is_idle=self._deployment.is_idle, now_s=time.monotonic()
+        )
+        if due:
+            log.warning("the engine has grown to %.0f MB: it is renewed", rss_bytes / 1e6)
+        return due
 
     def _tell_asking(self, count: int) -> None:
         """Tell those who asked first; who asked during a look waits for the next."""
@@ -133,8 +199,9 @@ class Supervisor:
     async def _recover(self, reason: str) -> None:
         """Bring the engine back, however long that takes."""
         self._deployment.engine_lost(reason)
+        self._growth.restarted()
         self._tell_asking(len(self._asking))
-        log.warning("the engine %s; restarting it", reason)
+        log.warning("the engine %s; restarting it", _SAID[reason])
         attempt = 0
         while not await self._try(gave_up=attempt >= _MAX_RESTARTS - 1):
             attempt += 1
