@@ -5,8 +5,8 @@ message or that changes how messages render: tools, template arguments, adapters
 *segments*, one a message. A `Mark` names one position in it by a digest of all that stands before,
 so two requests that share a mark share everything up to it. There is a mark after the head, after
 every `BLOCK_CHARS` characters inside a message (so that prefixes that part in the middle of a long
-message are found) and after each message. The mark behind the leading system messages is the
-*static end*: what a client sends with every task.
+message are found) and after each message. Behind the leading system messages is the *static end*,
+what a client sends with every task: a mark of its own, since a user's turn must follow.
 
 Digests are keyed by fingerprint and namespace, and blake2b is used since one tenant must not be
 able to construct another's digest. What doesn't reach the rendered prompt (sampling parameters,
@@ -135,22 +135,41 @@ def prompt_of(
     # prompt.
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")) if head else ""
     marks = [Mark(_digest(key, _bytes(text)), len(text))]
-    static_index = 0 if head.get("tools") else -1
-    in_static = True
-    static_shared = False
-    turns = 0
-    for count, segment in enumerate(segments_of(api, body)):
+    segments = segments_of(api, body)
+    statics = _leading(segments, shared_segments)
+    has_static = bool(statics or head.get("tools")) and _asks_at(segments, statics)
+    static_index = -1
+    for count in range(len(segments) + 1):
+        if has_static and count == statics:
+            static_index = len(marks)
+            marks.append(Mark(_digest(marks[-1].digest, b"and then a user"), marks[-1].chars))
+        if count == len(segments):
+            break
         before = marks[-1]
         if shared_segments and count == shared_segments:
             before = Mark(_digest(before.digest, own), before.chars)
-        marks += _segment_marks(before, segment, [e.chars for e in ends if e.segment == count])
-        leading = in_static and segment.role in ("system", "developer")
-        in_static = leading or count < shared_segments
-        if in_static:
-            static_index = len(marks) - 1
-            static_shared = count < shared_segments
-        turns += segment.role == "user"
+        cuts = [e.chars for e in ends if e.segment == count]
+        marks += _segment_marks(before, segments[count], cuts)
+    turns = sum(segment.role == "user" for segment in segments)
+    static_shared = has_static and 0 < statics == shared_segments
     return Prompt(api, tuple(marks), static_index, turns, static_shared)
+
+
+def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
+    """How many messages a client sends with every task: a tier's and its own system messages."""
+    count = min(shared_segments, len(segments))
+    while count < len(segments) and segments[count].role in ("system", "developer"):
+        count += 1
+    return count
+
+
+def _asks_at(segments: Sequence[Segment], index: int) -> bool:
+    """Whether a user message stands here, or will: nothing else comes behind yet.
+
+    Templates open a turn by its role, so the tokens that all requests share go on into the opening
+    of the user's turn. A prompt that goes on with another role doesn't have those.
+    """
+    return index == len(segments) or segments[index].role == "user"
 
 
 def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Prompt:
