@@ -279,6 +279,11 @@ class Scheduler:
         slot.held_tokens = content.tokens if content else 0
         slot.owner = content.namespace if content else ""
 
+    def forget_contents(self) -> None:
+        """Texts render to other tokens than before: nothing is known of what slots hold."""
+        for slot in self.slots:
+            slot.content = None
+
     @property
     def queued(self) -> int:
         """Requests without a slot."""

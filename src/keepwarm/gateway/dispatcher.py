@@ -156,6 +156,11 @@ class Dispatcher:
         if len(self._statics) > _KNOWN_STATICS:
             self._statics.popitem(last=False)
 
+    def forget_rendered(self) -> None:
+        """The template renders otherwise now: no text's tokens are known any more."""
+        self._statics.clear()
+        self.scheduler.forget_contents()
+
     def engine_down(self) -> None:
         """The engine is gone and every slot empty."""
         self._perform(self.scheduler.engine_down(time.monotonic()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from keepwarm.core.plan import FILL_MIN_TOKENS, Plan
+from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Job
-from keepwarm.errors import EngineError, SnapshotError
+from keepwarm.errors import EngineError, SnapshotError, TierError
+from keepwarm.gateway.rebuild import rebuild
 from keepwarm.gateway.tiering import Tiered
 from keepwarm.gateway.warm import Target, tier_targets
 from keepwarm.store.types import Origin
@@ -28,6 +30,7 @@ class Prover:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._seen: dict[bytes, int] = {}
+        self._mending = asyncio.Lock()
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
         """Compare what was promised with what the engine reused."""
@@ -61,21 +64,50 @@ class Prover:
             plan.source.value,
             counts.cached,
         )
-        if await self._template_moved():
-            runtime.metrics.miss("template_changed")
-            log.warning("the template renders the tiers otherwise than before: warming again")
-            return
-        if plan.restore is None:
-            runtime.metrics.miss("slot_lost")
-            return
-        runtime.metrics.miss("not_reused")
-        try:
-            await runtime.slot_store.quarantine(plan.restore, "not_reused")
-        except SnapshotError as error:
-            runtime.metrics.miss(error.reason)
+        async with self._mending:
+            moved = await self._moved()
+            if moved:
+                runtime.metrics.miss("template_changed")
+                log.warning("the template renders the tiers otherwise than before: warming again")
+                lost = await self._drop_stale(moved)
+            elif plan.restore is None:
+                runtime.metrics.miss("slot_lost")
+                return
+            else:
+                runtime.metrics.miss("not_reused")
+                lost = set(await self._quarantine(plan.restore, "not_reused"))
+            for target in runtime.targets:
+                if target.name in lost:
+                    await rebuild(runtime, target)
 
-    async def _template_moved(self) -> bool:
-        """Whether the tiers render to other tokens now (a date in the template)."""
+    async def _quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:
+        try:
+            return await self._runtime.slot_store.quarantine(stored, reason)
+        except SnapshotError as error:
+            self._runtime.metrics.miss(error.reason)
+            return ()
+
+    async def _drop_stale(self, moved: list[Target]) -> set[str]:
+        """Forget what was rendered before: digests are of texts, and their tokens have changed."""
+        runtime = self._runtime
+        runtime.dispatcher.forget_rendered()
+        lost = {target.name for target in moved}
+        for name in sorted(lost):
+            if pin := runtime.store.pin_named(name):
+                try:
+                    removed = await runtime.store.quarantine(
+                        pin.extent_id, pin.at_tokens, reason="template_changed"
+                    )
+                except SnapshotError as error:
+                    runtime.metrics.miss(error.reason)
+                else:
+                    lost |= set(removed.pins)
+        for target in runtime.targets:
+            runtime.dispatcher.know_static(target.digest, target.tokens)
+        return lost
+
+    async def _moved(self) -> list[Target]:
+        """The tiers that render to other tokens now (a date in the template), as they were."""
         runtime = self._runtime
         try:
             now = await tier_targets(
@@ -84,13 +116,12 @@ class Prover:
                 fingerprint=runtime.fingerprint,
                 only=runtime.settings.tiers.warm,
             )
-        except EngineError:
-            return False
-        moved = [a for a, b in zip(now, runtime.targets, strict=False) if a.tokens != b.tokens]
-        for target in moved:
-            runtime.dispatcher.know_static(target.digest, target.tokens)
+        except (EngineError, TierError) as error:
+            log.warning("the tiers can't be rendered: %s", error)
+            return []
+        moved = [a for a, b in zip(runtime.targets, now, strict=False) if a.tokens != b.tokens]
         runtime.targets = now
-        return bool(moved)
+        return moved
 
     def _learn(self, job: Job) -> None:
         """Count a client's own static part; the second time it is pinned."""

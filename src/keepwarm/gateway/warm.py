@@ -194,7 +194,7 @@ class Warmer:
                 raise SnapshotError(
                     f"{target.name} was saved but isn't found again.", reason="not_kept"
                 )
-        await self._keep(target, stored)
+        await keep(self._snapshots, target, stored, rates=self._rates)
         proved = await self._place(target, stored, workbench if slot is None else slot)
         if not proved and not prefilled:
             # It restores and isn't reused: never trust it again, make it anew.
@@ -239,22 +239,6 @@ class Warmer:
         )
         return counts.prefilled
 
-    async def _keep(self, target: Target, stored: Stored) -> None:
-        """Let the digest find the prefix, and keep it from eviction."""
-        assert stored.extent_id is not None
-        tokens = len(target.tokens)
-        mark = Mark(target.digest, tokens)
-        await self._snapshots.store.mark(
-            stored.extent_id, tokens, namespace=target.namespace, marks=[mark]
-        )
-        await self._snapshots.pin(
-            target.name,
-            stored,
-            origin=target.origin,
-            digest=target.digest,
-            prefill_s=self._rates.prefill_s(tokens),
-        )
-
     async def _place(self, target: Target, stored: Stored, slot: int) -> bool:
         """Restore into a slot and see by one more token that all of it is reused."""
         async with self._snapshots.ready(stored) as file:
@@ -264,6 +248,21 @@ class Warmer:
                 # The proof has moved the slot beyond the end that can be reused.
                 await self._client.restore(slot, file.name)
         return counts.cached == len(target.tokens)
+
+
+async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: Rates) -> None:
+    """Let the digest find a prefix that the store holds, and keep it from eviction."""
+    assert stored.extent_id is not None
+    tokens = len(target.tokens)
+    mark = Mark(target.digest, tokens)
+    await snapshots.store.mark(stored.extent_id, tokens, namespace=target.namespace, marks=[mark])
+    await snapshots.pin(
+        target.name,
+        stored,
+        origin=target.origin,
+        digest=target.digest,
+        prefill_s=rates.prefill_s(tokens),
+    )
 
 
 def content_of(target: Target) -> Content:
