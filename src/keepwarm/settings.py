@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -264,6 +265,42 @@ def service_manager() -> ServiceManager:
     ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     watchdog_s = int(usec) / 1e6 if usec.isdecimal() and int(usec) and ours else None
     return ServiceManager(environment.get("NOTIFY_SOCKET") or None, watchdog_s)
+
+
+def gateway_key() -> str | None:
+    """The API key that commands give to a running gateway when none is named."""
+    return os.environ.get("KEEPWARM_API_KEY") or None
+
+
+@dataclass(frozen=True, slots=True)
+class TraceExport:
+    """Where traces go, by OpenTelemetry's own environment names.
+
+    `endpoint` is the full URL for traces (OTLP over HTTP). `headers` are sent with each export.
+    """
+
+    endpoint: str
+    headers: dict[str, str]
+    service: str
+
+
+def trace_export() -> TraceExport | None:
+    """Read OTEL_*; None unless an endpoint is named and nothing turns tracing off."""
+    environment = os.environ
+    off = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    exporter = environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower()
+    base = environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+    endpoint = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
+    if not endpoint and base:
+        endpoint = base.rstrip("/") + "/v1/traces"
+    if off or not endpoint or exporter != "otlp":
+        return None
+    raw = environment.get("OTEL_EXPORTER_OTLP_TRACES_HEADERS") or environment.get(
+        "OTEL_EXPORTER_OTLP_HEADERS", ""
+    )
+    pairs = (part.partition("=") for part in raw.split(",") if "=" in part)
+    headers = {name.strip(): unquote(value.strip()) for name, _, value in pairs}
+    return TraceExport(endpoint, headers, environment.get("OTEL_SERVICE_NAME") or "keepwarm")
 
 
 def load_settings(
