@@ -117,6 +117,9 @@ def request_of(
                 static = len(tokens)
             if count < shared_segments:
                 shared = len(tokens)
+        if prompt.static is not None:
+            static += 1  # the opening of the user's turn is the same in all of them
+            shared += prompt.is_static_shared
         tokens.append(zlib.crc32(b"assistant"))
     job = Job(
         id=f"r{number}",

@@ -85,6 +85,8 @@ def shared_marks(first: Prompt, second: Prompt) -> int:
 
 def marks_before_message(prompt: Prompt, index: int) -> int:
     """How many marks stand before message `index` of BODY."""
+    if index == 0:
+        return 1  # the head's
     upto = {**BODY, "messages": BODY["messages"][:index]}
     return len(identity(upto).marks)
 
@@ -275,7 +277,23 @@ def test_tools_alone_are_static_and_a_bare_question_has_nothing_static() -> None
     question = [{"role": "user", "content": "Hello"}]
     assert identity({"messages": question}).static is None
     with_tools = identity({"messages": question, "tools": TOOLS})
-    assert with_tools.static == with_tools.marks[0]
+    assert with_tools.static == with_tools.marks[1]
+    assert with_tools.marks[1].chars == with_tools.marks[0].chars
+
+
+def test_a_static_end_isnt_shared_with_a_prompt_that_goes_on_with_another_role() -> None:
+    # The tokens that all requests share go on into the opening of the user's turn.
+    user = {"role": "user", "content": "Hello"}
+    system = {"role": "system", "content": LONG}
+    more = {"role": "system", "content": "More."}
+    greeting = {"role": "assistant", "content": "Welcome."}
+    asked = identity({"messages": [system, user]})
+    assert asked.static is not None
+    for messages in ([system, more, user], [system, greeting, user]):
+        other = identity({"messages": messages})
+        assert asked.static.digest not in [mark.digest for mark in other.marks]
+        assert shared_marks(asked, other) == asked.static_index
+    assert identity({"messages": [system, greeting, user]}).static is None
 
 
 def test_a_system_message_behind_the_first_turn_isnt_static() -> None:
