@@ -7,7 +7,19 @@ import sys
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import batch, bench, demo, serve, service, simulate, store, tiers, warmup
+from keepwarm.cli import (
+    batch,
+    bench,
+    demo,
+    explain,
+    serve,
+    service,
+    simulate,
+    store,
+    tiers,
+    top,
+    warmup,
+)
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
@@ -25,6 +37,8 @@ app.command("warmup")(warmup.warmup)
 app.command("tiers")(tiers.tiers_command)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("explain")(explain.explain)
+app.command("top")(top.top)
 app.command("simulate")(simulate.simulate_command)
 app.add_typer(batch.app, name="batch")
 app.add_typer(store.app, name="store")

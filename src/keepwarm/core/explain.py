@@ -179,11 +179,15 @@ def tokens_at(chars: int, *, anchors: Mapping[int, int]) -> int:
     return low[1] + int(min(share, 1.0) * (high[1] - low[1]))
 
 
+_WHOLE_TOOL = frozenset((Cause.TOOL_ADDED, Cause.TOOL_REMOVED, Cause.TOOL_ORDER))
+
+
 def place_of(difference: Difference) -> str:
     """Where a difference is, in words and without the prompt's text."""
     at = f"character {difference.at_chars:,} of {difference.part_chars:,}"
     if difference.where == "tool":
-        return f"tool {difference.index + 1} ({difference.name or 'unnamed'}), {at}"
+        tool = f"tool {difference.index + 1} ({difference.name or 'unnamed'})"
+        return tool if difference.cause in _WHOLE_TOOL else f"{tool}, {at}"
     if difference.where == "argument":
         return f"the argument {difference.name}"
     if difference.where == "tokens":
@@ -206,14 +210,12 @@ _WHAT = MappingProxyType(
         Cause.HISTORY_CHANGED: "an earlier turn was changed",
         Cause.HISTORY_CUT: "earlier turns were left out",
         Cause.REASONING_DROPPED: "a reply came back without its reasoning",
-        Cause.NEW_TEXT: "new text begins",
     }
 )
 
 _SENTENCE = MappingProxyType(
     {
         Cause.NONE: "All of the prompt was warm.",
-        Cause.NEW_TEXT: "Only what is new was prefilled",
         Cause.FIRST_SEEN: "Nothing that was asked before begins like this prompt",
         Cause.NEW_NAMESPACE: "This is the first request with this API key, and prefixes of other "
         "keys aren't shared",
@@ -237,12 +239,14 @@ def _summary(facts: Facts, cause: Cause, difference: Difference | None) -> str:
     cold = f"{facts.cold_tokens:,} of {facts.prompt_tokens:,} tokens were prefilled"
     if cause is Cause.NONE:
         return _SENTENCE[cause]
+    if cause is Cause.NEW_TEXT:
+        return f"Only what is new was prefilled: {facts.cold_tokens:,} of {facts.prompt_tokens:,}."
     sentence = _SENTENCE.get(cause, "")
     if cause is Cause.SNAPSHOT_FAILED and facts.failed_restore:
         sentence += f" ({facts.failed_restore})"
     if cause is Cause.NEW_FINGERPRINT and facts.moved:
         sentence += f" (changed: {', '.join(facts.moved)})"
-    if cause in _WHAT and difference is not None and cause is not Cause.NEW_TEXT:
+    if cause in _WHAT and difference is not None:
         sentence = f"In {place_of(difference)}: {_WHAT[cause]}"
     return f"{sentence}: {cold}." if sentence else f"{cold[0].upper()}{cold[1:]}."
 

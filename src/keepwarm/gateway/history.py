@@ -32,6 +32,8 @@ KEEP = 5000
 FILE_NAME = "requests.sqlite3"
 _PRUNE_EVERY = 256
 _BUSY_S = 2.0
+# People type the first letters of an id.
+_SHORTEST_ID = 6
 _VERSION = 1
 _SCHEMA = """
 CREATE TABLE requests (
@@ -151,11 +153,17 @@ class History:
                 )
 
     def get(self, request_id: str, *, namespace: str) -> dict[str, Any] | None:
-        """One request's record; None if it isn't there or isn't this namespace's."""
+        """One request's record by its id, or enough of its beginning to be the only one.
+
+        None if it isn't there or isn't this namespace's.
+        """
+        if len(request_id) < _SHORTEST_ID:
+            return None
         found = self._rows(
-            "SELECT record FROM requests WHERE id = ? AND namespace = ?", request_id, namespace
+            "SELECT record FROM requests WHERE namespace = ? AND id >= ? AND id < ? LIMIT 2",
+            *(namespace, request_id, request_id + "\U0010ffff"),
         )
-        return found[0] if found else None
+        return found[0] if len(found) == 1 else None
 
     def latest(
         self, *, namespace: str, limit: int, before_s: float | None = None, cause: str | None = None
