@@ -15,6 +15,7 @@ from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
+from keepwarm.gateway.pages import add_page_routes
 from keepwarm.gateway.proxy import EXCHANGE, Proxy, error_response
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
@@ -63,6 +64,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_post("/keepwarm/route", site.route)
     app.router.add_post("/slots/{id}", site.refuse_slot_action)
     add_batch_routes(app, runtime, proxy)
+    add_page_routes(app, runtime)
     app.router.add_route("*", "/{path:.*}", proxy.pass_through)
     return app
 
