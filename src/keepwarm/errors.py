@@ -6,19 +6,23 @@ reason (see `SnapshotError`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
 class KeepwarmError(Exception):
     """Any failure that Keepwarm itself reports.
 
-    `status` is the HTTP status a client gets, `retry` whether the same request may succeed later.
+    `status` is the HTTP status a client gets, `retry` whether the same request may succeed later,
+    `headers` what the client is told besides of what had been done until then.
     The message is one paragraph: what is wrong, then what to do.
     """
 
     status: ClassVar[int] = 500
     retry: ClassVar[bool] = False
     kind: ClassVar[str] = "server_error"
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class ConfigError(KeepwarmError):

@@ -16,7 +16,7 @@ from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.pages import add_page_routes
-from keepwarm.gateway.proxy import EXCHANGE, Proxy, error_response
+from keepwarm.gateway.proxy import Proxy, error_response
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
 
@@ -83,8 +83,7 @@ def _errors(runtime: Runtime) -> Middleware:
             if error.status >= 500:
                 log.warning("%s %s: %s", request.method, request.path, error)
             response = error_response(error, dialect_of(request.path))
-            if exchange := request.get(EXCHANGE):
-                response.headers.update(exchange.headers)
+            response.headers.update(error.headers)
             return response
         except web.HTTPRequestEntityTooLarge:
             limit = runtime.settings.server.max_body_bytes

@@ -32,9 +32,6 @@ from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
 from keepwarm.router import Escalation
 
-EXCHANGE = "keepwarm.exchange"
-"""Where a request carries what is known of it, for the headers of an error."""
-
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
 # A reader that is slower than the model must not hold the engine's slot: this much is buffered for
@@ -148,6 +145,7 @@ class Proxy:
                 return await self._serve(request, exchange)
             except KeepwarmError as error:
                 exchange.trouble = error.kind
+                error.headers = exchange.headers
                 raise
             except _EscalatedError as escalated:
                 exchange.trouble = "escalated"
@@ -165,8 +163,6 @@ class Proxy:
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
-        if request is not None:
-            request[EXCHANGE] = exchange
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
             for attempt in range(_RETRIES + 1):
