@@ -54,6 +54,15 @@ class Keepwarm:
         async with self.session.get(f"{self.base}/metrics") as response:
             return await response.text()
 
+    async def occupy(self) -> None:
+        """Give all slots to long conversations of their own, so that a tier must be restored."""
+        for slot in range(len(self.engine.slots)):
+            prompt = list(range(1000 * slot, 1000 * slot + 500))
+            body = {"prompt": prompt, "max_tokens": 4}
+            async with self.session.post(f"{self.base}/completion", json=body) as response:
+                assert response.status == 200
+        await self.settled()
+
     async def counted(self, line: str) -> None:
         """Wait until the metrics have this line."""
         async with asyncio.timeout(10):

@@ -235,16 +235,6 @@ async def test_supervision_outlives_a_health_page_that_isnt_json(keepwarm: Keepw
     await assert_well(keepwarm)
 
 
-async def occupy(keepwarm: Keepwarm) -> None:
-    """Give all slots to conversations of their own, so that a tier must be restored."""
-    for slot in range(len(keepwarm.engine.slots)):
-        prompt = list(range(100 * slot, 100 * slot + 90))
-        body = {"prompt": prompt, "max_tokens": 4}
-        async with keepwarm.session.post(f"{keepwarm.base}/completion", json=body) as response:
-            assert response.status == 200
-    await keepwarm.settled()
-
-
 async def pins_of(keepwarm: Keepwarm, *names: str) -> None:
     """Wait until these tiers are pinned."""
     store = keepwarm.runtime.store
@@ -255,7 +245,7 @@ async def test_a_restore_that_lies_is_quarantined_counted_and_made_anew(
     keepwarm: Keepwarm,
 ) -> None:
     engine = keepwarm.engine
-    await occupy(keepwarm)
+    await keepwarm.occupy()
     engine.loses_restores = True
     status, headers, body = await keepwarm.ask()
     engine.loses_restores = False
@@ -267,7 +257,7 @@ async def test_a_restore_that_lies_is_quarantined_counted_and_made_anew(
     # Standard continues minimal, so both were lost, and both come back without a restart.
     await pins_of(keepwarm, "tier:minimal", "tier:standard")
     await keepwarm.settled()
-    await occupy(keepwarm)
+    await keepwarm.occupy()
     _, headers, body = await keepwarm.ask("And now?", model="standard")
     assert headers["x-keepwarm-plan"] == "snapshot"
     assert body["timings"]["cache_n"] >= 100
