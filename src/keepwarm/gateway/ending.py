@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from keepwarm.core.parts import parts_of
 from keepwarm.core.recent import SHARED, Remembered
 from keepwarm.core.tiers import compose
+from keepwarm.gateway.dialect import Anthropic
 from keepwarm.gateway.explainer import Identity
 from keepwarm.gateway.record import Ended
 
@@ -80,6 +81,9 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
         Ended(
             id=exchange.id,
             api=exchange.asked.api,
+            client_api="messages"
+            if isinstance(exchange.asked.dialect, Anthropic)
+            else exchange.asked.api,
             namespace=exchange.asked.namespace,
             model=str(exchange.asked.body.get("model") or "")[:100],
             body=tiered.body,

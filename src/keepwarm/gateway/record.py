@@ -25,12 +25,14 @@ class Ended:
     """What is known of a request at its end, gathered on the event loop.
 
     Times are seconds of the monotonic clock, `at_s` is the wall clock's at the request's arrival.
-    `plan` is None if it never got a slot. `status` 0: no answer. `trouble` is an error's kind.
-    `prefill_s_per_token` is what the rates said. `engine` tells lives of the engine apart.
+    `client_api` is how the client spoke, `api` in whose terms `body` is. `plan` is None if it never
+    got a slot. `status` 0: no answer. `trouble` is an error's kind. `prefill_s_per_token` is what
+    the rates said. `engine` tells lives of the engine apart.
     """
 
     id: str
     api: Api
+    client_api: str
     namespace: str
     model: str
     body: Mapping[str, Any]
@@ -79,11 +81,15 @@ class Ended:
 
     @property
     def cold_ttft_s(self) -> float | None:
-        """What the time to the first byte would have been without anything warm: an estimate."""
-        if self.counts is None:
+        """What the time to the first byte would have been without anything warm: an estimate.
+
+        The same request with its own prefill and preparation replaced by a prefill of everything.
+        """
+        counts, ttft_s = self.counts, self.ttft_s
+        if counts is None or ttft_s is None:
             return None
-        waited = self.arrived_s - self.received_s + self.queued_s
-        return waited + self.counts.prompt * self.prefill_s_per_token
+        rest_s = max(ttft_s - counts.prefill_s - self.prepared_s, 0.0)
+        return rest_s + counts.prompt * self.prefill_s_per_token
 
 
 def record_of(
@@ -93,7 +99,7 @@ def record_of(
     out: dict[str, Any] = {
         "id": ended.id,
         "at": round(ended.at_s, 3),
-        "api": ended.api,
+        "api": ended.client_api,
         "model": ended.model,
         "tier": ended.tier,
         "tier_reason": ended.tier_reason,

@@ -39,7 +39,7 @@ from keepwarm.errors import (
 )
 from keepwarm.gateway.dispatcher import Dispatcher
 from keepwarm.gateway.ending import begin_explaining
-from keepwarm.gateway.explainer import Explainer
+from keepwarm.gateway.explainer import Explainer, Sink
 from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
@@ -48,9 +48,10 @@ from keepwarm.gateway.routing import TierRouter, load_router_config, load_weight
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
 from keepwarm.gateway.tiering import Tiered
+from keepwarm.gateway.tracing import start_tracing
 from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
 from keepwarm.router import TierCost
-from keepwarm.settings import Places, Settings, default_staging
+from keepwarm.settings import Places, Settings, default_staging, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
 from keepwarm.tierfiles import find_tiers_directory, load_tiers
@@ -106,7 +107,9 @@ class Runtime:
             untiered=settings.tiers.untiered,
         )
         self.metrics = Metrics()
-        self.explainer = Explainer(keeps_text=settings.log.prompts, sinks=[self.metrics])
+        self.tracing = start_tracing(trace_export())
+        sinks: list[Sink] = [self.metrics, *([self.tracing] if self.tracing else [])]
+        self.explainer = Explainer(keeps_text=settings.log.prompts, sinks=sinks)
         self.state = State.STARTING
         self.status = "starting"
         self.started_s = time.time()
@@ -340,6 +343,8 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.explainer.close()
+        if self.tracing:
+            await asyncio.to_thread(self.tracing.close)
         if hasattr(self, "store"):
             await self.store.close()
         await self._stop_engine()
