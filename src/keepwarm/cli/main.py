@@ -11,6 +11,7 @@ from keepwarm.cli import (
     batch,
     bench,
     demo,
+    doctor,
     explain,
     serve,
     service,
@@ -39,6 +40,7 @@ app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
 app.command("top")(top.top)
+app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate_command)
 app.add_typer(batch.app, name="batch")
 app.add_typer(store.app, name="store")
