@@ -15,13 +15,14 @@ TOOL = {"name": "clock", "description": "The time.", "input_schema": {"type": "o
 
 
 def chunks(*deltas: dict[str, Any], finish: str = "stop") -> bytes:
-    """A chat completion stream with the counts that llama-server sends in every event."""
+    """A chat completion stream with the counts that llama-server sends in every event but the first."""
     out = b""
     events: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None} for delta in deltas]
     events.append({"delta": {}, "finish_reason": finish})
     for number, choice in enumerate(events):
-        timings = {"cache_n": 900, "prompt_n": 7, "predicted_n": number}
-        event = {"id": "c1", "choices": [choice], "timings": timings}
+        event: dict[str, Any] = {"id": "c1", "choices": [choice]}
+        if number:
+            event["timings"] = {"cache_n": 900, "prompt_n": 7, "predicted_n": number}
         out += b"data: " + json.dumps(event).encode() + b"\n\n"
     return out + b"data: [DONE]\n\n"
 

@@ -242,6 +242,8 @@ class MessageStream:
         timings = event.get("timings") or {}
         self._output_tokens = timings.get("predicted_n", self._output_tokens)
         if not self._begun:
+            if not timings and not _says_anything(event):
+                return  # the role alone; the counts come with the first token
             self._begun = True
             yield {"type": "message_start", "message": self._message(event, timings)}
         for choice in event.get("choices") or []:
@@ -308,6 +310,14 @@ class MessageStream:
         if self._open is not None:
             yield {"type": "content_block_stop", "index": self._index}
             self._open = None
+
+
+def _says_anything(event: Mapping[str, Any]) -> bool:
+    for choice in event.get("choices") or []:
+        delta = choice.get("delta") or {}
+        if choice.get("finish_reason") or any(v for k, v in delta.items() if k != "role"):
+            return True
+    return False
 
 
 def _sse(event: Mapping[str, Any]) -> bytes:
