@@ -290,7 +290,9 @@ class Dispatcher:
         except EngineError:
             await self._snapshots.discard(name)
             raise
-        taken_s = time.monotonic() - began_s
+        # The engine's own time: a call also waits for the batch that the engine is working on, but
+        # so would a prefill, and it has nothing to do with the file's size.
+        taken_s = info.seconds or time.monotonic() - began_s
         self.rates.observe_bytes(
             self.rates.save_s_per_byte, size_bytes=info.size_bytes, seconds=taken_s
         )
@@ -325,7 +327,7 @@ class Dispatcher:
         self.rates.observe_bytes(
             self.rates.restore_s_per_byte,
             size_bytes=info.size_bytes,
-            seconds=taken_s - assembled_s,
+            seconds=info.seconds or taken_s - assembled_s,
         )
         if not step.stored.ready:
             self.rates.observe_bytes(
