@@ -14,7 +14,7 @@ import aiohttp
 from keepwarm.core.tiers import Tier, compose
 from keepwarm.core.volatile import Volatile, find_volatile
 from keepwarm.doctor import kernel
-from keepwarm.doctor.experiment import try_idle_slot
+from keepwarm.doctor.experiment import Tried, try_idle_slot
 from keepwarm.doctor.facts import DiskFacts, Facts, ProcessFacts, StoreFacts, TierFacts
 from keepwarm.doctor.flags import ServerFlags, is_llama_server, read_flags
 from keepwarm.engine.client import EngineClient
@@ -276,13 +276,16 @@ async def _render_tier(client: EngineClient, tier: Tier, known: TierFacts) -> Ti
 async def _tried(facts: Facts, asked: Asked, client: EngineClient) -> Facts:
     """What a small experiment tells of a bare server."""
     slot_dir = Path(facts.slot_dir.path) if facts.slot_dir else None
-    tried = await try_idle_slot(
-        client,
-        slots=facts.slots or 1,
-        memory=facts.memory,
-        slot_dir=slot_dir,
-        force=asked.force,
-    )
+    try:
+        tried = await try_idle_slot(
+            client,
+            slots=facts.slots or 1,
+            memory=facts.memory,
+            slot_dir=slot_dir,
+            force=asked.force,
+        )
+    except EngineError as error:
+        tried = Tried(None, f"the server failed while it was tried out: {error}")
     by_flags = bool(facts.flags.slot_dir) if facts.flags else None
     return replace(
         facts,
