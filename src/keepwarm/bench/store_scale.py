@@ -179,9 +179,9 @@ def measure_files(base: Path, staging: Path, *, extents: int) -> dict[str, objec
     fill_s = timed(lambda: [work.save(filling, *given) for given in saves])
     filling.close()
 
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     snapshots = Snapshots(settings, disk=Disk(), now_s=time.time())
-    open_s = time.perf_counter() - begin
+    open_s, open_cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu
     shelf = snapshots.shelf
     listing_s = timed(shelf.files.present)
     picked = random.Random(1).sample(saves[3:], 1000)  # noqa: S311
@@ -205,7 +205,8 @@ def measure_files(base: Path, staging: Path, *, extents: int) -> dict[str, objec
     row_bytes = SMALL.rows_bytes(TURN_TOKENS)
     evicted = timed(lambda: snapshots.prune(shelf.used_bytes - 1000 * row_bytes))
     verify_s = timed(lambda: check_some(shelf))
-    found = {
+    found: dict[str, object] = {
+        "load_average": os.getloadavg(),
         "extents": len(shelf.catalog.tree),
         "marks": shelf.catalog.mark_count,
         "payload_bytes": shelf.catalog.used_bytes,
@@ -213,6 +214,7 @@ def measure_files(base: Path, staging: Path, *, extents: int) -> dict[str, objec
         "index_bytes": bytes_on_disk(settings.root) - bytes_on_disk(shelf.files.root),
         "fill_s": round(fill_s, 1),
         "open_s": round(open_s, 3),
+        "open_cpu_s": round(open_cpu_s, 3),
         "of_which_listing_s": round(listing_s, 3),
         "lookup_hit": asdict(spread(hits)),
         "lookup_miss": asdict(spread(misses)),

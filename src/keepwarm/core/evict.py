@@ -19,7 +19,7 @@ Invariants of `EvictionQueue`:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import log2
 from typing import NamedTuple
 
@@ -68,6 +68,13 @@ class EvictionQueue:
         """Note that `candidate` has become evictable."""
         at = -1 if candidate.at is None else candidate.at
         heapq.heappush(self._heap, (value_now, candidate.extent_id, at))
+
+    def fill(self, candidates: Iterable[tuple[Candidate, float]]) -> None:
+        """Note many candidates with their values at once."""
+        self._heap += [
+            (now, extent_id, -1 if at is None else at) for (extent_id, at), now in candidates
+        ]
+        heapq.heapify(self._heap)
 
     def pop(
         self,

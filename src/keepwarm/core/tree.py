@@ -27,8 +27,9 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,8 @@ SHARED = ""
 Tokens = NDArray[np.int32]
 
 _ROOT = 0  # parent key of roots; extent ids begin at 1
+
+_NO_BOUNDARIES: Mapping[int, int] = MappingProxyType({})  # most extents have none
 
 
 class Match(NamedTuple):
@@ -72,11 +75,11 @@ class Extent:
     parent: int | None
     lo: int
     hi: int
-    token_bytes: bytes = field(repr=False)
+    token_bytes: bytes
     namespace: str
     size_bytes: int
-    whole: bool = False
-    boundaries: dict[int, int] = field(default_factory=dict)
+    whole: bool
+    boundaries: Mapping[int, int]
 
     @property
     def tokens(self) -> Tokens:
@@ -113,8 +116,8 @@ class TokenTree:
 
     def __init__(self) -> None:
         self._extents: dict[int, Extent] = {}
-        self._at: dict[tuple[int, int, int, str], int] = {}
-        self._children: dict[int, list[int]] = {}
+        self._at: dict[tuple[int, int, bytes, str], int] = {}
+        self._child_counts: dict[int, int] = {}
         self._whole: dict[int, dict[tuple[str, bytes], int]] = {}
 
     def __len__(self) -> int:
@@ -139,7 +142,7 @@ class TokenTree:
 
     def children_count(self, extent_id: int) -> int:
         """How many extents hang off this one; 0 means that it can be removed."""
-        return len(self._children.get(extent_id, ()))
+        return self._child_counts.get(extent_id, 0)
 
     def add(
         self,
@@ -161,7 +164,9 @@ class TokenTree:
             raise ValueError(f"extent id {extent_id} is taken or not positive")
         if len(token_bytes) % 4 or hi <= lo:
             raise ValueError("an extent needs at least one whole token")
-        extent = Extent(extent_id, parent, lo, hi, token_bytes, namespace, size_bytes, whole)
+        extent = Extent(
+            extent_id, parent, lo, hi, token_bytes, namespace, size_bytes, whole, _NO_BOUNDARIES
+        )
         if whole:
             self._add_whole(extent)
         else:
@@ -196,12 +201,11 @@ class TokenTree:
             raise ValueError("a child with this first token hangs there: match before adding")
         self._at[key] = extent.id
         if extent.parent is not None:
-            self._children.setdefault(extent.parent, []).append(extent.id)
+            self._child_counts[extent.parent] = self._child_counts.get(extent.parent, 0) + 1
 
     @staticmethod
-    def _key(extent: Extent) -> tuple[int, int, int, str]:
-        first = int.from_bytes(extent.token_bytes[:4], "little", signed=True)
-        return (extent.parent or _ROOT, extent.lo, first, extent.namespace)
+    def _key(extent: Extent) -> tuple[int, int, bytes, str]:
+        return (extent.parent or _ROOT, extent.lo, extent.token_bytes[:4], extent.namespace)
 
     def remove(self, extent_id: int) -> Extent:
         """Take a leaf out, boundaries included, and return it.
@@ -218,19 +222,22 @@ class TokenTree:
         else:
             del self._at[self._key(extent)]
             if extent.parent is not None:
-                siblings = self._children[extent.parent]
-                siblings.remove(extent_id)
-                if not siblings:
-                    del self._children[extent.parent]
+                left = self._child_counts.pop(extent.parent) - 1
+                if left:
+                    self._child_counts[extent.parent] = left
         del self._extents[extent_id]
         return extent
 
     def subtree(self, extent_id: int) -> list[int]:
-        """The extent and all that hangs off it, directly or not, in an order safe to remove."""
-        order = [extent_id]
-        for parent in order:
-            order.extend(self._children.get(parent, ()))
-        return order[::-1]
+        """The extent and all that hangs off it, directly or not, in an order safe to remove.
+
+        Looks at all extents: parents were added before their children, so one pass finds them.
+        """
+        found = dict.fromkeys([extent_id])  # keeps the order
+        for extent in self._extents.values():
+            if extent.parent in found:
+                found[extent.id] = None
+        return list(found)[::-1]
 
     def match(self, tokens: Tokens, *, namespaces: Sequence[str]) -> Match:
         """The longest kept prefix of `tokens` in these namespaces; ties go to the first named.
@@ -245,7 +252,7 @@ class TokenTree:
                 best = Match(owner, at)
             if at == tokens.size:
                 continue
-            first = int(tokens[at])
+            first = tokens[at : at + 1].tobytes()
             # Last pushed is first walked, so the first namespace wins a tie.
             for namespace in reversed(namespaces):
                 child_id = self._at.get((owner, at, first, namespace))
@@ -321,11 +328,14 @@ class TokenTree:
         extent = self._extents[extent_id]
         if extent.whole or not extent.lo < at <= extent.hi:
             raise ValueError(f"extent {extent_id} has no end at {at}")
-        extent.boundaries[at] = size_bytes
+        extent.boundaries = {**extent.boundaries, at: size_bytes}
 
     def remove_boundary(self, extent_id: int, at: int) -> int:
         """Forget a boundary; returns its bytes. Raises: KeyError if there is none."""
-        return self._extents[extent_id].boundaries.pop(at)
+        extent = self._extents[extent_id]
+        size = extent.boundaries[at]
+        extent.boundaries = {end: kept for end, kept in extent.boundaries.items() if end != at}
+        return size
 
     def total_bytes(self) -> int:
         """Bytes of all extents and boundaries, counted now."""

@@ -17,9 +17,10 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from keepwarm.core.evict import Candidate, EvictionQueue, heat_after_use, value
 from keepwarm.core.tree import SHARED, Extent, Match, TokenTree
@@ -36,8 +37,7 @@ class Uses:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class MarkPlace:
+class MarkPlace(NamedTuple):
     """Where a digest's prefix ends."""
 
     extent_id: int
@@ -58,7 +58,7 @@ class Catalog:
         self._needs_boundary = needs_boundary
         self._rows: dict[int, ExtentRow] = {}
         self._ends: dict[tuple[int, int], BoundaryRow] = {}
-        self._uses: dict[int, Uses] = {}
+        self._uses: dict[int, Uses] = {}  # of those used since the start; the others' are in rows
         self._dirty: set[int] = set()
         self._marks: dict[str, dict[bytes, MarkPlace]] = {}
         self._pinned: Counter[int] = Counter()
@@ -74,7 +74,11 @@ class Catalog:
 
     def uses(self, extent_id: int) -> Uses:
         """How the extent was used. Raises: KeyError."""
-        return self._uses[extent_id]
+        uses = self._uses.get(extent_id)
+        if uses is None:
+            row = self._rows[extent_id]
+            return Uses(row.used_s, row.heat, row.uses)
+        return uses
 
     def end_count(self) -> int:
         """How many boundary states are kept."""
@@ -139,7 +143,6 @@ class Catalog:
             whole=bool(row.whole),
         )
         self._rows[row.id] = row
-        self._uses[row.id] = Uses(row.used_s, row.heat, row.uses)
         self.used_bytes += row.size_bytes
         self.kept_tokens += extent.hi - extent.lo
         return extent
@@ -161,7 +164,8 @@ class Catalog:
             self.forget_mark(namespace, digest, extent_id=extent_id)
         extent = self.tree.remove(extent_id)
         ends = [self._ends.pop((extent_id, at)) for at in extent.boundaries]
-        del self._rows[extent_id], self._uses[extent_id]
+        del self._rows[extent_id]
+        self._uses.pop(extent_id, None)
         self._dirty.discard(extent_id)
         self.used_bytes -= extent.total_bytes
         self.kept_tokens -= extent.hi - extent.lo
@@ -193,6 +197,16 @@ class Catalog:
         if known == place or says < said or (says == said and is_good):
             return None
         return place, known
+
+    def load_marks(self, rows: Iterable[tuple[int, int, int, str, bytes]]) -> None:
+        """Take over the index's marks: extent id, at, exact, namespace, digest."""
+        known = {extent.id for extent in self.tree}
+        tables: defaultdict[str, dict[bytes, MarkPlace]] = defaultdict(dict)
+        for row in rows:
+            if row[0] in known:
+                tables[row[3]][row[4]] = MarkPlace._make(row[:3])
+        self._marks |= tables
+        self.mark_count = sum(map(len, tables.values()))
 
     def load_mark(self, namespace: str, digest: bytes, place: MarkPlace) -> None:
         """Set a mark without looking at what is known."""
@@ -249,7 +263,7 @@ class Catalog:
         Raises: KeyError if the extent isn't there, ValueError if it doesn't hold `at` tokens.
         """
         for link in self.tree.chain(extent_id, at):
-            uses = self._uses[link.extent_id]
+            uses = self._uses[link.extent_id] = self.uses(link.extent_id)
             uses.heat = heat_after_use(uses.heat, now_s=now_s)
             uses.used_s = now_s
             uses.count += 1
@@ -270,19 +284,24 @@ class Catalog:
 
     def offer(self, extent_id: int) -> None:
         """Put into the queue what of this extent can be evicted."""
-        extent = self.tree[extent_id]
-        for candidate in (
-            Candidate(extent_id, None),
-            *(Candidate(extent_id, at) for at in extent.boundaries),
-        ):
-            worth = self.worth(candidate)
-            if worth is not None:
-                self.queue.push(candidate, worth)
+        for candidate, worth in self._offers(self.tree[extent_id]):
+            self.queue.push(candidate, worth)
 
     def offer_all(self) -> None:
         """Fill the queue, after loading."""
-        for extent in self.tree:
-            self.offer(extent.id)
+        self.queue.fill(
+            offer
+            for extent in self.tree
+            if extent.boundaries or not self.tree.children_count(extent.id)
+            for offer in self._offers(extent)
+        )
+
+    def _offers(self, extent: Extent) -> Iterator[tuple[Candidate, float]]:
+        for at in (None, *extent.boundaries):
+            candidate = Candidate(extent.id, at)
+            worth = self.worth(candidate)
+            if worth is not None:
+                yield candidate, worth
 
     def worth(self, candidate: Candidate) -> float | None:
         """The value of a candidate as `core.evict` counts it; None if it can't be evicted."""
@@ -295,14 +314,14 @@ class Catalog:
             return None
         if self._needs_boundary and not extent.whole and not extent.boundaries:
             return -math.inf  # rows that no restore can reach
-        row, uses = self._rows[extent.id], self._uses[extent.id]
+        row, uses = self._rows[extent.id], self.uses(extent.id)
         return value(prefill_s=row.prefill_s, size_bytes=extent.total_bytes, heat=uses.heat)
 
     def _end_worth(self, extent: Extent, at: int) -> float | None:
         size = extent.boundaries.get(at)
         if size is None or (extent.id, at) in self._pinned_ends:
             return None
-        row, uses = self._rows[extent.id], self._uses[extent.id]
+        row, uses = self._rows[extent.id], self.uses(extent.id)
         # Without it a restore ends at the boundary before: the tokens from there are prefilled.
         spared = at - self.tree.last_boundary(extent.id, at - 1).at
         seconds = row.prefill_s * spared / (extent.hi - extent.lo)

@@ -87,9 +87,8 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
     findings += [
         Finding("not_in_index", key.name) for key in sorted(known.keys() - indexed.keys(), key=str)
     ]
-    present, strays = shelf.files.present()
-    findings += [Finding("stray", name) for name in strays]
-    findings += [Finding("stray", key.name) for key in sorted(present - known.keys(), key=str)]
+    strays = shelf.files.present() - {key.name for key in known}
+    findings += [Finding("stray", name) for name in sorted(strays)]
     for key, size in known.items():
         try:
             found = shelf.files.path(key).stat().st_size

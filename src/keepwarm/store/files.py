@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +26,6 @@ from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk, Written, disk_errors, map_file, read_checksum
 from keepwarm.store.index import BoundaryRow, ExtentRow
-
-_NAME = re.compile(r"([0-9a-f]{10})(?:-([0-9a-f]{8}))?\.(?:rows|end)")
 
 QUARANTINE = "quarantine"
 
@@ -61,15 +58,6 @@ def key_of(row: ExtentRow | BoundaryRow) -> FileKey:
     return FileKey(row.extent_id, row.at)
 
 
-def key_named(name: str) -> FileKey | None:
-    """Which file has this name; None if it isn't one of the store's."""
-    found = _NAME.fullmatch(name)
-    if not found:
-        return None
-    key = FileKey(int(found[1], 16), int(found[2], 16) if found[2] else None)
-    return key if key.name == name else None
-
-
 class ExtentFiles:
     """The directory of one fingerprint. All methods but the first raise SnapshotError only."""
 
@@ -88,18 +76,11 @@ class ExtentFiles:
         """Where that file is, or would be."""
         return self.root / key.name
 
-    def present(self) -> tuple[set[FileKey], list[str]]:
-        """The complete files there are, and the names of all that is neither that nor ours."""
-        known: set[FileKey] = set()
-        strays: list[str] = []
-        with disk_errors("listing the store"), os.scandir(self.root) as entries:
-            for entry in entries:
-                key = key_named(entry.name)
-                if key is not None:
-                    known.add(key)
-                elif entry.name != QUARANTINE:
-                    strays.append(entry.name)
-        return known, strays
+    def present(self) -> set[str]:
+        """The names of all files there are."""
+        with disk_errors("listing the store"):
+            # Strings alone: with 100,000 files, as many Path objects cost a second.
+            return set(os.listdir(self.root)) - {QUARANTINE}  # noqa: PTH208
 
     def write(self, key: FileKey, buffers: Iterable[Buffer], *, seal: bytes) -> Written:
         """Put a complete, flushed file in place, not yet named by the index.

@@ -174,9 +174,9 @@ class Index:
         """All rows, in no particular order."""
         return map(BoundaryRow._make, self._db.execute("SELECT * FROM boundaries"))
 
-    def marks(self) -> Iterator[tuple[int, str, bytes, int, int]]:
-        """All rows: extent id, namespace, digest, at, exact."""
-        return self._db.execute("SELECT extent_id, namespace, digest, at, exact FROM marks")
+    def marks(self) -> Iterator[tuple[int, int, int, str, bytes]]:
+        """All rows: extent id, at, exact, namespace, digest."""
+        return self._db.execute("SELECT extent_id, at, exact, namespace, digest FROM marks")
 
     def marks_of(self, extent_id: int) -> list[tuple[str, bytes]]:
         """The marks in one extent: namespace and digest."""

@@ -17,18 +17,20 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import xxhash
 
 from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
-from keepwarm.store.catalog import Catalog, MarkPlace
+from keepwarm.store.catalog import Catalog
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import ExtentFiles, FileKey, key_of
 from keepwarm.store.index import open_index, set_aside
@@ -102,6 +104,23 @@ def directory_name(fingerprint: str) -> str:
     return xxhash.xxh3_128_hexdigest(fingerprint.encode())
 
 
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No garbage collection while a large catalogue is made, nor of it ever after.
+
+    There is no garbage in it, but looking takes 0.7 s with 100,000 extents, in which no thread
+    runs, the event loop's neither. `gc.freeze` exempts what exists at this moment.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
 class Shelf:
     """See the module. Lives on one thread."""
 
@@ -129,11 +148,12 @@ class Shelf:
                 self.files = ExtentFiles(
                     settings.root / name, disk=disk, quarantine_bytes=settings.quarantine_bytes
                 )
-                self._open_index()
+                with _without_collecting():
+                    self._open_index()
         except BaseException:
             self._lock.release()
             raise
-        self.next_id = 1 + max((extent.id for extent in self.catalog.tree), default=0)
+        self.next_id = 1 + max(map(attrgetter("id"), self.catalog.tree), default=0)
 
     @property
     def index_path(self) -> Path:
@@ -163,32 +183,33 @@ class Shelf:
         catalog = self.catalog = Catalog(
             needs_boundary=layout is not None and layout.kind.value != "plain"
         )
-        present, strays = self.files.present()
+        strays = self.files.present()  # and what the index names is taken out of it
         found = _Loading()
-        indexed: set[FileKey] = set()
         for row in self.index.extents():
+            name = FileKey(row.id).name
             try:
-                if FileKey(row.id) not in present:
+                if name not in strays:
                     found.missing += 1
-                    raise KeyError(row.id)
+                    raise ValueError("no file")
                 if bool(row.whole) != whole:
-                    raise ValueError("an extent of the other form")
-                catalog.add_extent(row)
-            except (KeyError, ValueError):
-                found.extents.append(row.id)  # its descendants follow: their parent isn't there
+                    raise ValueError("of the other form")
+                catalog.add_extent(row)  # refuses a child whose parent was dropped
+            except ValueError:
+                found.extents.append(row.id)
             else:
-                indexed.add(FileKey(row.id))
+                strays.remove(name)
         for end in self.index.boundaries():
-            key = key_of(end)
-            if end.extent_id in catalog.tree and key in present:
+            name = key_of(end).name
+            try:
+                if name not in strays:
+                    raise ValueError("no file")
                 catalog.add_end(end)
-                indexed.add(key)
-            else:
+            except (KeyError, ValueError):
                 found.missing += end.extent_id in catalog.tree
                 found.ends.append((end.extent_id, end.at))
-        for extent_id, namespace, digest, at, exact in self.index.marks():
-            if extent_id in catalog.tree:
-                catalog.load_mark(namespace, digest, MarkPlace(extent_id, at, bool(exact)))
+            else:
+                strays.remove(name)
+        catalog.load_marks(self.index.marks())
         for pin in self.index.pins():
             try:
                 catalog.set_pin(pin)
@@ -196,7 +217,6 @@ class Shelf:
                 found.pins.append(pin.name)
         catalog.offer_all()
         self._drop_rows(found)
-        strays += [key.name for key in present - indexed]
         return OpenReport(
             extents=len(catalog.tree),
             stray_files=self.files.remove_strays(strays),
