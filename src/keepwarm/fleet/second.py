@@ -150,8 +150,9 @@ class SecondLevel:
         return self._idle_since_s if not self.pending else float("inf")
 
     def start(self) -> None:
-        """Begin to write behind."""
-        self._task = asyncio.get_running_loop().create_task(self._write_behind())
+        """Begin to write behind; nothing if it has begun."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._write_behind())
 
     async def close(self, *, flush_s: float = 0.0) -> None:
         """Write what waits, within a time, and end."""

@@ -155,6 +155,7 @@ def open_shared(
     upload_bytes_per_s: float,
     download_bytes_per_s: float,
     timeout_s: float,
+    allow_http: bool = False,
 ) -> SharedStore:
     """A shared store by its URL (`s3://bucket/prefix`, `gs://`, `az://`) or directory.
 
@@ -172,8 +173,12 @@ def open_shared(
     try:
         if "://" in url and not url.startswith("file://"):
             # Its own retries would hide an outage for minutes; a miss is cheaper.
-            retries = {"max_retries": 1}
-            objects = stores.from_url(url, config=dict(options), retry_config=retries)
+            objects = stores.from_url(
+                url,
+                config=dict(options),
+                client_options={"allow_http": allow_http},
+                retry_config={"max_retries": 1},
+            )
         else:
             directory = Path(url.removeprefix("file://")).expanduser()
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,0 +1,115 @@
+"""The router inside Ray Serve: each request to the node that `routing.Fleet` ranks first.
+
+Needs Ray. Serve makes one router for each process that holds a handle (here: each front), tells it
+which replicas there are, and passes on what they report (`record_routing_stats`) with its own
+updates. If all that is lost, the router begins with nothing and routes by load.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from typing import Any
+
+import msgspec
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.routing import Choice, Fleet, Want
+from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, Told
+
+log = logging.getLogger("keepwarm.fleet")
+
+# Of a node that hasn't reported yet: a slow CPU's, so that it is tried, and not preferred.
+_UNKNOWN = Costs(
+    prefill_s=0.005,
+    restore_s=2e-5,
+    restore_call_s=0.002,
+    fetch_s=0.0,
+    fetch_call_s=0.0,
+    can_fetch=False,
+)
+
+ROUTERS: weakref.WeakSet[WarmRouter] = weakref.WeakSet()
+"""The routers of this process, for its pages."""
+
+
+class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
+    """See the module."""
+
+    def initialize_state(self, **_: Any) -> None:
+        """Begin with nothing."""
+        self.fleet = Fleet()
+        self.told: dict[str, Told] = {}
+        self.heard_s: dict[str, float] = {}
+        self._reports: dict[str, bytes] = {}
+        self._tokens_per_char = TOKENS_PER_CHAR
+        self._chosen: dict[int, tuple[Want, dict[str, Choice]]] = {}
+        ROUTERS.add(self)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Take in which replicas there are and what they told."""
+        super().update_replicas(replicas)
+        now_s = time.time()
+        here = {str(replica.replica_id.unique_id): replica for replica in replicas}
+        for name in set(self.fleet.nodes) - here.keys():
+            self._forget(name)
+        for name, replica in here.items():
+            self.fleet.join(name, _UNKNOWN, now_s=now_s)
+            report = (replica.routing_stats or {}).get("keepwarm")
+            if isinstance(report, bytes) and report != self._reports.get(name):
+                self._reports[name] = report
+                self._hear(name, report, now_s)
+
+    def _hear(self, name: str, report: bytes, now_s: float) -> None:
+        try:
+            told = msgspec.msgpack.decode(report, type=Told)
+            self.fleet.report(name, told.report(), now_s=now_s)
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.warning("a node's report can't be read: %s", error)
+            return
+        self.told[name], self.heard_s[name] = told, now_s
+        self._tokens_per_char = told.tokens_per_char
+
+    def _forget(self, name: str) -> None:
+        self.fleet.leave(name)
+        for known in (self.told, self.heard_s, self._reports):
+            known.pop(name, None)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A node is gone, and its warmth with it."""
+        super().on_replica_actor_died(replica_id)
+        self._forget(str(replica_id.unique_id))
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """All candidates, one a rank, best first."""
+        replicas = {str(r.replica_id.unique_id): r for r in candidate_replicas}
+        want = self._want(pending_request)
+        ranked = self.fleet.rank(want, now_s=time.time(), among=replicas)
+        if pending_request is not None:
+            self._chosen[id(pending_request)] = want, {c.node: c for c in ranked}
+            if len(self._chosen) > 4096:  # what was never routed: its client has gone
+                del self._chosen[next(iter(self._chosen))]
+        known = [[replicas[choice.node]] for choice in ranked]
+        return known or [list(candidate_replicas)]
+
+    def _want(self, pending: PendingRequest | None) -> Want:
+        for value in (*pending.args, *pending.kwargs.values()) if pending else ():
+            if isinstance(value, Ask):
+                return value.want(self._tokens_per_char)
+        return Want((), (), 1)
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """The node is busy with it from now on."""
+        super().on_request_routed(pending_request, replica_id, result)
+        want, choices = self._chosen.pop(id(pending_request), (None, {}))
+        choice = choices.get(str(replica_id.unique_id))
+        if want is not None and want.prefixes and choice is not None:
+            self.fleet.give(want, choice, now_s=time.time())

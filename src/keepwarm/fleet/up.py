@@ -1,0 +1,133 @@
+"""Bringing a fleet up on Ray, and the application that `serve deploy` takes.
+
+Needs Ray. The application is two deployments: `front` (one a machine that takes requests) and
+`node` (Keepwarm itself).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.schema import ApplicationStatus
+
+from keepwarm.errors import ConfigError, EngineStartError
+from keepwarm.fleet.config import FleetConfig, fleet_of
+from keepwarm.fleet.front import Front
+from keepwarm.fleet.replica import Node
+
+NAME = "keepwarm"
+# A node takes what it is given and queues it itself, by what is warm; Serve's bound is only there
+# so that a fleet that drowns says so.
+_ONGOING = 512
+
+
+def application(plain: dict[str, Any]) -> serve.Application:
+    """The fleet as a Serve application; `plain` is a `fleet.toml` as plain values.
+
+    `serve deploy` calls it with the `args` of the file that `keepwarm fleet config` prints.
+    """
+    config = fleet_of(plain, source="fleet config")
+    fleet = config.fleet
+    scale: dict[str, Any] = {"num_replicas": fleet.nodes}
+    if fleet.max_nodes > fleet.nodes:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": fleet.nodes,
+                "max_replicas": fleet.max_nodes,
+                "target_ongoing_requests": fleet.target_ongoing,
+            }
+        }
+    node = serve.deployment(
+        Node,
+        name="node",
+        max_ongoing_requests=_ONGOING,
+        ray_actor_options={"num_cpus": fleet.cpus, "num_gpus": fleet.gpus},
+        max_replicas_per_node=1 if fleet.one_per_machine else None,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        # A stream that runs is let end; a node that is taken away writes behind what it has.
+        graceful_shutdown_wait_loop_s=1,
+        graceful_shutdown_timeout_s=fleet.stream_timeout_s,
+        request_router_config=RequestRouterConfig(
+            request_router_class="keepwarm.fleet.router.WarmRouter",
+            request_routing_stats_period_s=fleet.report_s,
+            request_routing_stats_timeout_s=30,
+        ),
+        **scale,
+    )
+    front = serve.deployment(
+        Front, name="front", max_ongoing_requests=4 * _ONGOING, ray_actor_options={"num_cpus": 0}
+    )
+    return front.bind(node.bind(msgspec.to_builtins(config)))
+
+
+def deploy_file(config: FleetConfig) -> dict[str, Any]:
+    """What `serve deploy` reads (as YAML; JSON is YAML)."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.fleet.host, "port": config.fleet.port},
+        "applications": [
+            {
+                "name": NAME,
+                "route_prefix": "/",
+                "import_path": "keepwarm.fleet.up:application_of",
+                "args": {"plain": msgspec.to_builtins(config)},
+            }
+        ],
+    }
+
+
+def application_of(args: dict[str, Any]) -> serve.Application:
+    """`application`, as `serve deploy` calls it."""
+    return application(args["plain"])
+
+
+def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
+    """Start the fleet, on the cluster named or on a Ray of this process; returns when it serves.
+
+    Raises: ConfigError if the cluster can't be reached, EngineStartError if no node comes up.
+    """
+    fleet = config.fleet
+    try:
+        if fleet.address:
+            ray.init(address=fleet.address, namespace=NAME, log_to_driver=False)
+        else:
+            ray.init(
+                namespace=NAME,
+                num_cpus=max(int(fleet.cpus * (config.most_nodes + 1)) + 1, 2),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"Ray can't be used: {error}") from error
+    serve.start(http_options=HTTPOptions(host=fleet.host, port=fleet.port))
+    serve.run(
+        application(msgspec.to_builtins(config)), name=NAME, route_prefix="/", _blocking=False
+    )
+    said = ""
+    while True:
+        status = serve.status().applications[NAME]
+        nodes = status.deployments.get("node")
+        now = f"{status.status.value.lower()}: {dict(nodes.replica_states) if nodes else ''}"
+        if now != said:
+            tell(now)
+            said = now
+        if status.status is ApplicationStatus.RUNNING:
+            return
+        if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            why = nodes.message if nodes else status.message
+            raise EngineStartError(f"The fleet doesn't come up: {why}")
+        time.sleep(0.2)
+
+
+def down() -> None:
+    """End a fleet of this process: nodes end their streams and write behind what they have."""
+    serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,132 @@
+"""What front, router and nodes tell each other: plain values that travel anywhere.
+
+Pure. Tokens that a template or a tier adds are the same on every node, so they don't matter for a
+choice between nodes. A request is known to the router by numbers, made here from its body alone:
+the digests of `core.prompt`, keyed by who asks, cut to 64 bits. Whoever asks is told apart by the
+credentials as they were sent, so that no tenant's warmth answers another's question, whatever the
+keys mean.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from keepwarm.core.anthropic import chat_request
+from keepwarm.core.prompt import Api, prompt_of
+from keepwarm.errors import KeepwarmError
+from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.routing import Report, Want
+
+_APIS: dict[str, Api] = {
+    "/v1/chat/completions": "chat",
+    "/chat/completions": "chat",
+    "/v1/responses": "responses",
+    "/responses": "responses",
+    "/completion": "completion",
+    "/completions": "completion",
+    "/v1/completions": "completion",
+}
+_MESSAGES = "/v1/messages"
+# An estimate that serves until a node has reported what it measured (English text, common models).
+TOKENS_PER_CHAR = 0.26
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """One HTTP request on its way to a node.
+
+    `prefixes` and `ends_chars` are its marks for routing, shortest first; empty where any node will
+    do.
+    """
+
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    prefixes: list[int]
+    ends_chars: list[int]
+
+    def want(self, tokens_per_char: float) -> Want:
+        """The same for the router."""
+        ends = [int(chars * tokens_per_char) for chars in self.ends_chars]
+        return Want(self.prefixes, ends, ends[-1] if ends else 1)
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's report, and what it says of itself for people."""
+
+    taken_s: float
+    backlog_s: float
+    costs: Costs
+    tokens_per_char: float
+    held: bytes
+    stored: bytes
+    state: str
+    about: dict[str, Any]
+
+    def report(self) -> Report:
+        """As the router's state takes it."""
+        return Report(
+            taken_s=self.taken_s,
+            backlog_s=self.backlog_s,
+            costs=self.costs,
+            held=unpacked(self.held),
+            stored=unpacked(self.stored),
+        )
+
+
+def packed(numbers: Sequence[int]) -> bytes:
+    """64-bit numbers as bytes."""
+    return array.array("Q", numbers).tobytes()
+
+
+def unpacked(data: bytes) -> list[int]:
+    """The numbers again. Raises: ValueError if these aren't whole ones."""
+    numbers = array.array("Q")
+    numbers.frombytes(data)
+    return numbers.tolist()
+
+
+def ask_of(method: str, path_qs: str, headers: Sequence[tuple[str, str]], body: bytes) -> Ask:
+    """Read what of a request the router needs. A body that isn't understood goes to any node, which
+    will say what is wrong with it.
+    """
+    prefixes: list[int] = []
+    ends: list[int] = []
+    path = path_qs.partition("?")[0]
+    if method == "POST" and (path in _APIS or path == _MESSAGES):
+        # Whatever is wrong with a body is for the node to say; any node can.
+        with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
+            decoded = msgspec.json.decode(body, type=dict)
+            if path == _MESSAGES:
+                decoded = chat_request(decoded)
+            prefixes, ends = _marks(_APIS.get(path, "chat"), decoded, headers)
+    return Ask(
+        method=method,
+        path=path_qs,
+        headers=list(headers),
+        body=body,
+        prefixes=prefixes,
+        ends_chars=ends,
+    )
+
+
+def _marks(
+    api: Api, body: Mapping[str, Any], headers: Sequence[tuple[str, str]]
+) -> tuple[list[int], list[int]]:
+    told = {name.lower(): value for name, value in headers}
+    who = f"{told.get('authorization', '')}\0{told.get('x-api-key', '')}"
+    whose = hashlib.blake2b(who.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    # A tier is composed in by the node; which one is asked for is part of what the prompt is.
+    tier = f"{told.get('x-keepwarm-tier', '')}\0{body.get('model', '')}"
+    prompt = prompt_of(api, body, fingerprint=f"fleet\0{tier}", namespace=whose)
+    marks = [mark for mark in prompt.marks if mark.chars > 0]
+    return (
+        [int.from_bytes(mark.digest[:8], "little") for mark in marks],
+        [mark.chars for mark in marks],
+    )
