@@ -19,26 +19,28 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--parallel", type=int, required=True)
+    parser.add_argument("--parallel", type=int)
     parser.add_argument("--ctx-size", type=int, required=True)
-    parser.add_argument("--cache-ram", type=int, required=True)
-    parser.add_argument("--slot-prompt-similarity", type=float, required=True)
-    parser.add_argument("--slot-save-path", required=True)
+    parser.add_argument("--cache-ram", type=int, default=8192)
+    parser.add_argument("--slot-prompt-similarity", type=float, default=0.1)
+    parser.add_argument("--slot-save-path", default="")
     parser.add_argument("--chat-template-file")
     parser.add_argument("--threads", type=int)
-    for name in ("--kv-unified", "--no-cache-idle-slots", "--jinja", "--metrics"):
+    for name in ("--kv-unified", "--no-cache-idle-slots", "--jinja", "--metrics", "--swa-full"):
         parser.add_argument(name, action="store_true")
     options = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path = options.model
     params.hostnames = [options.host]
     params.port = options.port
-    params.n_parallel = options.parallel
+    # As llama-server: without a number there are four slots over one unified KV.
+    params.n_parallel = options.parallel or 4
     params.n_ctx = options.ctx_size
     params.cache_ram_mib = options.cache_ram
     params.slot_prompt_similarity = options.slot_prompt_similarity
     params.slot_save_path = options.slot_save_path
-    params.kv_unified = options.kv_unified
+    params.kv_unified = options.kv_unified or not options.parallel
+    params.swa_full = options.swa_full
     params.cache_idle_slots = not options.no_cache_idle_slots
     params.endpoint_metrics = options.metrics
     params.fit_params = False

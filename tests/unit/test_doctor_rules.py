@@ -101,7 +101,7 @@ def test_what_was_tried_counts_more_than_what_flags_say() -> None:
 
 def test_one_slot_is_never_cleared_by_another() -> None:
     flags = ServerFlags(slots=1, unified=True, slot_dir="/x")
-    assert diagnose(replace(GOOD, flags=flags, slots=1, keeps_idle=None)) == []
+    _only(replace(GOOD, flags=flags, slots=1, keeps_idle=None), "few_slots")
 
 
 def test_what_can_neither_be_seen_nor_tried_is_said_to_be_unknown() -> None:
@@ -114,6 +114,13 @@ def test_what_can_neither_be_seen_nor_tried_is_said_to_be_unknown() -> None:
 def test_an_unset_number_of_slots_is_a_warning() -> None:
     flags = replace(GOOD_FLAGS, slots=None)
     _only(replace(GOOD, flags=flags), "slots_unset")
+
+
+def test_a_bare_server_needs_a_slot_more_than_there_are_tiers() -> None:
+    facts = replace(GOOD, slots=2)
+    assert "2 slots for 2 tiers" in _only(facts, "few_slots").what
+    assert diagnose(replace(GOOD, slots=3)) == []
+    assert diagnose(replace(KEEPWARM, slots=2)) == []
 
 
 @pytest.mark.parametrize(("mib", "is_found"), [(0, False), (-1, False), (60, True), (200, False)])

@@ -14,6 +14,7 @@ RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     server.idle_slots_cleared,
     server.idle_slots_unknown,
     server.slots_unset,
+    server.few_slots,
     server.small_cache,
     server.cannot_save,
     server.context_too_small,

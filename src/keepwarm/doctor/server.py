@@ -84,6 +84,21 @@ def slots_unset(facts: Facts) -> Finding | None:
     )
 
 
+def few_slots(facts: Facts) -> Finding | None:
+    """A bare server keeps prefixes in slots alone, and there are more tiers than slots for them."""
+    tiers = [tier for tier in facts.tiers if not tier.failure]
+    if facts.kind != "llama-server" or facts.slots is None or facts.slots > len(tiers):
+        return None
+    return Finding(
+        "few_slots",
+        Severity.WARNING,
+        f"The server has {facts.slots} slot{'s' if facts.slots > 1 else ''} for {len(tiers)} "
+        "tiers. Without a gateway a prefix is warm in a slot or not at all, and one slot must be free for "
+        "what is asked.",
+        f"Give --parallel {len(tiers) + 1} or more, or put Keepwarm in front, which restores them.",
+    )
+
+
 def small_cache(facts: Facts) -> Finding | None:
     """The prompt cache in memory can't hold what it is for."""
     if facts.flags is None or not facts.flags.cache_ram_mib or facts.flags.cache_ram_mib < 0:
