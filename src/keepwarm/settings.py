@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -430,12 +431,28 @@ def default_staging(store: Path, *, need_bytes: int) -> Path:
     """Where slot files pass through: memory-backed where there is room, else beside the store.
 
     /dev/shm is Linux's; twice the need is asked for, since a save and an assembly may be under way
-    together.
+    together. Everybody may write there, so a directory with our name that isn't ours is a trap: it
+    would let its owner read and swap what passes through.
     """
     shm = Path("/dev/shm")  # noqa: S108 - memory-backed; a private directory is made in it
     if sys.platform == "linux" and shm.is_dir():
-        stat = os.statvfs(shm)
-        if stat.f_bavail * stat.f_frsize >= 2 * need_bytes:
+        room = os.statvfs(shm)
+        if room.f_bavail * room.f_frsize >= 2 * need_bytes:
             name = hashlib.blake2b(str(store.absolute()).encode(), digest_size=6).hexdigest()
-            return shm / f"keepwarm-{os.getuid()}" / name
+            folder = shm / f"keepwarm-{os.getuid()}"
+            if _is_ours(folder):
+                return folder / name
     return store / "staging"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Make a private directory, or see that the one that is there can be changed by us alone."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        found = folder.lstat()
+        owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        return owned and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    except OSError:
+        return False
+    return True

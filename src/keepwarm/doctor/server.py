@@ -93,8 +93,8 @@ def few_slots(facts: Facts) -> Finding | None:
         "few_slots",
         Severity.WARNING,
         f"The server has {facts.slots} slot{'s' if facts.slots > 1 else ''} for {len(tiers)} "
-        "tiers. Without a gateway a prefix is warm in a slot or not at all, and one slot must be free for "
-        "what is asked.",
+        "tiers. Without a gateway a prefix is warm in a slot or not at all, and one slot must be "
+        "free for what is asked.",
         f"Give --parallel {len(tiers) + 1} or more, or put Keepwarm in front, which restores them.",
     )
 
