@@ -1,4 +1,4 @@
-"""Clients that hang up at every moment there is: no slot stays taken, nothing is done for nobody."""
+"""Clients that hang up at every moment there is: no slot stays taken, no work is left behind."""
 
 from __future__ import annotations
 

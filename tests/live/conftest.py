@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bareengine import BareEngine, StartEngine, end_engine, start_engine
+from served import Served
+
+from smalltiers import write_small_tiers
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +33,35 @@ def bare_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngin
 
     yield start
     stop()
+
+
+@pytest.fixture(scope="session")
+def small_tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of two small tiers."""
+    return write_small_tiers(tmp_path_factory.mktemp("tiers"))
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, small_tiers: Path) -> Iterator[Serve]:
+    """Starts `keepwarm serve` and waits until it is ready: `serve(model=..., slots=2)`.
+
+    Named values are of the engine's section, dictionaries are whole sections. Each start of a test
+    has the same store. What still runs at its end is killed.
+    """
+    running: list[Served] = []
+
+    def start(*, wait: bool = True, **values: Any) -> Served:
+        sections = {k: v for k, v in values.items() if isinstance(v, dict)}
+        engine = {k: v for k, v in values.items() if not isinstance(v, dict)}
+        tiers = {"dir": str(small_tiers), **sections.pop("tiers", {})}
+        served = Served(tmp_path / "keepwarm", engine=engine, tiers=tiers, **sections)
+        running.append(served)
+        return served.wait_ready() if wait else served
+
+    yield start
+    for served in running:
+        served.process.kill()
+        served.process.wait()
