@@ -15,7 +15,7 @@ fills aren't free), that is the plan.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,9 +66,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing a lane does: a task, or a branch's fill (`branch` not None), and its tokens."""
+    """One thing that is done: a task, or a branch's fill (`branch` not None), and its tokens."""
 
-    lane: int
+    slot: int
     leaf: int
     branch: int | None
     prefilled_tokens: int
@@ -165,6 +165,21 @@ class _Slots:
         depths = [self.tree.branches[b].tokens for b in place.branches if b in self.filled]
         return max([tokens, *depths])
 
+    def length(self, work: FillBranch | RunTask) -> int:
+        """Tokens of what is to be in a slot."""
+        if isinstance(work, FillBranch):
+            return self.tree.branches[work.branch].tokens
+        return self.tree.leaves[work.leaf].tokens
+
+    def best(self, free: Collection[int], lane: int, work: FillBranch | RunTask) -> int:
+        """The free slot in which some work costs least; of equals the lane's own."""
+
+        def cost(slot: int) -> tuple[float, bool, int]:
+            prefilled, restored = self.load(slot, work.leaf, self.length(work))
+            return prefilled + RESTORE_WEIGHT * restored, slot != lane, slot
+
+        return min(free, key=cost)
+
     def load(self, slot: int, leaf: int, length: int) -> tuple[int, int]:
         """Tokens prefilled and restored to bring a slot to the first `length` of a task."""
         overlap = min(self.overlap(slot, leaf), length)
@@ -178,13 +193,15 @@ def play(
 ) -> tuple[Tally, list[Step]]:
     """Run a night on imagined slots.
 
-    A lane is busy for as long as its tokens take; what it fills is known to others only then.
+    A lane is busy for as long as its tokens take; what it fills is known to others only then. Like
+    the gateway, a request gets the idle slot in which it costs least.
     """
     tally = Tally()
     steps: list[Step] = []
     slots = _Slots(tree, [None] * lanes)
-    clock: list[tuple[float, int, FillBranch | RunTask]] = []
+    clock: list[tuple[float, int, int, FillBranch | RunTask]] = []
     idle = list(range(lanes))
+    free = set(range(lanes))
     at_s = 0.0
     while True:
         waiting = []
@@ -193,42 +210,43 @@ def play(
             if work is None:
                 waiting.append(lane)
                 continue
-            step = _step(slots, tally, lane, work)
+            slot = slots.best(free, lane, work)
+            free.remove(slot)
+            step = _step(slots, tally, slot, work)
             steps.append(step)
             tokens = step.prefilled_tokens + RESTORE_WEIGHT * step.restored_tokens
             busy_s = tokens * costs.prefill_s_per_token
             if isinstance(work, RunTask):
                 busy_s += tree.leaves[work.leaf].reply_tokens * costs.decode_s_per_token
-            heapq.heappush(clock, (at_s + busy_s, lane, work))
+            heapq.heappush(clock, (at_s + busy_s, lane, slot, work))
         if not clock:
             return tally, steps
-        at_s, lane, work = heapq.heappop(clock)
+        at_s, lane, slot, work = heapq.heappop(clock)
         if isinstance(work, FillBranch):
             slots.filled.add(work.branch)
             night.filled(work.branch, ok=True)
         else:
             night.ended(work.leaf, ok=True)
+        free.add(slot)
         idle = [*waiting, lane]
 
 
-def _step(slots: _Slots, tally: Tally, lane: int, work: FillBranch | RunTask) -> Step:
+def _step(slots: _Slots, tally: Tally, slot: int, work: FillBranch | RunTask) -> Step:
     tree = slots.tree
+    prefilled, restored = slots.load(slot, work.leaf, slots.length(work))
     if isinstance(work, FillBranch):
-        prefilled, restored = slots.load(lane, work.leaf, tree.branches[work.branch].tokens)
-        slots.branch_held[lane] = work.branch
+        slots.branch_held[slot] = work.branch
         tally.fills += 1
         branch = work.branch
     else:
-        leaf = tree.leaves[work.leaf]
-        prefilled, restored = slots.load(lane, work.leaf, leaf.tokens)
         prefilled = max(prefilled, 1)  # one token is always evaluated again
-        slots.branch_held.pop(lane, None)
-        tally.decoded_tokens += leaf.reply_tokens
+        slots.branch_held.pop(slot, None)
+        tally.decoded_tokens += tree.leaves[work.leaf].reply_tokens
         branch = None
-    slots.held[lane] = work.leaf
+    slots.held[slot] = work.leaf
     tally.prefilled_tokens += prefilled
     tally.restored_tokens += restored
-    return Step(lane, work.leaf, branch, prefilled, restored)
+    return Step(slot, work.leaf, branch, prefilled, restored)
 
 
 def play_naive(tree: PrefixTree, *, lanes: int, ended: Mapping[int, bool] | None = None) -> Tally:

@@ -8,6 +8,9 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
+_RATE_TOKENS = 16
+
+
 def build_report(
     tasks: Sequence[Row],
     fills: Sequence[Row],
@@ -41,8 +44,8 @@ def build_report(
     # Estimates are from characters; only tasks that ran can be compared.
     ratio = prompt / planned_prompt_tokens if planned_prompt_tokens and len(ran) == total else 1.0
     naive = round(naive_tokens * ratio)
-    s_per_token = _prefill_rate(ran)
     active_s = _union_s([*tasks, *fills])
+    s_per_token = _prefill_rate(ran, active_s)
     succeeded = sum(bool(row["ok"]) for row in tasks)
     times = [row for row in [*tasks, *fills] if "began_s" in row]
     return {
@@ -77,12 +80,18 @@ def _total(rows: Sequence[Row], key: str) -> int:
     return sum(row.get(key, 0) for row in rows)
 
 
-def _prefill_rate(rows: Sequence[Row]) -> float | None:
-    """Seconds a token, from replies that prefilled enough to tell a rate from a latency."""
-    told = [row for row in rows if row.get("prefill_n", 0) >= 16]
+def _prefill_rate(rows: Sequence[Row], active_s: float) -> float | None:
+    """Seconds of the machine for a token.
+
+    A request's own time is longer, since others are worked on beside it: it is divided by how many
+    were on average. Replies that prefilled little tell a latency and not a rate.
+    """
+    told = [row for row in rows if row.get("prefill_n", 0) >= _RATE_TOKENS]
     tokens = _total(told, "prefill_n")
-    seconds = sum(row["prefill_s"] for row in told)
-    return round(seconds / tokens, 6) if tokens else None
+    if not tokens or not active_s:
+        return None
+    beside = max(sum(row["ended_s"] - row["began_s"] for row in rows) / active_s, 1.0)
+    return round(sum(row["prefill_s"] for row in told) / tokens / beside, 6)
 
 
 def _saved_s(tokens: int, s_per_token: float | None) -> float | None:

@@ -179,19 +179,20 @@ def show_end(report: dict[str, Any], paths: Paths) -> None:
     out.print(
         f"{report['prefilled_tokens']:,} tokens prefilled, {report['reused_tokens']:,} reused; "
         f"the file's order would have prefilled about {estimated['naive_prefill_tokens']:,}"
-        + (f" ({duration(saved)} more)" if saved and saved > 0 else "")
+        + (f" ({duration(saved)} more)" if saved and saved > 0 else ""),
+        soft_wrap=True,
     )
-    out.print(f"results: {paths.results}")
+    out.print(f"results: {paths.results}", soft_wrap=True)
     if paths.errors.exists():
-        out.print(f"errors:  {paths.errors}")
-    out.print(f"report:  {paths.report}, {paths.picture}")
+        out.print(f"errors:  {paths.errors}", soft_wrap=True)
+    out.print(f"report:  {paths.report}, {paths.picture}", soft_wrap=True)
 
 
 def show_line_errors(parsed: Parsed) -> None:
     """The lines that can't be used, the first few of them."""
     for error in parsed.errors[:_MAX_SHOWN]:
         err.print(f"line {error.line}: ", style="yellow", end="")
-        err.print(error.message, markup=False)
+        err.print(error.message, markup=False, soft_wrap=True)
     if len(parsed.errors) > _MAX_SHOWN:
         err.print(f"... and {len(parsed.errors) - _MAX_SHOWN} more lines that can't be used")
 
