@@ -16,6 +16,7 @@ import pytest
 MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY_CONTEXT_TOKENS = 4096
 TINY_WINDOW_TOKENS = 64
+SEED = 20260101
 TINY_LAYERS = 6  # the sixth layer of a Gemma 3 is its first that sees everything
 EMBEDDING = 64
 FEED_FORWARD = 128
@@ -34,12 +35,12 @@ def small_model() -> Path:
     return path
 
 
-def write_tiny_gemma3(path: Path, source_gguf: Path) -> None:
+def write_tiny_gemma3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
     """A sliding-window model (window 64, 6 layers, one of them full), about 9 MB.
 
-    `source_gguf` gives the tokenizer. The same bytes each time.
+    `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
-    made = _Model(path, "gemma3", source_gguf)
+    made = _Model(path, "gemma3", source_gguf, seed)
     writer = made.writer
     writer.add_key_length(HEAD_ELEMENTS)
     writer.add_value_length(HEAD_ELEMENTS)
@@ -54,12 +55,12 @@ def write_tiny_gemma3(path: Path, source_gguf: Path) -> None:
     made.finish()
 
 
-def write_tiny_lfm2(path: Path, source_gguf: Path) -> None:
+def write_tiny_lfm2(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
     """A hybrid model (4 convolution layers, 2 attention layers), about 9 MB.
 
-    `source_gguf` gives the tokenizer. The same bytes each time.
+    `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
-    made = _Model(path, "lfm2", source_gguf)
+    made = _Model(path, "lfm2", source_gguf, seed)
     writer = made.writer
     writer.add_head_count_kv(list(LFM2_KV_HEADS))
     writer.add_shortconv_l_cache(CONV_TOKENS)
@@ -79,10 +80,10 @@ def write_tiny_lfm2(path: Path, source_gguf: Path) -> None:
 
 
 class _Model:
-    """A GGUF file being written, with random weights from a fixed seed."""
+    """A GGUF file being written, with random weights from a seed."""
 
-    def __init__(self, path: Path, arch: str, source_gguf: Path) -> None:
-        self.random = np.random.default_rng(20260101)
+    def __init__(self, path: Path, arch: str, source_gguf: Path, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
         self.writer = gguf.GGUFWriter(path, arch)
         writer = self.writer
         writer.add_name(f"tiny random {arch}")
