@@ -43,11 +43,12 @@ class Listener:
 class Feed:
     """See the module. All methods are called on one event loop.
 
-    `look` gives the slots' state as a namespace may see it, as plain JSON.
+    `look` gives the slots' state as a namespace may see it, as plain JSON, every `beat_s`.
     """
 
-    def __init__(self, look: Callable[[str], dict[str, Any]]) -> None:
+    def __init__(self, look: Callable[[str], dict[str, Any]], *, beat_s: float = _BEAT_S) -> None:
         self._look = look
+        self._beat_s = beat_s
         self._listeners: set[Listener] = set()
         self._beating: asyncio.Task[None] | None = None
 
@@ -105,8 +106,8 @@ class Feed:
                 silent_s = 0.0
                 for listener in self._listeners:
                     listener.send(b": still here\n\n")
-            silent_s += _BEAT_S
-            await asyncio.sleep(_BEAT_S)
+            silent_s += self._beat_s
+            await asyncio.sleep(self._beat_s)
 
 
 def encode_event(name: str, body: dict[str, Any]) -> bytes:

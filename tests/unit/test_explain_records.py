@@ -1,0 +1,406 @@
+"""From a finished request to its record: explained off the loop, logged, told to who listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+
+from keepwarm.core.plan import Option, Plan, Source
+from keepwarm.core.prompt import Segment, prompt_of
+from keepwarm.core.reply import Counts, Reply
+from keepwarm.dashboard import __file__ as dashboard_file
+from keepwarm.errors import ForbiddenError
+from keepwarm.gateway.explainer import Explainer, Identity
+from keepwarm.gateway.feed import Feed, encode_event
+from keepwarm.gateway.pages import content_policy, refuse_other_sites
+from keepwarm.gateway.record import Ended, brief
+from keepwarm.logs import request_fields, request_line, set_up_logging
+from keepwarm.settings import LogSettings
+
+SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 40
+SECRET = "the safe is behind the clock"
+
+
+def plan(source: Source = Source.COLD, *, reuse: int = 0, slot: int = 1) -> Plan:
+    considered = (
+        Option(Source.COLD, 0, 0, 2.0, 0.1),
+        Option(Source.SNAPSHOT if source is Source.SHARED else source, slot, reuse, 1.0, 0.0),
+    )
+    return Plan(source, slot, reuse, reuse, 400, 1.0, False, False, None, (), considered)
+
+
+def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
+    body = {"messages": messages}
+    namespace = changes.get("namespace", "ada")
+    values: dict[str, Any] = {
+        "id": f"request{number:05}",
+        "api": "chat",
+        "client_api": "chat",
+        "namespace": namespace,
+        "model": "small",
+        "body": body,
+        "prompt": prompt_of("chat", body, fingerprint="f", namespace=namespace),
+        "plan": plan(),
+        "tier": "none",
+        "tier_reason": "own-prompt",
+        "at_s": 1_764_000_000.0 + number,
+        "received_s": 100.0,
+        "arrived_s": 100.001,
+        "queued_s": 0.002,
+        "prepared_s": 0.003,
+        "first_byte_s": 102.0,
+        "ended_s": 103.0,
+        "streamed": True,
+        "status": 200,
+        "trouble": "",
+        "reply": Reply(Counts(0, 400, 9, 1.9, 1.0), Segment("assistant", "On the roof.")),
+        "static_tokens": None,
+        "filled_tokens": 0,
+        "failed_restore": None,
+        "prefill_s_per_token": 0.005,
+        "engine": 1,
+        "traceparent": "",
+    }
+    return Ended(**(values | changes))
+
+
+def asks(text: str, system: str = SYSTEM) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+async def opened(directory: Path, *, keeps_text: bool = False, **changes: Any) -> Explainer:
+    explainer = Explainer(keeps_text=keeps_text)
+    identity = Identity("f", {"engine build": "1", "chat template": "a"}, cuttable=True)
+    await explainer.open(directory, replace(identity, **changes), [])
+    return explainer
+
+
+@pytest.fixture
+async def explainer(tmp_path: Path) -> AsyncIterator[Explainer]:
+    explainer = await opened(tmp_path)
+    yield explainer
+    await explainer.close()
+
+
+async def record_of(explainer: Explainer, number: int, namespace: str = "ada") -> dict[str, Any]:
+    found = await explainer.get(f"request{number:05}", namespace=namespace)
+    assert found is not None
+    return found
+
+
+async def test_what_was_asked_before_is_what_a_request_is_compared_with(
+    explainer: Explainer,
+) -> None:
+    explainer.ended(ended(1, asks("x", "It is 2026-11-24 09:00. " + SYSTEM)))
+    explainer.ended(ended(2, asks("x", "It is 2026-11-24 09:05. " + SYSTEM)))
+    first, second = await record_of(explainer, 1), await record_of(explainer, 2)
+    assert first["cause"] == "new_namespace"
+    assert second["cause"] == "timestamp"
+    assert second["nearest"] == {"id": "request00001", "age_s": 1.0}
+    assert second["difference"]["place"].startswith("message 1 (system), character ")
+    tokens = {"slot": 0, "snapshot": 0, "shared": 0, "cold": 400}
+    assert second["tokens"] == tokens | {"prompt": 400, "decoded": 9}
+
+
+async def test_an_answer_knows_of_all_that_ended_before_it(explainer: Explainer) -> None:
+    for i in range(50):
+        explainer.ended(ended(i, asks(f"question {i}")))
+    latest = await explainer.latest(namespace="ada", limit=99)
+    assert [r["id"] for r in latest] == [f"request{i:05}" for i in reversed(range(50))]
+    last = await explainer.get("last", namespace="ada")
+    assert last == latest[0]
+
+
+async def test_a_namespace_sees_its_own_requests_only(explainer: Explainer) -> None:
+    explainer.ended(ended(1, asks("x"), namespace="ada"))
+    explainer.ended(ended(2, asks("x"), namespace="bob"))
+    assert await explainer.get("request00001", namespace="bob") is None
+    assert (await record_of(explainer, 2, "bob"))["nearest"] is None
+    _, ever = await explainer.totals(namespace="bob")
+    assert ever.requests == 1
+    assert ever.cold_tokens == 400
+
+
+async def test_text_is_in_no_record_file_or_log_line_unless_the_settings_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    explainer = await opened(tmp_path)
+    with caplog.at_level(logging.DEBUG, "keepwarm"):
+        explainer.ended(ended(1, asks("x", SECRET + SYSTEM)))
+        explainer.ended(ended(2, asks("x", "another thing " + SYSTEM)))
+        record = await record_of(explainer, 2)
+    await explainer.close()
+    assert record["cause"] == "text_changed"
+    assert record["difference"]["before"] is None
+    assert record["difference"]["before_hash"]
+    told = json.dumps(record) + "".join(repr(vars(r)) for r in caplog.records)
+    assert SECRET[:12] not in told
+    for file in tmp_path.iterdir():
+        assert SECRET[:12].encode() not in file.read_bytes()
+
+
+async def test_text_is_told_where_the_settings_keep_it(tmp_path: Path) -> None:
+    explainer = await opened(tmp_path, keeps_text=True)
+    explainer.ended(ended(1, asks("x", SECRET + SYSTEM)))
+    explainer.ended(ended(2, asks("x", "another thing " + SYSTEM)))
+    record = await record_of(explainer, 2)
+    await explainer.close()
+    assert record["difference"]["before"] == SECRET
+    assert record["difference"]["after"] == "another thing "
+
+
+async def test_a_new_fingerprint_is_named_with_what_changed(tmp_path: Path) -> None:
+    explainer = await opened(tmp_path)
+    explainer.ended(ended(1, asks("x")))
+    await explainer.close()
+    described = {"engine build": "1", "chat template": "b"}
+    later = await opened(tmp_path, fingerprint="g", described=described)
+    later.ended(ended(2, asks("x")))
+    later.ended(ended(3, asks("x", "A text that nobody has sent before. " * 20)))
+    record, other = await record_of(later, 2), await record_of(later, 3)
+    await later.close()
+    assert record["cause"] == "new_fingerprint"
+    assert "changed: chat template" in record["summary"]
+    assert other["cause"] == "first_seen"
+
+
+async def test_after_a_restart_of_keepwarm_a_known_opening_is_called_so(tmp_path: Path) -> None:
+    explainer = await opened(tmp_path)
+    explainer.ended(ended(1, asks("x")))
+    await explainer.close()
+    later = await opened(tmp_path)
+    later.ended(ended(2, asks("x")))
+    record = await record_of(later, 2)
+    await later.close()
+    assert record["cause"] == "engine_restarted"
+
+
+async def test_a_request_without_an_answer_has_a_record_too(explainer: Explainer) -> None:
+    explainer.ended(ended(1, asks("x"), reply=None, status=0, plan=None, first_byte_s=None))
+    explainer.ended(ended(2, asks("x"), reply=None, status=0, trouble="rate_limit_error"))
+    explainer.ended(ended(3, asks("x"), reply=Reply(None, None), status=400))
+    explainer.ended(ended(4, asks("x"), reply=None, status=0, trouble="escalated"))
+    outcomes = [(await record_of(explainer, i))["outcome"] for i in range(1, 5)]
+    assert outcomes == ["hung_up", "failed", "refused", "escalated"]
+    assert (await record_of(explainer, 1))["cause"] == "failed"
+    # None of them is what a later prompt is compared with: their tokens may be nowhere.
+    explainer.ended(ended(5, asks("x")))
+    assert (await record_of(explainer, 5))["nearest"] is None
+
+
+async def test_the_way_that_was_taken_is_marked_among_those_considered(
+    explainer: Explainer,
+) -> None:
+    explainer.ended(ended(1, asks("x"), plan=plan(Source.SHARED, reuse=300)))
+    record = await record_of(explainer, 1)
+    assert record["plan"] == "shared"
+    assert [o["chosen"] for o in record["considered"]] == [False, True]
+
+
+async def test_what_would_have_been_cold_leaves_out_what_made_it_warm(
+    explainer: Explainer,
+) -> None:
+    counts = Counts(cached=390, prefilled=10, decoded=9, prefill_s=0.5, decode_s=1.0)
+    explainer.ended(
+        ended(1, asks("x"), reply=Reply(counts, None), prepared_s=0.3, first_byte_s=101.0)
+    )
+    timing = (await record_of(explainer, 1))["timing"]
+    assert timing["ttft_s"] == pytest.approx(1.0)
+    assert timing["cold_ttft_s"] == pytest.approx(1.0 - 0.5 - 0.3 + 400 * 0.005)
+
+
+async def test_listeners_are_told_on_the_loop(explainer: Explainer) -> None:
+    told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+    explainer.on_record = lambda namespace, record: told.put_nowait((namespace, record))
+    explainer.ended(ended(1, asks("x")))
+    namespace, record = await asyncio.wait_for(told.get(), 10)
+    assert namespace == "ada"
+    assert record == await record_of(explainer, 1)
+    assert brief(record)["tokens"] == record["tokens"]
+
+
+async def test_what_ends_before_it_is_open_or_after_it_is_closed_is_forgotten(
+    tmp_path: Path,
+) -> None:
+    explainer = Explainer(keeps_text=False)
+    explainer.ended(ended(1, asks("x")))
+    assert await explainer.get("last", namespace="ada") is None
+    await explainer.open(tmp_path, Identity("f", {}, cuttable=True), [])
+    await explainer.close()
+    explainer.ended(ended(2, asks("x")))
+    assert await explainer.latest(namespace="ada", limit=9) == []
+
+
+async def test_a_fault_in_one_explanation_is_logged_and_the_next_one_is_told(
+    explainer: Explainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = ended(1, asks("x"), reply=Reply("no counts", None))  # type: ignore[arg-type]
+    with caplog.at_level("ERROR", "keepwarm"):
+        explainer.ended(broken)
+        explainer.ended(ended(2, asks("x")))
+        assert await record_of(explainer, 2)
+    assert [r.getMessage() for r in caplog.records] == ["a request couldn't be explained"]
+
+
+# --- log lines
+
+
+async def test_a_request_is_one_line_for_people_and_fields_for_programs(
+    explainer: Explainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explainer.ended(ended(1, asks("x", "It is 2026-11-24 09:00. " + SYSTEM)))
+    explainer.ended(ended(2, asks("x", "It is 2026-11-24 09:05. " + SYSTEM)))
+    record = await record_of(explainer, 2)
+    assert request_line(record) == (
+        "request00002 chat tier=none plan=cold slot=1 warm=0 cold=400 out=9 ttft=2.000s "
+        "(cold 2.10s) timestamp"
+    )
+    fields = request_fields(record)
+    assert fields["cold_tokens"] == 400
+    assert fields["difference"]["kind"] == "date"
+    assert "before" not in fields["difference"]
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+async def test_each_form_of_the_log_is_one_line_a_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    set_up_logging(LogSettings(format=form))  # type: ignore[arg-type]
+    try:
+        explainer = await opened(tmp_path)
+        explainer.ended(ended(1, asks("x\ny")))
+        explainer.ended(ended(2, asks("x\nz"), reply=None, status=0, trouble="timeout_error"))
+        await explainer.close()
+        lines = capsys.readouterr().err.splitlines()
+    finally:
+        logger = logging.getLogger("keepwarm")
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+    assert len(lines) == 2
+    if form == "json":
+        first, second = map(json.loads, lines)
+        assert (first["id"], first["level"], first["cause"]) == (
+            "request00001",
+            "info",
+            "new_namespace",
+        )
+        assert (second["level"], second["error"]) == ("warning", "timeout_error")
+    else:
+        assert "request00001 chat tier=none plan=cold" in lines[0]
+        assert "WARNING" in lines[1]
+
+
+# --- the live stream
+
+
+async def test_nothing_is_looked_at_while_nobody_listens() -> None:
+    looks: list[str] = []
+
+    def look(namespace: str) -> dict[str, Any]:
+        looks.append(namespace)
+        return {"n": len(looks)}
+
+    feed = Feed(look)
+    feed.publish("ada", "request", {"x": 1})
+    await asyncio.sleep(0)
+    assert looks == []
+    listener = feed.attach("ada")
+    assert await listener.events.get() == encode_event("slots", {"n": 1})
+    feed.detach(listener)
+    seen = len(looks)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(looks) == seen
+    assert len(feed) == 0
+
+
+async def test_a_listener_hears_its_own_namespace_only() -> None:
+    feed = Feed(lambda _: {})
+    ada, bob = feed.attach("ada"), feed.attach("bob")
+    feed.publish("ada", "request", {"x": 1})
+    assert await ada.events.get() == encode_event("request", {"x": 1})
+    assert bob.events.empty()
+    feed.close()
+
+
+async def test_a_state_that_did_not_change_is_sent_once() -> None:
+    looked = asyncio.Semaphore(0)
+
+    def look(_: str) -> dict[str, Any]:
+        looked.release()
+        return {"same": True}
+
+    feed = Feed(look, beat_s=0.0)
+    listener = feed.attach("ada")
+    for _ in range(5):
+        await looked.acquire()
+    assert listener.events.qsize() == 1
+    feed.close()
+
+
+async def test_a_listener_that_does_not_keep_up_is_ended_not_waited_for() -> None:
+    feed = Feed(lambda _: {})
+    slow = feed.attach("ada")
+    for i in range(2000):
+        feed.publish("ada", "request", {"i": i})
+    assert slow.events.qsize() < 600
+    waiting = [slow.events.get_nowait() for _ in range(slow.events.qsize())]
+    assert None in waiting
+    feed.close()
+
+
+async def test_closing_ends_every_stream() -> None:
+    feed = Feed(lambda _: {})
+    listener = feed.attach("ada")
+    feed.close()
+    assert await listener.events.get() is None
+
+
+# --- who may look
+
+
+def refused(host: str, origin: str | None = None, *, has_keys: bool = False) -> bool:
+    headers = {"Host": host} | ({"Origin": origin} if origin else {})
+    request = make_mocked_request("POST", "/keepwarm/store/1/evict", headers=headers)
+    try:
+        refuse_other_sites(request, has_keys=has_keys)
+    except ForbiddenError:
+        return True
+    return False
+
+
+def test_other_web_sites_are_refused() -> None:
+    assert not refused("127.0.0.1:8090")
+    assert not refused("127.0.0.1:8090", "http://127.0.0.1:8090")
+    assert refused("127.0.0.1:8090", "https://evil.example")
+    assert refused("127.0.0.1:8090", "http://127.0.0.1:9000")
+    assert refused("127.0.0.1:8090", "null")
+
+
+def test_a_name_that_a_site_gave_our_address_is_refused_without_keys() -> None:
+    assert refused("evil.example:8090", "http://evil.example:8090")
+    assert not refused("evil.example:8090", "http://evil.example:8090", has_keys=True)
+    for host in ("localhost:8090", "[::1]:8090", "box:8090", "box.local", "192.168.1.7:8090"):
+        assert not refused(host)
+
+
+def test_the_page_is_small_and_may_load_nothing_from_elsewhere() -> None:
+    html = Path(dashboard_file).with_name("index.html").read_bytes()
+    assert len(html) < 150_000
+    assert html.count(b"<script>") == 1
+    for outside in (b"src=", b"@import", b"url(http", b'href="http', b"innerHTML", b"eval("):
+        assert outside not in html
+    policy = content_policy(html)
+    assert "default-src 'none'" in policy
+    assert policy.count("'sha256-") == 1
+    assert "unsafe-eval" not in policy
+    assert "script-src 'unsafe-inline'" not in policy
