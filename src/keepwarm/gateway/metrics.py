@@ -109,9 +109,7 @@ class Metrics:
         for plan in Source:
             self._ttft.labels(plan.value)
 
-    def replied(
-        self, *, plan: Source, tier: str, counts: Counts, ttft_s: float, prefill_s_per_token: float
-    ) -> None:
+    def replied(self, *, plan: Source, tier: str, counts: Counts, ttft_s: float) -> None:
         """A request was answered."""
         self._decoded.inc(counts.decoded)
         self._requests.labels(plan.value, tier).inc()

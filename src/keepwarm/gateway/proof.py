@@ -41,7 +41,6 @@ class Prover:
             tier=name,
             counts=counts,
             ttft_s=ttft_s,
-            prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
         )
         # One token is always evaluated again, so a prompt that is all known reuses one less.
         if counts.cached < min(plan.promise_tokens, counts.prompt - 1):
