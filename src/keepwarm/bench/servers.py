@@ -299,6 +299,6 @@ def _serve_command(file: Path) -> list[str]:
     unset = []
     for key, _, _ in fields():
         unset += ["-u", "KEEPWARM_" + key.replace(".", "_").upper()]
-    python = [sys.executable, "-c", "from keepwarm.cli import main; main()"]
+    python = [sys.executable, "-m", "keepwarm"]
     guard = [sys.executable, "-m", "keepwarm.engine.guard", "/usr/bin/env", *unset]
     return [*guard, *python, "serve", "--config", str(file)]

@@ -109,7 +109,7 @@ def bench(
     else:
         out.print(terminal(report))
     for path in written:
-        err.print(str(path), markup=False)
+        err.print(str(path), markup=False, soft_wrap=True)
 
 
 def _arms(names: str) -> list[str]:
@@ -157,5 +157,6 @@ class _Line:
             f"{sample.prefilled_tokens:7,} prefilled {sample.cached_tokens:7,} cached  "
             f"{sample.plan}",
             markup=False,
+            soft_wrap=True,
             style="dim",
         )

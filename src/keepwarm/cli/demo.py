@@ -72,7 +72,7 @@ def demo(
     else:
         out.print()
         out.print(demo_tables(report))
-    err.print(f"\npicture: {picture}\ndata:    {data}", markup=False)
+    err.print(f"\npicture: {picture}\ndata:    {data}", markup=False, soft_wrap=True)
 
 
 def _model(given: Path | None) -> Path:
@@ -128,7 +128,7 @@ class _Screen:
 
     def told(self, text: str) -> None:
         """See `Stage`."""
-        err.print(f"   {text}", markup=False)
+        err.print(f"   {text}", markup=False, soft_wrap=True)
 
     def warmed(self, prefix: Prefix) -> None:
         """See `Stage`."""
