@@ -8,6 +8,7 @@ is written behind.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.second import Objects, SecondLevel
 from keepwarm.gateway.dispatcher import Dispatcher, Grant
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
 
@@ -159,8 +160,13 @@ class NodeRuntime(Runtime):
                     log.info("%s: %d tokens moved here", tier.name, brought.moved_tokens)
 
     async def stop(self, *, drain: bool = True) -> None:
-        """See `Runtime.stop`; what was saved is written to the shared store first."""
+        """See `Runtime.stop`; what is saved at the end is written to the shared store, too."""
         if self.second is not None:
+            if drain and self.state is State.READY:
+                await self.dispatcher.drain(self.settings.server.drain_timeout_s)
+                absorbing = [task for task in self._tasks if task.get_name() == "absorb"]
+                if absorbing:
+                    await asyncio.wait(absorbing, timeout=FLUSH_S)
             await self.second.close(flush_s=FLUSH_S if drain else 0.0)
         await super().stop(drain=drain)
 

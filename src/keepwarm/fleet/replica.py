@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -60,7 +61,12 @@ class Node:
         root = Path(settings.store.dir).expanduser() if settings.store.dir else places.store
         # One more than there may be: while a node is replaced, both are there.
         place, self._lock = node_directory(root, most=config.most_nodes + 1)
-        flags = {**config.node_flags(), "store.dir": str(place), "server.port": 0}
+        flags = {
+            **config.node_flags(),
+            "store.dir": str(place),
+            "batch.dir": str(place / "batches"),
+            "server.port": 0,
+        }
         settings, places = load_settings(flags=flags)
         self.name = place.name
         self._runtime = NodeRuntime(settings, places, shared=_shared(config))
@@ -141,6 +147,7 @@ class Node:
         scheduler = runtime.dispatcher.scheduler
         about: dict[str, Any] = {
             "node": self.name,
+            "pid": os.getpid(),
             "asked": self._asked,
             "queued": scheduler.queued,
             "slots": len(scheduler.slots),

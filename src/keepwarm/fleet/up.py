@@ -6,6 +6,7 @@ Needs Ray. The application is two deployments: `front` (one a machine that takes
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,16 @@ def application_of(args: dict[str, Any]) -> serve.Application:
     return application(args["plain"])
 
 
+# Serve gives its proxy 5 s to start and then begins again, for ever on a machine that is busy
+# loading models. The processes that `ray.init` starts read this when they start.
+_PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Nor a process for each core at the start, when a few are needed.
+    "RAY_prestart_worker_first_driver": "false",
+    "RAY_enable_worker_prestart": "false",
+}
+
+
 def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
     """Start the fleet, on the cluster named or on a Ray of this process; returns when it serves.
 
@@ -98,6 +109,8 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
         if fleet.address:
             ray.init(address=fleet.address, namespace=NAME, log_to_driver=False)
         else:
+            for name, value in _PATIENCE.items():
+                os.environ.setdefault(name, value)
             ray.init(
                 namespace=NAME,
                 num_cpus=max(int(fleet.cpus * (config.most_nodes + 1)) + 1, 2),
@@ -108,12 +121,21 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Ray can't be used: {error}") from error
     serve.start(http_options=HTTPOptions(host=fleet.host, port=fleet.port))
-    serve.run(
-        application(msgspec.to_builtins(config)), name=NAME, route_prefix="/", _blocking=False
+    target = serve.RunTarget(
+        target=application(msgspec.to_builtins(config)), name=NAME, route_prefix="/"
+    )
+    # Not waited for by Serve, so that it can be told how far it is.
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
     )
     said = ""
     while True:
-        status = serve.status().applications[NAME]
+        time.sleep(0.2)
+        status = serve.status().applications.get(NAME)
+        if status is None:
+            continue
         nodes = status.deployments.get("node")
         now = f"{status.status.value.lower()}: {dict(nodes.replica_states) if nodes else ''}"
         if now != said:
@@ -124,7 +146,6 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
         if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             why = nodes.message if nodes else status.message
             raise EngineStartError(f"The fleet doesn't come up: {why}")
-        time.sleep(0.2)
 
 
 def down() -> None:
