@@ -100,13 +100,14 @@ class Machine:
 
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
-    each has its own part.
+    each has its own part. `slack_tokens` of a restored prefix may be computed again.
     """
 
     row_bytes: int
     cuttable: bool
     can_save: bool
     pool_tokens: int | None
+    slack_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ class Prover:
             ttft_s=ttft_s,
         )
         # One token is always evaluated again, so a prompt that is all known reuses one less.
-        if counts.cached < min(plan.promise_tokens, counts.prompt - 1):
+        promised = min(plan.promise_tokens, counts.prompt - 1)
+        if counts.cached < promised - runtime.machine.slack_tokens:
             runtime.supervise(self._broken(job, plan, counts))
         elif (
             job.prompt.static

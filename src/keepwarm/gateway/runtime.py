@@ -255,6 +255,8 @@ class Runtime:
             cuttable=self.probed.cuttable,
             can_save=True,
             pool_tokens=pool,
+            # A prefix that doesn't fill its window is reused but for its last token.
+            slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
         )
         self.slot_store = SlotStore(
             self.store, row_bytes=self.probed.row_bytes, cuttable=self.probed.cuttable
