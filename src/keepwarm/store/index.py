@@ -161,11 +161,6 @@ class Index:
         """Let go; what was committed is on the disk."""
         self._db.close()
 
-    def abandon(self) -> None:
-        """Close as a killed process would: nothing is moved from the log into the file."""
-        self._db.execute("PRAGMA wal_autocheckpoint=0")
-        self._db.close()
-
     def extents(self) -> Iterator[ExtentRow]:
         """All rows, parents before children."""
         return map(ExtentRow._make, self._db.execute("SELECT * FROM extents ORDER BY id"))
