@@ -1,10 +1,10 @@
-"""Judge how well the router holds on requests it hasn't learned from: every figure in docs/router.md.
+"""Judge how the router holds on requests it hasn't learned from: the figures in docs/router.md.
 
     python scripts/judge_router.py DATA.jsonl [--json]
 
 Nothing that is judged was learned from. `within`: five folds, grouped by query. `pairs`: one source
 with need and one without are both left out, since most sources have one label only and no AUC of
-their own. `sources`: each source left out in turn, judged by the whole router with its default costs.
+their own. `sources`: each source left out in turn, judged by the whole router at default costs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from keepwarm.router.decide import route, score
 from keepwarm.router.features import look
 from keepwarm.router.model import Weights
 from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest
+from keepwarm.router.words import seen
 
 #: The share of requests with need that may fall under a threshold when its other side is told.
 UNDER_TIERED: Final = 0.02
@@ -73,18 +74,26 @@ def catalog_of(row: Row, words: WordWeights) -> Catalog:
 def p_tools(rows: Sequence[Row], weights: Weights) -> Floats:
     """P(needs tools) of each row."""
     return np.array(
-        [score(look(row.query), catalog_of(row, weights.words), weights).tools for row in rows]
+        [
+            score(look(seen(row.query)), catalog_of(row, weights.words), weights).tools
+            for row in rows
+        ]
     )
+
+
+def p_tools_open(rows: Sequence[Row], weights: Weights) -> Floats:
+    """P(needs tools) of each row where what is on offer isn't told."""
+    return np.array([score(look(seen(row.query)), UNKNOWN_TOOLS, weights).tools for row in rows])
 
 
 def p_earlier(rows: Sequence[Row], weights: Weights) -> Floats:
     """P(the answer lies in earlier conversations) of each row."""
-    return np.array([score(look(row.query), UNKNOWN_TOOLS, weights).context for row in rows])
+    return np.array([score(look(seen(row.query)), UNKNOWN_TOOLS, weights).context for row in rows])
 
 
 def p_depth(rows: Sequence[Row], weights: Weights) -> Floats:
     """P(hard) of each row."""
-    return np.array([score(look(row.query), UNKNOWN_TOOLS, weights).depth for row in rows])
+    return np.array([score(look(seen(row.query)), UNKNOWN_TOOLS, weights).depth for row in rows])
 
 
 def within(rows: Sequence[Row]) -> dict[str, float]:
@@ -115,41 +124,44 @@ def pairs(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Pairs of unseen sources, for each score."""
     found: dict[str, dict[str, float]] = {}
     for needed in RELEVANT:
-        held = (IRRELEVANT, needed)
         found[f"tools offered: {needed} / {IRRELEVANT}"] = pair(
-            rows, lambda row, held=held: row.source in held, p_tools, lambda row: row.needs_tool
-        )  # type: ignore[misc]
-    for unneeded in UNNEEDED:
-        held = ("bfcl/multi_turn_base", unneeded)
-        learned = learn([row for row in rows if row.source not in held])
-        judged = [row for row in rows if row.source in held]
-        p = np.array([score(look(row.query), UNKNOWN_TOOLS, learned).tools for row in judged])
-        found[f"tools unknown: bfcl/multi_turn_base / {unneeded}"] = figures(
-            p, np.array([row.needs_tool for row in judged])
+            rows, _from(needed, IRRELEVANT), p_tools, lambda row: row.needs_tool
         )
-    scenarios = sorted({row.id.split("-")[1] for row in rows if row.needs_context})
-    for scenario in scenarios:
-        for unneeded in (
-            "bfcl/simple_python",
-            "bfcl/multi_turn_base",
-            "arena_hard_v2/creative_writing",
-        ):
-
-            def is_held(row: Row, scenario: str = scenario, unneeded: str = unneeded) -> bool:
-                own = row.needs_context and row.id.split("-")[1] == scenario
-                return own or row.source == unneeded
-
-            found[f"context: memory {scenario} / {unneeded}"] = pair(
-                rows, is_held, p_earlier, lambda row: row.needs_context
-            )
+    for unneeded in UNNEEDED:
+        found[f"tools unknown: bfcl/multi_turn_base / {unneeded}"] = pair(
+            rows, _from("bfcl/multi_turn_base", unneeded), p_tools_open, lambda row: row.needs_tool
+        )
+    for scenario in sorted({_scenario(row) for row in rows if row.needs_context}):
+        found[f"context: memory {scenario} / half of the others"] = pair(
+            rows, _scenario_and_half(rows, scenario), p_earlier, lambda row: row.needs_context
+        )
     for family in ("arena_hard_v2", "routellm"):
+        sources = {row.source for row in rows if row.source.startswith(family)}
         found[f"depth: {family}"] = pair(
-            rows,
-            lambda row, family=family: row.source.startswith(family),
-            p_depth,
-            lambda row: bool(row.is_hard),
-        )  # type: ignore[misc]
+            rows, _from(*sources), p_depth, lambda row: bool(row.is_hard)
+        )
     return found
+
+
+def _from(*sources: str) -> Callable[[Row], bool]:
+    return lambda row: row.source in sources
+
+
+def _scenario(row: Row) -> str:
+    """BFCL's memory requests come from five scenarios, each about one person."""
+    return row.id.split("-")[1]
+
+
+def _scenario_and_half(rows: Sequence[Row], scenario: str) -> Callable[[Row], bool]:
+    """One scenario, and every second of the sources without need."""
+    others = sorted({family_of(row.source) for row in rows if not row.needs_context})[::2]
+
+    def held(row: Row) -> bool:
+        if row.needs_context:
+            return _scenario(row) == scenario
+        return family_of(row.source) in others
+
+    return held
 
 
 def family_of(source: str) -> str:

@@ -1,6 +1,6 @@
 """Learn the router's weights from labelled requests, and report how well they hold.
 
-    python scripts/learn_router.py DATA.jsonl            # learn, judge and report
+    python scripts/learn_router.py DATA.jsonl            # learn and tell what was learned
     python scripts/learn_router.py DATA.jsonl --write    # learn from all of it, write weights.json
 
 Needs NumPy and SciPy (scikit-learn brings it); what it writes is scored in plain Python. DATA.jsonl
@@ -10,12 +10,10 @@ has one object a line: `query`, `tools` (a list of {name, description}; null unk
 How it learns: logistic regressions whose weights may only have the sign that their feature was made
 to have (more words in common with a tool can't argue against it), strongly regularised, each source
 weighing the square root of its size. A query is also tried with other catalogs: with distractors
-beside its own tools, with tools that lie near it but aren't its own, and with random ones. So what is
-learned is the relation between a request and what is on offer, not the style of one source.
+beside its own tools, with tools that lie near it but aren't its own, and with random ones. So what
+is learned is the relation between a request and what is on offer, not the style of one source.
 
-How it judges: grouped by query, and leave-one-source-out: the source that is judged was seen neither
-by the weights, nor by the word weights, nor by the calibration. Sources with one label only have no
-AUC of their own, so they are left out in pairs, one with and one without need.
+How well it holds is told by scripts/judge_router.py.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ import random
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
+from scipy.optimize import minimize  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 from keepwarm.router.catalog import ToolText, WordWeights, prepare_catalog
 from keepwarm.router.features import (
@@ -59,6 +57,8 @@ WEIGHTS_FILE: Final = Path(__file__).parents[1] / "src" / "keepwarm" / "router" 
 LISTED_STEMS: Final = 900
 #: What a tool must share with a request's own tool to count as the same one under another name.
 SAME_TOOL: Final = 0.45
+#: What a label that is about a certain catalog weighs as evidence about the request itself.
+OPEN_WEIGHT: Final = 0.2
 #: Standard deviations below this are taken as this, so that rare features aren't blown up.
 LEAST_SPREAD: Final = 0.05
 
@@ -70,8 +70,9 @@ class Shape:
     argues_for: tuple[str, ...]
     argues_against: tuple[str, ...]
     strength: float
-    #: The share of requests that need it in a deployment, as far as anybody knows before it is asked:
-    #: about half of what is said to an agent with fitting tools uses one; few requests look back.
+    #: The share of requests that need it, to which the score is calibrated. An assumption, since
+    #: the data's shares are their collectors': half of the requests made with a certain catalog, a
+    #: third of those made with an unknown one; few look back, few are beyond a small prompt.
     prior: float
 
 
@@ -80,8 +81,10 @@ SHAPES: Final = {
         argues_for=(
             "tool covered", "tool name covered", "tool purpose covered", "strongest common word",
             "common words", "common weight", "request covered", "common pairs", "same action",
-            "concepts shared", "letters in common", "tool named", "values given", "values for tool",
-            "cue tool-words", "cue now", "cue act", "cue look-up", "imperative", "numbers", "quoted",
+            "same verb", "concepts shared", "letters in common", "tool named", "values given",
+            "values for tool",
+            "cue tool-words", "cue now", "cue act", "cue look-up", "imperative", "numbers",
+            "quoted",
             "entities", "identifiers",
         ),
         argues_against=(
@@ -101,14 +104,15 @@ SHAPES: Final = {
         argues_against=(
             "cue explain", "cue write", "cue code", "cue advice", "cue small-talk",
             "cue story-problem", "cue depth", "code shown", "formula", "foreign", "listed steps",
-            "sentences",
+            "sentences", "bare question",
         ),
         strength=0.003,
-        prior=0.5,
+        prior=0.3,
     ),
     "context": Shape(
         argues_for=(
-            "cue past-conversation", "cue earlier", "cue shared", "cue self-question", "self share", "asks",
+            "cue past-conversation", "cue earlier", "cue shared", "cue self-question",
+            "self share", "asks",
             "asks of self", "one sentence", "ends asking",
         ),
         argues_against=(
@@ -206,10 +210,10 @@ def word_weights(rows: Sequence[Row]) -> WordWeights:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def looked(query: str) -> Seen:
     """What a query shows by itself; it doesn't depend on anything learned."""
-    return look(query)
+    return look(seen(query))
 
 
 def features(query: str, tools: tuple[ToolText, ...], weights: WordWeights) -> dict[str, float]:
@@ -237,7 +241,7 @@ def same_tool(one: ToolText, others: Sequence[ToolText], weights: WordWeights) -
 
 def offered_examples(rows: Sequence[Row], weights: WordWeights) -> list[Example]:
     """Requests with catalogs: their own, their own among distractors, near ones, random ones."""
-    dice = random.Random(len(rows))
+    dice = random.Random(len(rows))  # noqa: S311  (draws examples, keeps no secret)
     pool = sorted(
         {tool for row in rows for tool in row.tools or ()}, key=lambda t: (t.name, t.description)
     )
@@ -274,12 +278,21 @@ def offered_examples(rows: Sequence[Row], weights: WordWeights) -> list[Example]
 
 
 def open_examples(rows: Sequence[Row]) -> list[Example]:
-    """Requests whose catalog isn't told. Where a given tool didn't fit, nothing is known."""
-    return [
-        Example(row.query, (), row.needs_tool, row.source)
-        for row in rows
-        if row.needs_tool or not row.tools
-    ]
+    """Requests whose catalog isn't told.
+
+    Where a catalog was told, the label is about that catalog. A fitting tool says little about the
+    request by itself, so it weighs `OPEN_WEIGHT`; a misfit says nothing, except that a question of
+    general knowledge can do without: those are the only short plain questions there are.
+    """
+    found = []
+    for row in rows:
+        if not row.tools:
+            found.append(Example(row.query, (), row.needs_tool, row.source))
+        elif row.needs_tool:
+            found.append(Example(row.query, (), True, row.source, OPEN_WEIGHT))
+        elif looked(row.query).values["bare question"]:
+            found.append(Example(row.query, (), False, row.source))
+    return found
 
 
 def context_examples(rows: Sequence[Row]) -> list[Example]:

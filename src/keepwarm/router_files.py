@@ -115,10 +115,12 @@ class Router:
         """The catalog of a request's own tools; None means the tiers' own."""
         return self.own_tools if tools is None else self._catalogs.get(tools)
 
-    def route(self, request: RouteRequest, costs: Sequence[TierCost] = ()) -> Decision:
+    def route(
+        self, request: RouteRequest, costs: Sequence[TierCost] = (), *, explain: bool = False
+    ) -> Decision:
         """Route one request; `costs` are the tiers' now, empty for the usual ones."""
         catalog = self.catalog(request.tools)
-        return route(request, catalog, costs, self.config, self.weights)
+        return route(request, catalog, costs, self.config, self.weights, explain=explain)
 
 
 def load_router(

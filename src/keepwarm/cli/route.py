@@ -1,4 +1,4 @@
-"""`keepwarm route`: explain a decision, decide many, learn from outcomes, show where requests went."""
+"""`keepwarm route`: explain a decision, decide many, learn from outcomes, show what happened."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def explain(
         raise ConfigError('Give a text, as in keepwarm route "text", or --batch FILE.')
     told = asyncio.run(_from_server(settings, text))
     if told is None:
-        decision = _router(settings, places).route(RouteRequest(text=text))
+        decision = _router(settings, places).route(RouteRequest(text=text), explain=True)
         told = {
             **decision.to_json(),
             "costs": {each.tier: each.seconds for each in DEFAULT_COSTS},

@@ -1,8 +1,9 @@
 """Refitting the scores to a deployment, from what became of its requests. Pure.
 
 The shipped scores keep the order in which they put requests; a refit moves their logits by a slope
-and an offset (Platt scaling), held near (1, 0) by a prior, so that few outcomes change little. The thresholds follow: on the calibrated probability they stay what
-the costs say, so on the shipped one they move.
+and an offset (Platt scaling), held near (1, 0) by a prior, so that few outcomes change little. The
+thresholds follow: on the calibrated probability they stay what the costs say, so on the shipped one
+they move.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from keepwarm.router.types import FULL, MINIMAL, TIERS
 #: put the true share anywhere within a factor of two.
 LEAST_OUTCOMES: Final = 30
 LEAST_OF_A_KIND: Final = 5
-#: Standard deviations of the prior on slope and offset: a deployment whose logits are twice as
-#: steep, or off by two (a factor of 7 in odds), is within two of them.
-_SLOPE_SPREAD: Final = 0.5
-_OFFSET_SPREAD: Final = 1.0
+#: Standard deviations of the prior on slope and offset: logits half as steep again, or off by 1.4
+#: (a factor of 4 in odds), are within two of them.
+_SLOPE_SPREAD: Final = 0.25
+_OFFSET_SPREAD: Final = 0.7
 _BINS: Final = 10
 
 
@@ -182,7 +183,7 @@ def refit(
     current: Mapping[str, Platt],
     thresholds: Mapping[str, float],
 ) -> dict[str, Refit]:
-    """Each score's refit. `thresholds` are on the calibrated probability, as the costs give them."""
+    """Each score's refit. `thresholds` are on the calibrated probability, as costs give them."""
     found = {}
     for score in REFITS:
         said = evidence(score, outcomes)

@@ -23,7 +23,8 @@ DESCRIPTION_SEEN_CHARS: Final = 400
 
 #: Where a description stops saying what the tool does and starts saying from which arguments.
 _ARGUMENTS = re.compile(
-    r"\b(based on|given|using|by|for|from|with|in|at|according|within|during|that|which|when)\b|[.,;(]",
+    r"\b(based on|given|using|by|for|from|with|in|at|according|within|during|that|which|when)\b"
+    r"|[.,;(]",
     re.IGNORECASE,
 )
 
@@ -31,7 +32,6 @@ VERB_CLASS_OF: Final[dict[str, str]] = {
     stem(word): kind for kind, listed in VERB_CLASSES.items() for word in listed
 }
 _SLOT_OF: Final = by_stem(SLOT_WORDS)
-_TOOL_STOP_STEMS: Final = frozenset(stem(word) for word in TOOL_STOP_WORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,15 @@ class Catalog:
     """
 
     tools: tuple[ToolFacts, ...]
-    index: Mapping[str, tuple[int, ...]]
+    index: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    by_concept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     is_open: bool = False
 
 
 #: Nothing is on offer: no request can need a tool.
-NO_TOOLS: Final = Catalog(tools=(), index={})
+NO_TOOLS: Final = Catalog(tools=())
 #: What is on offer can't be told: only the request itself is evidence.
-UNKNOWN_TOOLS: Final = Catalog(tools=(), index={}, is_open=True)
+UNKNOWN_TOOLS: Final = Catalog(tools=(), is_open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
     core = words(head[: cut.start()] if cut else head)
 
     def meaning(found: Iterable[str]) -> tuple[str, ...]:
-        return tuple(each for each in content_stems(found) if each not in _TOOL_STOP_STEMS)
+        return tuple(content_stems(word for word in found if word not in TOOL_STOP_WORDS))
 
     name_stems, every = meaning(named), meaning([*named, *described])
     kinds = {
@@ -157,13 +158,20 @@ def prepare_catalog(
 ) -> Catalog:
     """A tools list taken apart; about 30 us a tool."""
     facts = tuple(tool_facts(tool, weights) for tool in tools)
-    index: dict[str, list[int]] = {}
-    for at, tool in enumerate(facts):
-        for each in tool.all_stems:
-            index.setdefault(each, []).append(at)
     return Catalog(
-        tools=facts, index={each: tuple(where) for each, where in index.items()}, is_open=is_open
+        tools=facts,
+        index=_inverted(tool.all_stems for tool in facts),
+        by_concept=_inverted(tool.concepts for tool in facts),
+        is_open=is_open,
     )
+
+
+def _inverted(sets: Iterable[frozenset[str]]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, list[int]] = {}
+    for at, members in enumerate(sets):
+        for each in members:
+            found.setdefault(each, []).append(at)
+    return {each: tuple(where) for each, where in found.items()}
 
 
 class CatalogCache:

@@ -7,8 +7,8 @@ lacks, the probability of needing it times what lacking it costs:
     standard  seconds                      + P(context) * context_s + P(depth) * depth_s / 2
     full      seconds
 
-The least expected cost wins, so the threshold on a probability is (difference of seconds) / (cost of
-lacking), and moves with what is warm. See docs/router.md for the figures this gives.
+The least expected cost wins, so the threshold on a probability is (difference of seconds) / (cost
+of lacking), and moves with what is warm. See docs/router.md for the figures this gives.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from keepwarm.router.types import (
     RouteRequest,
     TierCost,
 )
+from keepwarm.router.words import seen
 
 #: Where nothing is on offer a tool can't be needed; not 0, so that logarithms stay finite.
 P_NOTHING_ON_OFFER: Final = 0.002
@@ -71,8 +72,8 @@ def _towards(p: float, assumed: float, share: float) -> float:
     return p + share * (assumed - p)
 
 
-def score(request: Seen, catalog: Catalog, weights: Weights) -> Scores:
-    """The probabilities of a request against a catalog, with what moved them."""
+def score(request: Seen, catalog: Catalog, weights: Weights, *, explain: bool = False) -> Scores:
+    """The probabilities of a request against a catalog, and with `explain` what moved them."""
     logits: dict[str, float] = {}
     told: list[Contribution] = []
     met = meet(request, catalog, weights.words) if catalog.tools else None
@@ -87,10 +88,12 @@ def score(request: Seen, catalog: Catalog, weights: Weights) -> Scores:
         logits["tools"] = said[name]
         p = weights.probability("tools", said[name])
         p_tools = _towards(p, max(p, P_FOREIGN), FOREIGN_SHRINK * request.foreign)
-        told += _told("tools", weights.scores[name].contributions(values))
+        if explain:
+            told += _told("tools", weights.scores[name].contributions(values))
     for name in ("context", "depth"):
         logits[name] = weights.scores[name].logit(request.values)
-        told += _told(name, weights.scores[name].contributions(request.values))
+        if explain:
+            told += _told(name, weights.scores[name].contributions(request.values))
     told.sort(key=lambda each: -abs(each.logits))
     return Scores(
         tools=p_tools,
@@ -184,8 +187,11 @@ def route(
     costs: Sequence[TierCost],
     config: RouterConfig,
     weights: Weights,
+    *,
+    explain: bool = False,
 ) -> Decision:
-    """The tier for a request, and why. Total: any text gives a decision.
+    """The tier for a request, and why. Total: any text gives a decision; `explain` adds what moved
+    the scores.
 
     `costs` are the tiers this deployment has and what each costs now; empty means the usual ones.
     Callers leave requests alone that bring their own system prompt (`RouteRequest.is_left_alone`).
@@ -195,10 +201,10 @@ def route(
     seconds = {each.tier: each.seconds for each in costs if each.tier in TIERS}
     if not seconds:
         seconds = {each.tier: each.seconds for each in DEFAULT_COSTS}
-    text, removed = without_tier_words(request.text)
-    request_seen = look(text, tier_words_removed=removed)
-    found = rulings(request, request_seen, config.rules)
-    scores = score(request_seen, catalog, weights)
+    text, removed = without_tier_words(seen(request.text))
+    looked = look(text, tier_words_removed=removed)
+    found = rulings(request, looked, config.rules)
+    scores = score(looked, catalog, weights, explain=explain)
     scores = ruled(scores, found, tools_on_offer="tools" in scores.logits)
     tier, reason, expected = _by_scores(scores, seconds, config)
     if request.explicit_tier is not None:

@@ -14,14 +14,14 @@ from itertools import pairwise
 from typing import Final
 
 from keepwarm.router.catalog import VERB_CLASS_OF, Catalog, ToolFacts, WordWeights, trigrams
-from keepwarm.router.lexicon import VALUE_WORDS
+from keepwarm.router.lexicon import ASKING_WORDS, POLITE_WORDS, PROJECTS, VALUE_WORDS
 from keepwarm.router.words import (
     concepts,
+    concepts_of,
     content_stems,
     count_cues,
     foreign_cues,
     foreign_share,
-    seen,
     stem,
     words,
 )
@@ -31,39 +31,48 @@ _QUOTED = re.compile(
     r"\"[^\"\n]{1,60}\"|(?<!\w)'[^'\n]{1,60}'(?!\w)|\u201c[^\u201d\n]{1,60}\u201d|`[^`\n]{1,60}`"
 )
 _ENTITY = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+(?: [A-Z][a-z]+)*")
-_IDENTIFIER = re.compile(
-    r"\S+@\S+\.\w+|https?://\S+|\b[A-Za-z]+[_-]?\d[\w-]*\b|\b\d{4}-\d\d-\d\d\b|\b\w+_\w+\b"
+_ADDRESS = re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}\.|https?://|\d{4}-\d\d-\d\d")
+_ENDINGS = (
+    "txt|md|pdf|csv|tsv|json|ya?ml|toml|xml|py|js|ts|tsx|c|h|cpp|rs|go|java|sh|sql|html?|css|docx?"
+    "|xlsx?|pptx?|log|ini|cfg|conf|zip|png|jpe?g|ipynb|tex"
 )
+#: The end of a file's name, or a path: looked for before the slower `_FILE`.
+_FILE_END = re.compile(rf"\.(?:{_ENDINGS})\b|/[\w.-]+/")
 _FILE = re.compile(
-    r"(?<![\w/.])(?:[~.]{0,2}/)?(?:[\w-]+/)*[\w-]+\.(?:txt|md|pdf|csv|tsv|json|ya?ml|toml|xml|py|js|ts|tsx|c|h"
-    r"|cpp|rs|go|java|sh|sql|html?|css|docx?|xlsx?|pptx?|log|ini|cfg|conf|zip|png|jpe?g|ipynb|tex)\b"
-    r"|(?<![\w:/])(?:~|\.{1,2})?/(?:[\w.-]+/)+[\w.-]*"
+    rf"(?<![\w/.-])(?:[~.]{{0,2}}/)?(?:[\w-]{{1,64}}/){{0,12}}[\w-]{{1,64}}\.(?:{_ENDINGS})\b"
+    r"|(?<![\w:/.])(?:~|\.{1,2})?/(?:[\w.-]{1,64}/){1,12}[\w.-]*"
 )
+_FILE_VERB = re.compile(
+    r"\b(?:open|read|edit|move|copy|delete|remove|rename|append|write|save|show|list|compare|diff"
+    r"|sort|fix|summari[sz]e|look at|look in|check|update|print|count|find|create|change|translate"
+    r"|convert)\b",
+    re.IGNORECASE,
+)
+#: Cues that make a question more than one of general knowledge.
+_NOT_BARE: Final = ("self", "now", "act", "look-up", "files", "shared", "earlier", "tool-words")
 _CODE = re.compile(
     r"```|[{};]\s*\n|^\s*(?:def|class|import|#include|SELECT|function)\b", re.MULTILINE
 )
 _FORMULA = re.compile(r"\$[^$\n]+\$|\\[a-z]{3,}|[=^<>]{1,2}|\b[a-z]\([a-z]\)")
 _STEP_MARK = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*\u2022]|[a-h]\))\s", re.MULTILINE)
 
+#: What a word of the same concept counts, beside 1 for the same word.
+AKIN: Final = 0.7
+#: Words of a request whose letters are compared; in a longer one too many meet by chance.
+TRIGRAM_WORDS: Final = 80
 #: Tools that are compared in detail; the rest lost on the weight of common words.
 CANDIDATES: Final = 3
 
 _YEAR = re.compile(r"\b(?:1[0-9]|20)\d\d\b|\d(?:st|nd|rd|th)\b")
 _MONEY = re.compile(r"[$\u20ac\u00a3\u00a5]\s?\d|\d\s?[\u20ac\u00a3]")
 _PLACE = re.compile(
-    r"\b(?:in|near|at|from|to|for|around|between|of|visit|and) (?:the )?[A-Z][a-z]+|[A-Z]\w+, [A-Z]\w"
+    r"\b(?:in|near|at|from|to|for|around|between|of|visit|and) (?:the )?[A-Z][a-z]+"
+    r"|[A-Z]\w+, [A-Z]\w"
 )
 _VALUE_OF: Final[dict[str, tuple[str, ...]]] = {
     word: tuple(kind for kind, listed in VALUE_WORDS.items() if word in listed)
     for word in {word for listed in VALUE_WORDS.values() for word in listed}
 }
-
-_ASKING = frozenset(
-    "what who whom whose which when where why how is are was were do does did can could will would should has have whats who's what's where's when's how's".split(
-        " "
-    )
-)
-_POLITE = frozenset("can could would will please kindly i i'd i'm help hey hi hello".split(" "))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +83,14 @@ class Seen:
     words: list[str]
     cues: dict[str, int]
     foreign: float
-    mentions_own_files: bool
+    asks_for_files: bool
     is_small_talk: bool
     tier_words_removed: bool
     text: str
 
     @property
     def n_words(self) -> int:
+        """How many words were seen."""
         return len(self.words)
 
 
@@ -97,20 +107,27 @@ def _saturated(count: float, at: float) -> float:
 
 
 def look(text: str, *, tier_words_removed: bool = False) -> Seen:
-    """What a request shows by itself. Linear in the part of the text that is seen."""
-    text = seen(text)
+    """What a request shows by itself. `text` is its seen part (`words.seen`)."""
     found = words(text)
     cues = count_cues(found)
-    for cue in foreign_cues(text):
-        cues[cue] = cues.get(cue, 0) + 1
+    foreign = foreign_share(text, found)
+    if foreign or len(found) < 8:
+        for cue in foreign_cues(text):
+            cues[cue] = cues.get(cue, 0) + 1
+    # 'How do I boil an egg' isn't about me.
+    for cue in ("self", "self-question"):
+        if cue in cues and "how-to" in cues:
+            cues[cue] = max(0, cues[cue] - cues["how-to"])
     n = len(found)
     opening = found[:6]
     first_verb = next((VERB_CLASS_OF[s] for w in opening if (s := stem(w)) in VERB_CLASS_OF), None)
     ends_asking = "?" in text[-40:]
-    first_asks = bool(opening) and opening[0] in _ASKING and opening[0] not in _POLITE
+    first_asks = bool(opening) and opening[0] in ASKING_WORDS and opening[0] not in POLITE_WORDS
     sentences = 1 + sum(text.count(mark) for mark in (". ", "? ", "! ", "\n"))
     numbers = len(_NUMBER.findall(text))
-    has_files = bool(_FILE.search(text))
+    has_files = bool(_FILE_END.search(text)) and any(
+        each.lower() not in PROJECTS for each in _FILE.findall(text)
+    )
     values = {
         "length": _saturated(math.log1p(n), 6.5),
         "one sentence": float(sentences <= 1),
@@ -119,52 +136,54 @@ def look(text: str, *, tier_words_removed: bool = False) -> Seen:
         "ends asking": float(ends_asking),
         "imperative": float(bool(found) and stem(found[0]) in VERB_CLASS_OF),
         "opens with a verb": float(first_verb is not None),
-        "polite": float(bool(opening) and opening[0] in _POLITE),
+        "polite": float(bool(opening) and opening[0] in POLITE_WORDS),
         "numbers": _saturated(numbers, 4),
         "any number": float(numbers > 0),
         "quoted": _saturated(len(_QUOTED.findall(text)), 2),
         "entities": _saturated(len(_ENTITY.findall(text)), 3),
-        "identifiers": _saturated(len(_IDENTIFIER.findall(text)), 2),
+        "identifiers": _saturated(_identifiers(text, found), 2),
         "file named": float(has_files),
         "code shown": _saturated(len(_CODE.findall(text)), 4),
         "formula": _saturated(len(_FORMULA.findall(text)), 5),
         "listed steps": _saturated(len(_STEP_MARK.findall(text)), 4),
-        "foreign": (foreign := foreign_share(text, found)),
+        "foreign": foreign,
     }
     scale = max(1.0, n / 40)  # a cue says less in a long text
     for cue, at in _CUE_AT.items():
         values[f"cue {cue}"] = _saturated(cues.get(cue, 0) / scale, at)
     values["self share"] = _saturated(cues.get("self", 0) / max(n, 8), 0.25)
+    values["bare question"] = float(first_asks and not any(cues.get(cue) for cue in _NOT_BARE))
     values["asks of self"] = values["asks"] * values["cue self-question"]
     return Seen(
         values=values,
         words=found,
         cues=cues,
         foreign=foreign,
-        mentions_own_files=_mentions_own_files(values, cues),
+        asks_for_files=_asks_for_files(text, values, cues),
         is_small_talk=0 < n <= 6 and cues.get("small-talk", 0) > 0 and n <= 4 * cues["small-talk"],
         tier_words_removed=tier_words_removed,
         text=text,
     )
 
 
-def _mentions_own_files(values: dict[str, float], cues: dict[str, int]) -> bool:
-    """Files of the deployment are to be used, as opposed to code that would use some."""
-    if cues.get("own-files", 0):
-        return True
-    writes_code = cues.get("code", 0) or values["code shown"] > 0
-    return bool(
-        values["file named"]
-        and not writes_code
-        and (cues.get("act", 0) or cues.get("look-up", 0) or cues.get("files", 0))
-    )
+def _identifiers(text: str, found: Sequence[str]) -> int:
+    """Addresses, dates, and words of letters with digits or underscores."""
+    count = sum(not (word.isalpha() or word.isdigit() or "'" in word) for word in found)
+    return count + text.count("_") + len(_ADDRESS.findall(text))
+
+
+def _asks_for_files(text: str, values: dict[str, float], cues: dict[str, int]) -> bool:
+    """Named files are to be used, as opposed to code that would use some."""
+    if not values["file named"] or cues.get("code", 0) or values["code shown"] > 0:
+        return False
+    return bool(cues.get("files", 0) or _FILE_VERB.search(text))
 
 
 #: How many of a cue count as much as it can, in a short text.
 _CUE_AT: Final[dict[str, float]] = {
     "now": 1, "look-up": 1, "act": 2, "compute": 1, "tool-words": 1, "explain": 1, "write": 2,
-    "code": 2, "advice": 1, "past-conversation": 1, "earlier": 1, "shared": 1, "self-question": 1, "files": 2, "steps": 3, "depth": 3,
-    "story-problem": 5, "small-talk": 1,
+    "code": 2, "advice": 1, "past-conversation": 1, "earlier": 1, "shared": 1, "self-question": 1,
+    "files": 2, "steps": 3, "depth": 3, "story-problem": 5, "small-talk": 1,
 }  # fmt: skip
 
 
@@ -215,7 +234,7 @@ def prepare_request(request: Seen, weights: WordWeights) -> Asked:
         given=given_values(request),
         concepts=frozenset(concepts(stems)),
         verbs=frozenset(VERB_CLASS_OF[each] for each in stems if each in VERB_CLASS_OF),
-        trigrams=trigrams(request.words),
+        trigrams=trigrams(dict.fromkeys(request.words[:TRIGRAM_WORDS])),
         weight=weights.total(stems),
         lowered=request.text.lower(),
     )
@@ -229,12 +248,31 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
     name_nouns = [s for s in tool.name_stems if s not in VERB_CLASS_OF] or list(tool.name_stems)
     core_nouns = [s for s in tool.core_stems if s not in VERB_CLASS_OF] or list(tool.core_stems)
 
+    shared = asked.concepts & tool.concepts
+
+    def met(found: str) -> float:
+        """1 for the word itself, AKIN for another word of the same concept."""
+        if found in asked.known:
+            return 1.0
+        return AKIN if shared and not shared.isdisjoint(concepts_of(found)) else 0.0
+
     def cover(stems: Sequence[str]) -> float:
         total = weights.total(stems)
-        return weights.total(s for s in stems if s in asked.known) / total if total else 0.0
+        return sum(of(s) * met(s) for s in stems) / total if total else 0.0
 
-    missing = [of(s) for s in {*name_nouns, *core_nouns} if s not in asked.known]
-    shared = asked.concepts & tool.concepts
+    akin = 0.0
+    if shared:
+        akin = AKIN * sum(
+            of(s)
+            for s in asked.stems
+            if s not in tool.all_stems and not shared.isdisjoint(concepts_of(s))
+        )
+    verbs_met = [
+        of(s)
+        for s in (*tool.name_stems, *tool.core_stems[:1])
+        if s in asked.known and s in VERB_CLASS_OF
+    ]
+    missing = [of(s) * (1.0 - met(s)) for s in {*name_nouns, *core_nouns}]
     tri = len(asked.trigrams & tool.trigrams)
     return {
         "tool covered": common_weight / tool.weight if tool.weight else 0.0,
@@ -244,7 +282,8 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
         "strongest common word": max(map(of, common), default=0.0),
         "common words": _saturated(len(common), 6),
         "common weight": _saturated(common_weight, 5.0),
-        "request covered": common_weight / max(asked.weight, 2.0),
+        "request covered": (common_weight + akin) / max(asked.weight, 1.5),
+        "same verb": max(verbs_met, default=0.0),
         "common pairs": _saturated(len(asked.pairs & tool.pairs), 2),
         "same action": float(bool(asked.verbs & tool.verbs)),
         "other action": float(bool(asked.verbs and tool.verbs) and not asked.verbs & tool.verbs),
@@ -269,6 +308,9 @@ def rough_matches(asked: Asked, catalog: Catalog, weights: WordWeights, *, top: 
             weight = weights.of(each)
             for at in where:
                 shared[at] = shared.get(at, 0.0) + weight
+    for each in asked.concepts:
+        for at in catalog.by_concept.get(each, ()):
+            shared[at] = shared.get(at, 0.0) + AKIN
     tools = catalog.tools
     ranked = sorted(shared, key=lambda at: shared[at] / (2.0 + tools[at].weight), reverse=True)
     return ranked[:top]

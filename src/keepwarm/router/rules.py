@@ -37,8 +37,8 @@ P_TOOL_WORDS: Final = 0.85
 P_NOTHING: Final = 0.01
 
 _TIER_WORDS = re.compile(
-    r"\b(?:use|using|switch(?:ing)? to|route(?: this)? to|select|choose|pick|set|force|on|in|with)\b"
-    r"[^.\n]{0,24}\b(?:minimal|standard|full)\b[\s\"'-]{0,3}\b(?:tier|prompt|mode)\b[^.!\n]{0,40}[.!]?"
+    r"\b(?:use|using|switch(?:ing)? to|route(?: this)? to|select|choose|pick|set|force|on|in"
+    r"|with)\b[^.\n]{0,24}\b(?:minimal|standard|full)\b[\s\"'-]{0,3}\b(?:tier|prompt|mode)\b[.!:]?"
     r"|\btier\s*[:=]\s*[\"']?(?:minimal|standard|full)\b[\"']?|x-keepwarm-tier\S*(?:\s+\w+)?",
     re.IGNORECASE,
 )
@@ -110,8 +110,10 @@ def _from_text(request: RouteRequest, text: Seen) -> list[Ruling]:
     if recalls or points_back:
         p = P_RECALLS if recalls else P_POINTS_BACK
         found.append(Ruling(FULL, Reason.EARLIER, "an earlier conversation", context=p))
-    if text.mentions_own_files:
-        found.append(Ruling(FULL, Reason.FILE, "files of the deployment"))
+    if cues.get("own-files", 0):
+        found.append(Ruling(FULL, Reason.FILE, "material that only the full tier may know of"))
+    elif text.asks_for_files:
+        found.append(Ruling(STANDARD, Reason.FILE, "named files"))
     if cues.get("tool-words", 0):
         found.append(Ruling(STANDARD, Reason.TOOL_WORDS, tools=P_TOOL_WORDS))
     if len(request.text) >= LONG_CHARS:

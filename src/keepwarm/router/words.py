@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
-from keepwarm.router.lexicon import CONCEPTS, CUES, FOREIGN_CUES, STOP_WORDS
+from keepwarm.router.lexicon import CONCEPTS, CUES, FOREIGN_CUES, FOREIGN_WORDS, STOP_WORDS
 
-#: Beginning and end of a text that the features look at: a question of 99 % of real requests is
-#: shorter than this (BFCL, Arena-Hard, GSM8K), and the rest says what it wants first or last.
-SEEN_HEAD_CHARS: Final = 2_400
-SEEN_TAIL_CHARS: Final = 800
+#: Beginning and end of a text that the features look at: nine in ten of the
+#: labelled requests are shorter, and the others say what they want first or last.
+SEEN_HEAD_CHARS: Final = 900
+SEEN_TAIL_CHARS: Final = 300
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -27,15 +27,9 @@ _NON_LATIN = re.compile(r"[\u0370-\u1fff\u2e80-\ufaff\uff66-\uffdc]")
 # purpose: 'calculator', 'calculation' and 'calculating' must meet; a false meeting costs little.
 _INFLECTIONS: Final = ("ings", "ies", "ing", "ed", "es", "s")
 _DERIVATIONS: Final = (
-    ("ersion", "ert"),
-    *(
-        (ending, "")
-        for ending in (
-            "ization ation ator ition ment ness ion ical able ally ity ive ate ize ise ant ent ial"
-            " er or al ic ly at"
-        ).split(" ")
-    ),
-)
+    "ization", "ation", "ator", "ition", "ment", "ness", "ion", "ical", "able", "ally", "ity",
+    "ive", "ate", "ize", "ise", "ant", "ent", "ial", "er", "or", "al", "ic", "ly", "at",
+)  # fmt: skip
 
 
 def seen(text: str) -> str:
@@ -67,9 +61,11 @@ def stem(word: str) -> str:
             if len(word) > 3 and word[-1] == word[-2] and word[-1] in "bdgmnprt":
                 word = word[:-1]
             break
-    for ending, instead in _DERIVATIONS:
-        if word.endswith(ending) and len(word) - len(ending) >= 4 - len(instead):
-            return word[: -len(ending)] + instead
+    if word.endswith("ersion"):  # conversion, to convert
+        return word[:-6] + "ert"
+    for ending in _DERIVATIONS:
+        if word.endswith(ending) and len(word) - len(ending) >= 4:
+            return word[: -len(ending)]
     return word[:-1] if len(word) > 3 and word[-1] in "ey" else word
 
 
@@ -78,15 +74,27 @@ def content_stems(found: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(stem(word) for word in found if word not in STOP_WORDS))
 
 
-def _phrase_index(
-    cues: Mapping[str, Sequence[str]],
-) -> dict[str, tuple[tuple[tuple[str, ...], str], ...]]:
-    index: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+#: For each first word: the cues it is by itself, and by second word the phrases it opens.
+_PhraseIndex = dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[tuple[str, ...], str], ...]]]]
+
+
+def _phrase_index(cues: Mapping[str, Sequence[str]]) -> _PhraseIndex:
+    alone: dict[str, list[str]] = {}
+    longer: dict[str, dict[str, list[tuple[tuple[str, ...], str]]]] = {}
     for cue, phrases in cues.items():
-        for phrase in phrases:
+        for phrase in dict.fromkeys(phrases):
             first, *rest = phrase.split()
-            index.setdefault(first, []).append((tuple(rest), cue))
-    return {first: tuple(found) for first, found in index.items()}
+            if rest:
+                longer.setdefault(first, {}).setdefault(rest[0], []).append((tuple(rest), cue))
+            else:
+                alone.setdefault(first, []).append(cue)
+    return {
+        first: (
+            tuple(alone.get(first, ())),
+            {second: tuple(found) for second, found in longer.get(first, {}).items()},
+        )
+        for first in alone.keys() | longer.keys()
+    }
 
 
 _PHRASES: Final = _phrase_index(CUES)
@@ -107,10 +115,18 @@ _STEM_CONCEPTS: Final = by_stem(CONCEPTS)
 def count_cues(found: Sequence[str]) -> dict[str, int]:
     """How often each cue occurs in a text's words. Cues that don't occur are absent."""
     counts: dict[str, int] = {}
+    last = len(found) - 1
     for at, word in enumerate(found):
-        for rest, cue in _PHRASES.get(word, ()):
-            if not rest or tuple(found[at + 1 : at + 1 + len(rest)]) == rest:
-                counts[cue] = counts.get(cue, 0) + 1
+        opened = _PHRASES.get(word)
+        if opened is None:
+            continue
+        alone, longer = opened
+        for cue in alone:
+            counts[cue] = counts.get(cue, 0) + 1
+        if longer and at < last:
+            for rest, cue in longer.get(found[at + 1], ()):
+                if len(rest) == 1 or tuple(found[at + 1 : at + 1 + len(rest)]) == rest:
+                    counts[cue] = counts.get(cue, 0) + 1
     return counts
 
 
@@ -120,6 +136,11 @@ def foreign_cues(text: str) -> set[str]:
     return {
         cue for cue, listed in FOREIGN_CUES.items() if any(phrase in lowered for phrase in listed)
     }
+
+
+def concepts_of(found: str) -> tuple[str, ...]:
+    """The concepts that one stem names; mostly none."""
+    return _STEM_CONCEPTS.get(found, ())
 
 
 def concepts(stems: Iterable[str]) -> set[str]:
@@ -137,7 +158,11 @@ def foreign_share(text: str, found: Sequence[str]) -> float:
         return 0.0
     if (other := len(_NON_LATIN.findall(text))) > 0.2 * letters:
         return min(1.0, 2.0 * other / letters)
-    if len(found) < 4:
+    if len(found) < 3:
         return 0.0
+    # 'a', 'me' and the like are English too; only what English doesn't have counts as foreign.
+    foreign = sum(word in FOREIGN_WORDS and word not in STOP_WORDS for word in found) / len(found)
     english = sum(word in STOP_WORDS for word in found) / len(found)
-    return max(0.0, min(1.0, (0.12 - english) / 0.10)) if len(found) >= 6 else 0.0
+    if foreign >= 0.15 and foreign > english:
+        return 1.0
+    return max(0.0, min(1.0, (0.12 - english) / 0.10)) if len(found) >= 8 else 0.0
