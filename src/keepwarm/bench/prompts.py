@@ -30,7 +30,7 @@ class Questions:
     def new(self) -> str:
         """The next one."""
         number = next(self._numbers)
-        return f"{_THINGS[number % len(_THINGS)]}, round {number}: name one, in a single word."
+        return f"{_THINGS[number % len(_THINGS)]} {number}: name one."
 
 
 def user(text: str) -> Turn:
