@@ -71,8 +71,8 @@ class Shape:
     argues_against: tuple[str, ...]
     strength: float
     #: The share of requests that need it, to which the score is calibrated. An assumption, since
-    #: the data's shares are their collectors': half of the requests made with a certain catalog, a
-    #: third of those made with an unknown one; few look back, few are beyond a small prompt.
+    #: the data's shares are their collectors': half of the requests made with a certain catalog,
+    #: one in seven of those made with an unknown one; few look back, few are beyond a small prompt.
     prior: float
 
 
@@ -107,7 +107,7 @@ SHAPES: Final = {
             "sentences", "bare question",
         ),
         strength=0.003,
-        prior=0.3,
+        prior=0.15,
     ),
     "context": Shape(
         argues_for=(

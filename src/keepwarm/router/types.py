@@ -90,7 +90,7 @@ class MissCosts:
     2 % of requests are under-tiered on unseen sources (docs/router.md).
     """
 
-    tools_s: float = 30.0
+    tools_s: float = 24.0
     context_s: float = 10.0
     depth_s: float = 5.0
     step_s: float = 0.3
