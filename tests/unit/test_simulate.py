@@ -252,7 +252,7 @@ def test_the_picture_is_sound_and_names_every_policy(trace: Trace) -> None:
     for drawn in lines:
         for x, y in (map(float, p.split(",")) for p in drawn.attrib["points"].split()):
             assert 0 <= x <= 960
-            assert 0 <= y <= 640
+            assert 0 <= y <= 660
     with pytest.raises(ValueError, match="nothing"):
         picture([], title="", subtitle="")
 

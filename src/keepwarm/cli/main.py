@@ -13,6 +13,7 @@ from keepwarm.cli import (
     demo,
     doctor,
     explain,
+    fleet,
     serve,
     service,
     simulate,
@@ -43,6 +44,7 @@ app.command("top")(top.top)
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate_command)
 app.add_typer(batch.app, name="batch")
+app.add_typer(fleet.app, name="fleet")
 app.add_typer(store.app, name="store")
 app.add_typer(service.app, name="service")
 

@@ -8,7 +8,6 @@ an error event that says so.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,9 +17,13 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from keepwarm.errors import UnauthorizedError
+from keepwarm.fleet.config import fleet_of
 from keepwarm.fleet.replica import Head
-from keepwarm.fleet.router import ROUTERS
+from keepwarm.fleet.status import fleet_metrics, fleet_status
 from keepwarm.fleet.wire import ask_of
+from keepwarm.gateway.keys import load_keys
+from keepwarm.settings import load_settings
 
 log = logging.getLogger("keepwarm.fleet")
 
@@ -29,20 +32,39 @@ _GONE = (
     "The node that answered this request went away in the middle of it. The fleet goes on; send "
     "the request again."
 )
+# Files and batches are a node's own, and the next request may go to another node.
+_OF_ONE_NODE = ("/v1/files", "/v1/batches")
+_NO_BATCHES = (
+    "A fleet keeps no files and batches. Send the tasks as requests of their own, with the header "
+    "X-Keepwarm-Priority: batch; each goes to the node that has its prefix."
+)
 _NOBODY = "No node could answer this request: each that was tried went away. Send it again."
 
 
 class Front:
     """See the module. Made by Serve."""
 
-    def __init__(self, nodes: Any) -> None:
-        """Take a handle of the nodes' deployment."""
+    def __init__(self, nodes: Any, plain: dict[str, Any]) -> None:
+        """Take a handle of the nodes' deployment, and the fleet's config as plain values."""
         self._nodes = nodes.options(stream=True)
+        config = fleet_of(plain, source="fleet config")
+        server = load_settings(flags=config.node_flags())[0].server
+        self._keys = load_keys(server.api_keys, server.api_key_file)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
-        if request.url.path == "/keepwarm/fleet":
-            return Response(msgspec.json.encode(fleet_status()), media_type="application/json")
+        path = request.url.path
+        if path in _PAGES:
+            try:
+                self._keys.namespace(request.headers)
+            except UnauthorizedError as error:
+                return _refused(str(error), error.kind, error.status)
+            return _PAGES[path]()
+        if path.startswith(_OF_ONE_NODE):
+            return _refused(_NO_BATCHES, "invalid_request_error", 501)
+        return await self._pass_on(request)
+
+    async def _pass_on(self, request: Request) -> Response:
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         ask = ask_of(request.method, path, request.headers.items(), await request.body())
         for attempt in range(1, TRIES + 1):
@@ -57,7 +79,7 @@ class Front:
             return StreamingResponse(
                 _streamed(answer, kind or ""), head.status, headers=kept, media_type=kind
             )
-        return Response(msgspec.json.encode(_error(_NOBODY)), 503, media_type="application/json")
+        return _refused(_NOBODY, "node_unavailable", 503)
 
 
 async def _streamed(answer: Any, kind: str) -> AsyncIterator[bytes]:
@@ -73,25 +95,21 @@ async def _streamed(answer: Any, kind: str) -> AsyncIterator[bytes]:
         answer.cancel()
 
 
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "node_unavailable", "code": 503}}
+def _error(message: str, kind: str = "node_unavailable", code: int = 503) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "code": code}}
 
 
-def fleet_status() -> dict[str, Any]:
-    """What this process's router knows of the nodes."""
-    nodes: dict[str, Any] = {}
-    now_s = time.time()
-    known = 0
-    for router in list(ROUTERS):
-        known = max(known, router.fleet.known_prefixes)
-        for name in router.fleet.nodes:
-            told = router.told.get(name)
-            nodes[name] = {
-                "state": told.state if told else "unknown",
-                "heard_s_ago": round(now_s - router.heard_s[name], 1) if told else None,
-                "backlog_s": round(router.fleet.wait_s(name, now_s=now_s), 3),
-                "prefixes": len(told.held) // 8 if told else 0,
-                "stored": len(told.stored) // 8 if told else 0,
-                **(told.about if told else {}),
-            }
-    return {"nodes": nodes, "known_prefixes": known}
+def _refused(message: str, kind: str, status: int) -> Response:
+    body = msgspec.json.encode(_error(message, kind, status))
+    return Response(body, status, media_type="application/json")
+
+
+def _status_page() -> Response:
+    return Response(msgspec.json.encode(fleet_status()), media_type="application/json")
+
+
+def _metrics_page() -> Response:
+    return Response(fleet_metrics(), media_type="text/plain; version=0.0.4")
+
+
+_PAGES = {"/keepwarm/fleet": _status_page, "/metrics": _metrics_page}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from typing import Any
 
 import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from keepwarm.fleet import status
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Choice, Fleet, Want
 from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, Told
@@ -31,9 +31,6 @@ _UNKNOWN = Costs(
     can_fetch=False,
 )
 
-ROUTERS: weakref.WeakSet[WarmRouter] = weakref.WeakSet()
-"""The routers of this process, for its pages."""
-
 
 class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
     """See the module."""
@@ -46,7 +43,7 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
         self._reports: dict[str, bytes] = {}
         self._tokens_per_char = TOKENS_PER_CHAR
         self._chosen: dict[int, tuple[Want, dict[str, Choice]]] = {}
-        ROUTERS.add(self)
+        status.ROUTERS.add(self)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take in which replicas there are and what they told."""

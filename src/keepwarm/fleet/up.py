@@ -65,7 +65,8 @@ def application(plain: dict[str, Any]) -> serve.Application:
     front = serve.deployment(
         Front, name="front", max_ongoing_requests=4 * _ONGOING, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(node.bind(msgspec.to_builtins(config)))
+    told = msgspec.to_builtins(config)
+    return front.bind(node.bind(told), told)
 
 
 def deploy_file(config: FleetConfig) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def application_of(args: dict[str, Any]) -> serve.Application:
 # Serve gives its proxy 5 s to start and then begins again, for ever on a machine that is busy
 # loading models. The processes that `ray.init` starts read this when they start.
 _PATIENCE = {
+    # By default Ray lowers its processes' priority by 15, and an engine's with it.
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Nor a process for each core at the start, when a few are needed.
     "RAY_prestart_worker_first_driver": "false",

@@ -13,9 +13,9 @@ from xml.sax.saxutils import escape
 
 from keepwarm.simulate.report import Outcome
 
-_WIDTH, _HEIGHT = 960, 640
+_WIDTH, _HEIGHT = 960, 660
 _PANEL_WIDTH, _PANEL_HEIGHT = 392, 186
-_LEFT, _TOP = 62, 116
+_LEFT, _TOP = 62, 134
 _GAP_X, _GAP_Y = 84, 74
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _INK, _SOFT, _GRID = "#1f2430", "#667085", "#e4e7ec"

@@ -1,0 +1,132 @@
+"""`keepwarm fleet`: several nodes behind one endpoint, on Ray Serve."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.table import Table
+
+from keepwarm.cli import options as opt
+from keepwarm.cli.output import err, out, print_json
+from keepwarm.errors import ConfigError
+from keepwarm.fleet.config import FleetConfig, load_fleet
+from keepwarm.gateway.keys import is_loopback, load_keys
+from keepwarm.settings import gateway_key
+
+app = typer.Typer(help="Run several nodes behind one endpoint, on Ray.", no_args_is_help=True)
+
+_Config = Annotated[
+    Path, typer.Option("--config", metavar="FILE", help="The fleet's settings (docs/fleet.md).")
+]
+
+
+@app.command("up")
+def bring_up(config: _Config = Path("fleet.toml")) -> None:
+    """Start a fleet and stay until interrupted; ready when every node's tiers are warm.
+
+    Without an `address` in the file a Ray of this machine is started with it, and ends with it.
+    """
+    fleet = load_fleet(config)
+    _check(fleet)
+    fleet_up = _ray("keepwarm.fleet.up")
+    done = threading.Event()
+    try:
+        fleet_up.up(fleet, tell=lambda text: err.print(text, markup=False))
+        # Not before: Ray takes the signals for itself when it starts, and dies of them.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: done.set())
+        err.print(f"the fleet is ready on http://{fleet.fleet.host}:{fleet.fleet.port}")
+        done.wait()
+        err.print("stopping")
+    finally:
+        fleet_up.down()
+
+
+@app.command("config")
+def show_config(config: _Config = Path("fleet.toml")) -> None:
+    """Print what `serve deploy` takes, for a Ray cluster that is looked after by others."""
+    fleet = load_fleet(config)
+    _check(fleet)
+    print_json(_deploy_file(fleet))
+
+
+def _check(fleet: FleetConfig) -> None:
+    """Tell mistakes here, where that can still be done plainly."""
+    settings, _ = opt.settings_from(None, fleet.node_flags())
+    keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+    if not is_loopback(fleet.fleet.host) and not keys:
+        raise ConfigError(
+            f"Listening on {fleet.fleet.host} would let everyone on the network use these models. "
+            "Set an API key in [node.server] (api_keys or api_key_file), or listen on 127.0.0.1."
+        )
+
+
+def _deploy_file(fleet: FleetConfig) -> dict[str, Any]:
+    found: dict[str, Any] = _ray("keepwarm.fleet.up").deploy_file(fleet)
+    return found
+
+
+@app.command("status")
+def show_status(
+    url: Annotated[
+        str, typer.Option("--url", help="Where the fleet listens.")
+    ] = "http://127.0.0.1:8090",
+    as_json: opt.Json = False,
+) -> None:
+    """Show the nodes: load, what is warm, what was moved."""
+    request = urllib.request.Request(url.rstrip("/") + "/keepwarm/fleet")  # noqa: S310 - the user's
+    if key := gateway_key():
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
+            status = msgspec.json.decode(reply.read(), type=dict)
+    except (OSError, urllib.error.URLError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"No fleet answers at {url} ({error}). Name another address with --url."
+        ) from error
+    if as_json:
+        print_json(status)
+    else:
+        out.print(_table(status.get("nodes", {})))
+
+
+def _table(nodes: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, side in (("node", "left"), ("state", "left"), ("heard", "right"), ("busy", "right")):
+        table.add_column(name, justify="right" if side == "right" else "left")
+    for name in ("queued", "backlog", "asked", "prefixes", "store", "moved here", "written"):
+        table.add_column(name, justify="right")
+    for name, node in sorted(nodes.items(), key=lambda item: str(item[1].get("node", item[0]))):
+        shared = node.get("shared", {})
+        heard = node.get("heard_s_ago")
+        table.add_row(
+            str(node.get("node", name)),
+            str(node.get("state")),
+            "never" if heard is None else f"{heard:.1f} s ago",
+            f"{node.get('busy_slots', 0)} of {node.get('slots', 0)}",
+            str(node.get("queued", 0)),
+            f"{node.get('backlog_s', 0.0):.1f} s",
+            str(node.get("asked", 0)),
+            str(node.get("prefixes", 0)),
+            f"{node.get('store_bytes', 0) / 1e6:,.0f} MB",
+            f"{shared.get('moved_tokens', 0):,} tokens",
+            f"{shared.get('stored_bytes', 0) / 1e6:,.0f} MB",
+        )
+    return table
+
+
+def _ray(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"A fleet needs Ray: pip install 'keepwarm[fleet]' ({error.name} is missing)."
+        ) from error

@@ -1,0 +1,223 @@
+"""A fleet on a real Ray Serve with real engines: routing, moving, and nodes that are killed.
+
+Skipped where the fleet extra isn't installed. One fleet of two nodes serves all tests here; each
+puts up with what the ones before it did to the nodes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from keepwarm.engine.process import free_port
+from keepwarm.tierfiles import packaged_configs
+from smalltiers import write_small_tiers
+from tinymodels import small_model
+
+NOT_INSTALLED = "the fleet extra isn't installed (pip install 'keepwarm[fleet]')"
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("ray", "obstore")),
+        reason=NOT_INSTALLED,
+    ),
+]
+
+READY_S = 240.0
+STORY = "The relay in the attic hums at night and the children count the seconds between. " * 12
+
+
+class Answer(NamedTuple):
+    """One reply: its headers in lower case, and its body."""
+
+    headers: dict[str, str]
+    body: Any
+
+    @property
+    def node(self) -> str:
+        return self.headers["x-keepwarm-node"]
+
+    @property
+    def message(self) -> dict[str, str]:
+        return dict(self.body["choices"][0]["message"])
+
+
+class RunningFleet:
+    """`keepwarm fleet up`, and how to ask it."""
+
+    def __init__(self, base: Path) -> None:
+        write_small_tiers(base / "tiers")
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.log = base / "up.log"
+        config = base / "fleet.toml"
+        config.write_text(f"""
+[fleet]
+nodes = 2
+port = {port}
+report_s = 0.5
+
+[shared]
+url = "{base / "shared"}"
+
+[node.engine]
+model = "{small_model()}"
+chat_template = "{packaged_configs() / "chat-templates" / "chatml-tools.jinja"}"
+slots = 2
+context = 4096
+threads = 1
+
+[node.store]
+dir = "{base / "nodes"}"
+staging_bytes = 200000000
+
+[node.tiers]
+dir = "{base / "tiers"}"
+""")
+        command = [sys.executable, "-m", "keepwarm", "fleet", "up", "--config", str(config)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.wait(lambda: "the fleet is ready" in self.log.read_text(), READY_S)
+
+    def wait(self, is_so: Callable[[], bool], at_most_s: float) -> None:
+        until = time.monotonic() + at_most_s
+        while not is_so():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+
+    def open(self, messages: list[dict[str, str]], **more: Any) -> Any:
+        body = {"messages": messages, "max_tokens": 8, "temperature": 0, "model": "minimal", **more}
+        request = urllib.request.Request(
+            self.url + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return urllib.request.urlopen(request, timeout=300)
+
+    def chat(self, messages: list[dict[str, str]], **more: Any) -> Answer:
+        with self.open(messages, **more) as reply:
+            headers = {name.lower(): value for name, value in reply.headers.items()}
+            return Answer(headers, json.load(reply))
+
+    def nodes(self) -> dict[str, Any]:
+        """What is known of each node, by its own name."""
+        command = [sys.executable, "-m", "keepwarm", "fleet", "status", "--json", "--url"]
+        told = subprocess.run([*command, self.url], capture_output=True, check=True)
+        known = json.loads(told.stdout)["nodes"].values()
+        return {node["node"]: node for node in known if "node" in node}
+
+    def settled(self) -> bool:
+        """Whether both nodes have told of themselves, and nothing waits to be written behind."""
+        nodes = self.nodes()
+        return len(nodes) == 2 and not any(
+            node["shared"]["pending"] or node["busy_slots"] for node in nodes.values()
+        )
+
+    def kill(self, node: str) -> int:
+        """Kill a node's process as the kernel would; returns its id."""
+        pid: int = self.nodes()[node]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def wait_replaced(self, pid: int) -> dict[str, Any]:
+        """Wait until two nodes are there and none is the one that was killed."""
+        self.wait(lambda: self.settled() and pid not in self._pids(), READY_S)
+        return self.nodes()
+
+    def _pids(self) -> set[int]:
+        return {node["pid"] for node in self.nodes().values()}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+    running = RunningFleet(tmp_path_factory.mktemp("fleet"))
+    running.wait(running.settled, READY_S)
+    try:
+        yield running
+    finally:
+        running.process.send_signal(signal.SIGTERM)
+        try:
+            running.process.wait(60)
+        finally:
+            running.process.kill()
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_conversation_goes_on_at_the_node_that_has_it(fleet: RunningFleet) -> None:
+    talks = [[user(f"{number}. {STORY} What hums?")] for number in range(4)]
+    with ThreadPoolExecutor(4) as at_once:
+        answers = list(at_once.map(fleet.chat, talks))
+    nodes = [answer.node for answer in answers]
+    assert len(set(nodes)) == 2
+    for talk, answer in zip(talks, answers, strict=True):
+        talk += [answer.message, user("Where?")]
+    for talk, node in zip(talks, nodes, strict=True):
+        later = fleet.chat(talk)
+        assert later.node == node
+        assert later.headers["x-keepwarm-plan"] in ("slot", "snapshot")
+        assert later.body["timings"]["prompt_n"] < 60
+
+
+def test_a_conversation_whose_node_was_killed_goes_on_from_the_shared_store(
+    fleet: RunningFleet,
+) -> None:
+    talk = [user(f"Once. {STORY} What hums?")]
+    first = fleet.chat(talk)
+    talk += [first.message, user("Where?")]
+    time.sleep(1.0)  # the slot is saved when it was idle for a moment
+    fleet.wait(fleet.settled, READY_S)
+    pid = fleet.kill(first.node)
+    later = fleet.chat(talk)
+    assert int(later.headers["x-keepwarm-moved"]) > 150
+    assert later.body["timings"]["prompt_n"] < 60
+    nodes = fleet.wait_replaced(pid)
+    for node in nodes.values():
+        assert node["state"] == "ready"
+    # The one that took its place is warm from what is kept, without a prefill.
+    assert set(nodes[first.node]["warmed"].values()) == {"restored"}
+
+
+def test_a_node_that_is_killed_under_load_loses_no_request_but_the_streaming_one(
+    fleet: RunningFleet,
+) -> None:
+    answers: list[Any] = []
+
+    def ask(number: int) -> None:
+        try:
+            answers.append(fleet.chat([user(f"{number}: {STORY} Go on.")], max_tokens=4))
+        except OSError as error:
+            answers.append(error)
+
+    with fleet.open([user("Count to a thousand.")], max_tokens=600, stream=True) as stream:
+        node = stream.headers["X-Keepwarm-Node"]
+        assert stream.readline().startswith(b"data: ")
+        load = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in load:
+            thread.start()
+        time.sleep(1.0)
+        pid = fleet.kill(node)
+        rest = stream.read().decode()
+    event = rest.strip().split("\n\n")[-1]
+    assert event.startswith("event: error\ndata: ")
+    assert json.loads(event.partition("data: ")[2])["error"]["type"] == "node_unavailable"
+    for thread in load:
+        thread.join()
+    assert len(answers) == 4
+    assert all(isinstance(answer, Answer) for answer in answers), answers
+    fleet.wait_replaced(pid)
