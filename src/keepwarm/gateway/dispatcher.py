@@ -38,7 +38,13 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Job, Scheduler
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import static_tokens
-from keepwarm.errors import DeadlineError, EngineError, QueueFullError, SnapshotError
+from keepwarm.errors import (
+    DeadlineError,
+    EngineError,
+    EngineRefusedError,
+    QueueFullError,
+    SnapshotError,
+)
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.types import Origin
@@ -362,11 +368,33 @@ class Dispatcher:
             self.know_static(digest, tokens)
         if not tokens:
             return StepFailed(emptied=False)
+        await self._start_from_store(step.slot, job, tokens)
         counts = await self._client.fill(tokens, slot=step.slot)
         job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)
         return FilledSlot(len(tokens))
+
+    async def _start_from_store(self, slot: int, job: Job, tokens: list[int]) -> None:
+        """Before a fill, restore what the store has of its very tokens, if the slot has less.
+
+        No mark tells of it when two texts part in the first message. It also keeps what is saved
+        later of one piece: the store takes the tokens it knows for known, and rows that were
+        computed behind other ones than those would differ from the slot's in their last bits.
+        """
+        if not self.scheduler.machine.cuttable:
+            return
+        known = job.plan.reuse_tokens if job.plan else 0
+        try:
+            stored = await self._snapshots.match(tokens, job.namespace)
+            if stored is None or stored.tokens <= known:
+                return
+            async with self._snapshots.ready(stored) as file:
+                await self._client.restore(slot, file.name)
+        except SnapshotError as error:
+            self.metrics.miss(error.reason)
+        except EngineRefusedError:
+            self.metrics.miss("restore")  # the slot is empty now, and filled from its beginning
 
     async def _tick(self) -> None:
         while True:
