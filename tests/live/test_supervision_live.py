@@ -1,17 +1,23 @@
-"""A real engine that has outgrown its limit is saved and renewed."""
+"""What Keepwarm does by itself about an engine that grows, hangs, or doesn't come back."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from keepwarm.engine.process import EngineProcess
+from keepwarm.gateway import supervision
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import (
     EngineSettings,
     Places,
@@ -28,15 +34,48 @@ pytestmark = pytest.mark.live
 MB = 1_000_000
 
 
-async def test_an_engine_that_has_outgrown_its_limit_is_renewed_and_stays_warm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A real engine can't be made to leak; what the kernel would say of it is told instead.
-    told_bytes = 100 * MB
-    monkeypatch.setattr(EngineProcess, "resident_bytes", lambda _: told_bytes)
+@dataclass
+class Served:
+    """A gateway in this process over a real engine; `model` is a link that a test may break."""
+
+    runtime: Runtime
+    base: str
+    model: Path
+    session: aiohttp.ClientSession
+
+    async def ask(self) -> aiohttp.ClientResponse:
+        body = {
+            "model": "standard",
+            "messages": [{"role": "user", "content": "Is the disk there?"}],
+            "max_tokens": 2,
+        }
+        reply = await self.session.post(f"{self.base}/v1/chat/completions", json=body)
+        await reply.read()
+        return reply
+
+    async def cached_tokens(self) -> int:
+        reply = await self.ask()
+        assert reply.status == 200, await reply.text()
+        body: dict[str, Any] = await reply.json()
+        return int(body["timings"]["cache_n"])
+
+    async def metrics(self) -> str:
+        async with self.session.get(f"{self.base}/metrics") as reply:
+            return await reply.text()
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    model = tmp_path / "model.gguf"
+    model.symlink_to(small_model().resolve())
     settings = Settings(
         engine=EngineSettings(
-            model=str(small_model()), slots=2, context=2048, threads=1, max_rss_bytes=200 * MB
+            model=str(model),
+            slots=2,
+            context=2048,
+            threads=1,
+            max_rss_bytes=200 * MB,
+            hang_timeout_s=1.0,
         ),
         server=ServerSettings(port=0),
         tiers=TierSettings(dir=str(write_small_tiers(tmp_path / "tiers"))),
@@ -45,34 +84,77 @@ async def test_an_engine_that_has_outgrown_its_limit_is_renewed_and_stays_warm(
     runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
     runner = web.AppRunner(make_app(runtime))
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
     base = "http://{}:{}".format(*runner.addresses[0][:2])
     await runtime.start()
-    async with aiohttp.ClientSession() as session:
-
-        async def ask() -> int:
-            body = {
-                "model": "standard",
-                "messages": [{"role": "user", "content": "Is the disk there?"}],
-                "max_tokens": 2,
-            }
-            async with session.post(f"{base}/v1/chat/completions", json=body) as reply:
-                assert reply.status == 200
-                return int((await reply.json())["timings"]["cache_n"])
-
-        assert await ask() >= 100
-        first = runtime.engine_pid
-        # The first look measures the new engine; the growth must come after it.
-        await runtime.look_at_engine()
-        told_bytes = 250 * MB
-        async with asyncio.timeout(60):
-            while runtime.engine_pid == first:
-                await runtime.look_at_engine()
-        # It isn't back yet, so this one waits for it.
-        assert await ask() >= 100
-        assert runtime.engine_pid not in (first, None)
-        async with session.get(f"{base}/metrics") as reply:
-            assert 'keepwarm_engine_restarts_total{reason="outgrown"} 1.0' in await reply.text()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        yield Served(runtime, base, model, session)
     await runtime.stop()
     await runner.cleanup()
+
+
+@pytest.fixture
+def told_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the kernel is made to say of the engine's memory: a real one can't be made to leak."""
+    told = [100 * MB]
+    monkeypatch.setattr(EngineProcess, "resident_bytes", lambda _: told[-1])
+    return told
+
+
+async def test_an_engine_that_has_outgrown_its_limit_is_renewed_and_stays_warm(
+    told_bytes: list[int], served: Served
+) -> None:
+    runtime = served.runtime
+    assert await served.cached_tokens() >= 100
+    first = runtime.engine_pid
+    # The first look measures the new engine; the growth must come after it.
+    await runtime.look_at_engine()
+    told_bytes.append(250 * MB)
+    async with asyncio.timeout(60):
+        while runtime.engine_pid == first:
+            await runtime.look_at_engine()
+    # It isn't back yet, so this one waits for it.
+    assert await served.cached_tokens() >= 100
+    assert runtime.engine_pid not in (first, None)
+    assert 'keepwarm_engine_restarts_total{reason="outgrown"} 1.0' in await served.metrics()
+
+
+async def test_an_engine_that_hangs_is_killed_and_what_waits_for_it_goes_on(
+    told_bytes: list[int], served: Served
+) -> None:
+    runtime = served.runtime
+    first = runtime.engine_pid
+    assert first
+    os.kill(first, signal.SIGSTOP)
+    replies = await asyncio.gather(*(served.cached_tokens() for _ in range(4)))
+    assert min(replies) >= 100
+    assert runtime.engine_pid != first
+    assert 'keepwarm_engine_restarts_total{reason="hung"} 1.0' in await served.metrics()
+
+
+async def test_a_circuit_opens_with_a_clear_answer_and_closes_when_the_engine_starts_again(
+    told_bytes: list[int], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = served.runtime
+    monkeypatch.setattr(supervision, "_MAX_RESTARTS", 2)
+    monkeypatch.setattr(supervision, "pause_s", lambda _: 0.05)
+    away = served.model.rename(served.model.with_name("away.gguf"))
+    assert runtime.engine_pid
+    os.kill(runtime.engine_pid, signal.SIGKILL)
+    # Asked before anybody knows: it waits, and is told when the circuit opens.
+    waited = await served.ask()
+    assert runtime.state is State.FAILED
+    refused = await served.ask()
+    for reply in (waited, refused):
+        assert reply.status == 503
+        assert int(reply.headers["Retry-After"]) > 0
+        message = (await reply.json())["error"]["message"]
+        assert "The engine isn't available" in message
+        assert "\n" not in message
+    async with served.session.get(f"{served.base}/health") as reply:
+        assert reply.status == 503
+    away.rename(served.model)
+    async with asyncio.timeout(60):
+        while runtime.state is not State.READY:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.05)
+    assert await served.cached_tokens() >= 100

@@ -1,12 +1,15 @@
-"""When an engine has grown enough to be renewed, and how long is waited between starts."""
+"""When an engine is renewed, how long is waited between starts, and who waits for whom."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from itertools import pairwise
 
+from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
-from keepwarm.gateway.supervision import Growth, pause_s
+from keepwarm.errors import KeepwarmError
+from keepwarm.gateway.supervision import Growth, Supervisor, pause_s
 
 MB = 1_000_000
 
@@ -64,3 +67,44 @@ def test_a_process_memory_is_read_from_the_kernel() -> None:
     assert 5 * MB < found < 100_000 * MB
     process._pid = None
     assert process.resident_bytes() is None
+
+
+class _Gone:
+    """A deployment whose engine has died and doesn't come back before it is allowed to."""
+
+    def __init__(self) -> None:
+        self.client = EngineClient("http://127.0.0.1:9")
+        self.process = EngineProcess(["false"], port=9)
+        self.process.exited.set()
+        self.may_return = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.is_idle = True
+
+    async def engine_rest(self) -> bool:
+        return True
+
+    def engine_lost(self, reason: str) -> None:
+        assert reason == "died"
+        self.lost.set()
+
+    async def engine_again(self) -> None:
+        await self.may_return.wait()
+        self.process = EngineProcess(["false"], port=9)
+
+    def engine_back(self) -> None:
+        pass
+
+    def engine_failed(self, error: KeepwarmError, *, gave_up: bool) -> None:
+        raise AssertionError(error)
+
+
+async def test_who_looks_for_an_engine_that_is_known_to_be_gone_does_not_wait_for_it() -> None:
+    deployment = _Gone()
+    supervisor = Supervisor(deployment, hang_timeout_s=30)
+    watching = asyncio.create_task(supervisor.watch())
+    await deployment.lost.wait()
+    # Its request failed only now, after everybody else had been told.
+    async with asyncio.timeout(5):
+        await supervisor.look()
+    watching.cancel()
+    await deployment.client.close()

@@ -40,6 +40,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import (
     DeadlineError,
+    EngineDownError,
     EngineError,
     EngineRefusedError,
     QueueFullError,
@@ -174,6 +175,14 @@ class Dispatcher:
     def engine_up(self) -> None:
         """The engine is back and warmed."""
         self._perform(self.scheduler.engine_up(time.monotonic()))
+
+    def refuse_waiting(self, message: str) -> None:
+        """End every wait for a slot: the engine doesn't come back soon."""
+        for job_id, waiting in list(self._waiting.items()):
+            if not waiting.future.done():
+                waiting.future.set_exception(EngineDownError(message))
+                self._perform(self.scheduler.cancelled(job_id, time.monotonic()))
+        self._forget_bodies()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for running requests, then save what is worth it, within a time."""

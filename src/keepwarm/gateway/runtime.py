@@ -437,6 +437,7 @@ class Runtime:
         if gave_up:
             self.state = State.FAILED
             self._tell("the engine doesn't come back")
+            self.dispatcher.refuse_waiting(self._why_down())
 
     async def admitted(self) -> None:
         """Wait until requests are served.
@@ -448,12 +449,16 @@ class Runtime:
         if self.state is State.READY or self.state is State.DOWN:
             return
         if self.state in (State.FAILED, State.STOPPING):
-            why = str(self.failure or "Keepwarm is stopping.")
-            raise EngineDownError(f"The engine isn't available. {why}")
+            raise EngineDownError(self._why_down())
         try:
             await asyncio.wait_for(self._open.wait(), self.settings.server.queue_timeout_s)
         except TimeoutError as error:
             raise DeadlineError("Keepwarm wasn't ready within the time allowed.") from error
+
+    def _why_down(self) -> str:
+        """For clients: why nothing is served. The engine's own lines are for the log."""
+        why = str(self.failure or "Keepwarm is stopping.").partition(" Its last lines:")[0]
+        return f"The engine isn't available. {why}"
 
     def tier_costs(self) -> list[TierCost]:
         """What each tier would cost a new request at this moment, in seconds to its first token."""

@@ -116,6 +116,7 @@ class Supervisor:
         self._suspected = asyncio.Event()
         self._asking: list[asyncio.Future[None]] = []
         self._answered = 0
+        self._is_recovering = False
 
     def suspect(self) -> None:
         """A request got no answer: look at the engine now rather than at the next interval."""
@@ -126,6 +127,8 @@ class Supervisor:
 
         Who sends a request again before that only finds the same dead engine.
         """
+        if self._is_recovering:
+            return  # it is known to be gone; who asks now would wait until it is back
         asking = asyncio.get_running_loop().create_future()
         self._asking.append(asking)
         self._suspected.set()
@@ -198,6 +201,7 @@ class Supervisor:
 
     async def _recover(self, reason: str) -> None:
         """Bring the engine back, however long that takes."""
+        self._is_recovering = True
         self._deployment.engine_lost(reason)
         self._growth.restarted()
         self._tell_asking(len(self._asking))
@@ -206,6 +210,7 @@ class Supervisor:
         while not await self._try(gave_up=attempt >= _MAX_RESTARTS - 1):
             attempt += 1
             await asyncio.sleep(pause_s(attempt))
+        self._is_recovering = False
         log.info("the engine is back and warm")
 
     async def _try(self, *, gave_up: bool) -> bool:
