@@ -35,6 +35,25 @@ def small_model() -> Path:
     return path
 
 
+def write_tiny_qwen3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
+    """A model of plain attention (6 layers), about 9 MB: as fast as a test could wish.
+
+    `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
+    """
+    made = _Model(path, "qwen3", source_gguf, seed)
+    writer = made.writer
+    writer.add_key_length(HEAD_ELEMENTS)
+    writer.add_value_length(HEAD_ELEMENTS)
+    writer.add_head_count_kv(1)
+    made.norm("output_norm.weight")
+    for layer in range(TINY_LAYERS):
+        made.norm(f"blk.{layer}.attn_norm.weight")
+        made.norm(f"blk.{layer}.ffn_norm.weight")
+        made.attention(layer)
+        made.feed_forward(layer)
+    made.finish()
+
+
 def write_tiny_gemma3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
     """A sliding-window model (window 64, 6 layers, one of them full), about 9 MB.
 
