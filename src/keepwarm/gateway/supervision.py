@@ -128,7 +128,10 @@ class Supervisor:
         Who sends a request again before that only finds the same dead engine.
         """
         if self._is_recovering:
-            return  # it is known to be gone; who asks now would wait until it is back
+            # It is known to be gone; who asks now would wait until it is back. The loop still gets
+            # its turn, or somebody who asks again and again would keep it from coming back.
+            await asyncio.sleep(0)
+            return
         asking = asyncio.get_running_loop().create_future()
         self._asking.append(asking)
         self._suspected.set()
