@@ -30,10 +30,11 @@ Context = Annotated[
     int, Meta(ge=256, le=4_194_304, description="tokens of context that all slots share")
 ]
 Pool = Annotated[
-    Literal["shared", "split"],
+    Literal["auto", "shared", "split"],
     Meta(
-        description="`shared`: every slot may use the whole context; `split`: an equal part each, "
-        "and outputs that don't depend on what the other slots hold"
+        description="`split`: each slot has an equal part of the context, none slows another, and "
+        "outputs don't depend on what the others hold; `shared`: every slot may use all of it; "
+        "`auto`: split where a part holds the largest tier one and a half times"
     ),
 ]
 Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one")]
@@ -55,8 +56,8 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         str, Meta(description="that llama-server's `--slot-save-path`, as Keepwarm sees it")
     ] = ""
     slots: Slots = 4
-    context: Context = 16384
-    pool: Pool = "shared"
+    context: Context = 32768
+    pool: Pool = "auto"
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads; 0: one for each core there is")
     ] = 0

@@ -34,7 +34,7 @@ SlotCount = Annotated[
 Context = Annotated[
     int | None,
     typer.Option(
-        "--context", metavar="TOKENS", help="Context that all slots share. [default: 16384]"
+        "--context", metavar="TOKENS", help="Context that all slots share. [default: 32768]"
     ),
 ]
 Threads = Annotated[

@@ -59,6 +59,10 @@ from keepwarm.core.slots import Content, Position, Slot, SlotState, loss, positi
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
 SAVE_AFTER_IDLE_S = 0.3
+# In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
+# and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
+# ten milliseconds. Slots in use by turns stay.
+ERASE_AFTER_IDLE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -265,6 +269,7 @@ class Scheduler:
             for slot in self.slots:
                 if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
                     effects += self._save_if_worth(slot, now_s)
+            effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
     def drain(self, now_s: float) -> list[Effect]:
@@ -556,6 +561,24 @@ class Scheduler:
             now_s=now_s,
             can_save=True,
         ).save
+
+    def _thin_out(self, now_s: float) -> list[Effect]:
+        """Empty slots of a shared pool that have been idle, but for the one used last."""
+        if self.machine.pool_tokens is None:
+            return []
+        last = max(self.slots, key=lambda slot: slot.idle_since_s)
+        effects: list[Effect] = []
+        for slot in self.slots:
+            idle = slot.state is SlotState.IDLE and slot is not last
+            if not idle or slot.content is None or slot.held_tokens == 0:
+                continue
+            if now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S and not self._worth_saving(
+                slot, now_s
+            ):
+                slot.state = SlotState.PREPARING
+                self._scripts[slot.id] = deque([EraseSlot(slot.id)])
+                effects += self._advance(slot, now_s)
+        return effects
 
     def _save_if_worth(self, slot: Slot, now_s: float) -> list[Effect]:
         if not self._worth_saving(slot, now_s):

@@ -17,6 +17,7 @@ setting (`ContextRole`). Everything here is a function of values; reading the di
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,11 @@ class Tier:
     def text_chars(self) -> int:
         """Characters of all static texts, tools not counted."""
         return sum(len(segment.text) for segment in self.segments)
+
+    @property
+    def static_chars(self) -> int:
+        """Characters of all static texts and of the tools as JSON."""
+        return self.text_chars + len(json.dumps(self.tools))
 
     def with_context_role(self, role: ContextRole) -> Tier:
         """This tier with the texts of all extending tiers, and the client's, moved to `role`."""

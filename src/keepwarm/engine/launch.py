@@ -60,13 +60,23 @@ class Launch:
         return replace(self, options=replace(self.options, swa_full=True))
 
 
-async def plan_launch(settings: EngineSettings, *, slot_dir: Path, saves: bool = True) -> Launch:
+# A prompt's characters come to fewer tokens than this times them, JSON included (measured on the
+# packaged tiers with SmolLM2's small vocabulary: 0.25; larger vocabularies need fewer).
+_MOST_TOKENS_PER_CHAR = 0.3
+# A slot's part of the context holds the largest tier and half as much again for the task.
+_ROOM_FOR_TASK = 1.5
+
+
+async def plan_launch(
+    settings: EngineSettings, *, slot_dir: Path, saves: bool = True, tier_chars: int = 0
+) -> Launch:
     """Decide how the engine is run, from the settings and the model's header.
 
     Args:
         settings: the engine's section.
         slot_dir: where slot files pass through; an attached server has its own.
         saves: False for a look at the model only: an attached server needs no slot directory then.
+        tier_chars: characters of the largest tier, which decides whether the context is split.
 
     Raises:
         ConfigError: no engine is named, or two are.
@@ -90,7 +100,7 @@ async def plan_launch(settings: EngineSettings, *, slot_dir: Path, saves: bool =
         slots=settings.slots,
         context_tokens=settings.context,
         slot_dir=slot_dir,
-        unified=settings.pool == "shared",
+        unified=_shares_pool(settings, tier_chars),
         threads=settings.threads or None,
         kv_type_k=settings.kv_type_k,
         kv_type_v=settings.kv_type_v,
@@ -106,6 +116,14 @@ async def plan_launch(settings: EngineSettings, *, slot_dir: Path, saves: bool =
         )
     identity = await binary_identity(binary) if binary else embedded_identity()
     return Launch(identity, model, options, binary, None, slot_dir, free_port())
+
+
+def _shares_pool(settings: EngineSettings, tier_chars: int) -> bool:
+    """Whether all slots share one pool of context; see docs/decisions/0003-slot-setup.md."""
+    if settings.pool != "auto":
+        return settings.pool == "shared"
+    part = settings.context // settings.slots
+    return part < tier_chars * _MOST_TOKENS_PER_CHAR * _ROOM_FOR_TASK
 
 
 async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> Launch:

@@ -42,6 +42,7 @@ class Prover:
             counts=counts,
             ttft_s=ttft_s,
         )
+        self._note_use(job)
         # One token is always evaluated again, so a prompt that is all known reuses one less.
         promised = min(plan.promise_tokens, counts.prompt - 1)
         if counts.cached < promised - runtime.machine.slack_tokens:
@@ -53,6 +54,13 @@ class Prover:
             and runtime.settings.store.learned
         ):
             self._learn(job)
+
+    def _note_use(self, job: Job) -> None:
+        """A static part that a slot holds is of use too, though nothing was restored."""
+        static = job.prompt.static
+        store = self._runtime.store
+        if static and (hit := store.lookup([static.digest], namespace=job.namespace)):
+            store.touch(hit.extent_id, hit.at_tokens)
 
     async def _broken(self, job: Job, plan: Plan, counts: Counts) -> None:
         """Fewer tokens were reused than promised: find out why, and mend it."""

@@ -32,6 +32,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.launch import fingerprint, memory_kind, plan_launch
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import (
+    ConfigError,
     DeadlineError,
     EngineDownError,
     EngineStartError,
@@ -154,7 +155,11 @@ class Runtime:
             staging = Path(settings.store.staging_dir).expanduser()
         else:
             staging = default_staging(self._store_dir, need_bytes=settings.store.staging_bytes)
-        self.launch = await plan_launch(settings.engine, slot_dir=staging)
+        self.launch = await plan_launch(
+            settings.engine,
+            slot_dir=staging,
+            tier_chars=max(tier.static_chars for tier in self.tiers),
+        )
         if not settings.engine.upstream:
             staging.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.client = EngineClient(
@@ -218,6 +223,7 @@ class Runtime:
         props = await self.client.props()
         slots = int(props.get("total_slots") or 1)
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
+        self._slot_tokens = slot_tokens
         self.probed = await probe(
             self.client,
             self.launch.slot_dir,
@@ -296,6 +302,7 @@ class Runtime:
             only=self.settings.tiers.warm,
         )
         for target in self.targets:
+            self._check_fits(target)
             self.dispatcher.know_static(target.digest, target.tokens)
         warmer = Warmer(
             self.client,
@@ -311,6 +318,21 @@ class Runtime:
         now_s = time.monotonic()
         for slot, content in contents.items():
             self.dispatcher.scheduler.set_content(slot, content, now_s)
+
+    def _check_fits(self, target: Target) -> None:
+        """A tier that fills a slot leaves no room for a task.
+
+        Raises:
+            ConfigError: it is too large for the engine's slots.
+        """
+        if len(target.tokens) < self._slot_tokens:
+            return
+        raise ConfigError(
+            f"The tier {target.name.removeprefix('tier:')!r} has {len(target.tokens):,} tokens, "
+            f"but a slot has room for {self._slot_tokens:,} only. Give a larger --context or fewer "
+            '--slots, let slots share the context (engine.pool = "shared"), or name the tiers to '
+            "warm (tiers.warm)."
+        )
 
     def _check_proofs(self) -> None:
         unproved = [w.name for w in self.warmed if not w.proved]

@@ -163,21 +163,24 @@ class Warmer:
         return report, contents
 
     def _room(self, targets: list[Target]) -> dict[int, int]:
-        """Which targets get a slot of their own, in order.
+        """Which targets (by index) wait in which slot: those used last; one slot stays free.
 
-        At least one slot stays free for what comes, and a quarter of a shared pool.
+        In a shared pool what waits slows every other slot down, and a ready file is restored in
+        milliseconds, so only one waits there.
         """
-        spare = max(self._slots - 1, 1)
-        pool = self._machine.pool_tokens
-        budget = pool * 3 // 4 if pool else None
-        out: dict[int, int] = {}
-        for index in range(len(targets)):
-            tokens = len(targets[index].tokens)
-            if len(out) == spare or (budget is not None and tokens > budget):
-                continue
-            out[index] = len(out)
-            budget = budget - tokens if budget is not None else None
-        return out
+        pool_tokens = self._machine.pool_tokens
+        spare = max(self._slots - 1, 1) if pool_tokens is None else 1
+        chosen: list[int] = []
+        for index in sorted(range(len(targets)), key=lambda i: -self._used_s(targets[i])):
+            fits = pool_tokens is None or len(targets[index].tokens) <= pool_tokens // 2
+            if fits and len(chosen) < spare:
+                chosen.append(index)
+        return {index: slot for slot, index in enumerate(chosen)}
+
+    def _used_s(self, target: Target) -> float:
+        """When a prefix was last of use, 0 if it is new."""
+        pin = self._snapshots.store.pin_named(target.name)
+        return (pin.used_s or pin.created_s) if pin else 0.0
 
     async def _warm_one(
         self, target: Target, slot: int | None, workbench: int, contents: dict[int, Content]
