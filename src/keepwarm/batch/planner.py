@@ -8,8 +8,8 @@ nothing saved.
 How good is the order? With a store, every branch worth filling is prefilled once, so the prefilled
 tokens exceed the least possible only by branches too small to fill. What is left to choose is how
 often a prefix must be restored. On small cases the tests compare with all permutations; see
-docs/batch.md for the figures. Where the plan would cost more than running the file as it is (its
-fills aren't free), that is the plan.
+docs/batch.md for the figures. Where the plan would cost more tokens than running the file as it is,
+that is the plan.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Tally:
 
     @property
     def cost(self) -> float:
-        """What an order can change, in tokens' worth of prefill."""
-        return (
-            self.prefilled_tokens
-            + RESTORE_WEIGHT * self.restored_tokens
-            + FILL_WEIGHT_TOKENS * self.fills
-        )
+        """What an order can change, in tokens' worth of prefill.
+
+        Fills take time too (see `Costs.seconds`), and give what isn't counted either: a prefix that
+        outlives its slot, and one that models can use whose state can't be cut.
+        """
+        return self.prefilled_tokens + RESTORE_WEIGHT * self.restored_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,11 @@ class _Stop:
         self.runner: Runner | None = None
         self._main = asyncio.current_task()
 
+    def night(self) -> None:
+        """The night is over: running tasks end, and no other begins."""
+        if self.runner:
+            self.runner.stop()
+
     def __call__(self) -> None:
         if self.wanted.is_set():
             if self._main:
@@ -86,17 +91,22 @@ class _Stop:
             return
         self.wanted.set()
         err.print("stopping: running tasks end first; once more drops them for the next run")
-        if self.runner:
-            self.runner.stop()
+        self.night()
 
 
 class _HoursGate:
-    def __init__(self, hours: Hours) -> None:
+    """Lets tasks begin within the hours. `closed` is called outside them, else it is waited for."""
+
+    def __init__(self, hours: Hours, closed: Callable[[], None] | None) -> None:
         self._hours = hours
+        self._closed = closed
 
     async def wait(self) -> None:
         """Until the hours are open; the clock may be set meanwhile, so it is looked at again."""
-        while (minutes := self._hours.opens_in_min(minute_of_day())) > 0:  # noqa: ASYNC110
+        while (minutes := self._hours.opens_in_min(minute_of_day())) > 0:
+            if self._closed:
+                self._closed()
+                return
             await asyncio.sleep(min(minutes * 60, 10.0))
 
 
@@ -222,7 +232,7 @@ def watch(
     attempts: Attempts = 4,
     wait: Wait = 600.0,
     once: Annotated[
-        bool, typer.Option("--once", help="End when no file is left, as a timer's unit does.")
+        bool, typer.Option("--once", help="End when no file is left, or the --hours are over.")
     ] = False,
     every: Annotated[
         float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look.")
@@ -321,7 +331,14 @@ async def _session(wishes: _Wishes, stop: _Stop) -> AsyncIterator[Session]:
         await opened.__aexit__(None, None, None)
 
 
-async def _run_file(wishes: _Wishes, paths: Paths, there: Session, stop: _Stop) -> dict[str, Any]:
+async def _run_file(
+    wishes: _Wishes,
+    paths: Paths,
+    there: Session,
+    stop: _Stop,
+    *,
+    ends_with_hours: bool = False,
+) -> dict[str, Any]:
     parsed = await asyncio.to_thread(read_tasks, paths.tasks, max_body_bytes=there.max_body_bytes)
     show_line_errors(parsed)
     job = await asyncio.to_thread(
@@ -339,7 +356,7 @@ async def _run_file(wishes: _Wishes, paths: Paths, there: Session, stop: _Stop) 
             runner = job.runner(
                 there.sender,
                 retry=wishes.retry,
-                gate=_HoursGate(wishes.hours),
+                gate=_HoursGate(wishes.hours, stop.night if ends_with_hours else None),
                 on_progress=bar.show,
             )
             stop.runner = runner
@@ -360,6 +377,9 @@ async def _watch(wishes: _Wishes, drop: Drop, *, once: bool, every_s: float) -> 
     async with _stoppable() as stop:
         drop.prepare()
         while not stop.wanted.is_set():
+            if once and not wishes.hours.is_open(minute_of_day()):
+                err.print("outside the hours: what is left waits for the next time")
+                return
             if (paths := drop.next()) is None:
                 if once and drop.is_empty():
                     return
@@ -368,21 +388,24 @@ async def _watch(wishes: _Wishes, drop: Drop, *, once: bool, every_s: float) -> 
             # Keepwarm is there only while there is something to do.
             async with _session(wishes, stop) as there:
                 while paths is not None and not stop.wanted.is_set():
-                    await _run_dropped(wishes, drop, paths, there, stop)
-                    paths = drop.next()
+                    is_done = await _run_dropped(wishes, drop, paths, there, stop, once=once)
+                    paths = drop.next() if is_done else None
 
 
 async def _run_dropped(
-    wishes: _Wishes, drop: Drop, paths: Paths, there: Session, stop: _Stop
-) -> None:
+    wishes: _Wishes, drop: Drop, paths: Paths, there: Session, stop: _Stop, *, once: bool
+) -> bool:
+    """Run one file and put it away; False if tasks of it are left."""
     try:
-        report = await _run_file(wishes, paths, there, stop)
+        report = await _run_file(wishes, paths, there, stop, ends_with_hours=once)
     except ConfigError as error:
         fail(str(error))
         drop.failed(paths)
-        return
-    if not report["left"]:
-        drop.done(paths)
+        return True
+    if report["left"]:
+        return False
+    drop.done(paths)
+    return True
 
 
 async def _pause(stop: _Stop, seconds: float) -> None:
