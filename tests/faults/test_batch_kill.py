@@ -14,9 +14,11 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from batchsamples import document, line
@@ -42,8 +44,11 @@ class Night:
         self.url = f"http://127.0.0.1:{self._port}"
         self.gateway = self._serve()
         self.wait_ready()
+        self.batch: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> None:
+        """Start the command."""
         self.batch = self._run()
-        self.starts = Counter(gateway=1, batch=1)
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self._root / f"{name}.log").open("ab") as log:
@@ -93,11 +98,11 @@ class Night:
                 return True
             return False
         process = self.gateway if victim == "gateway" else self.batch
+        assert process
         if process.poll() is not None:
             return False
         process.kill()
         process.wait()
-        self.starts[victim] += 1
         if victim == "gateway":
             self.gateway = self._serve()
         else:
@@ -106,6 +111,8 @@ class Night:
 
     def end(self) -> None:
         for process in (self.batch, self.gateway):
+            if process is None:
+                continue
             process.terminate()
             try:
                 process.wait(60)
@@ -131,6 +138,8 @@ def test_ten_kills_lose_nothing_and_end_nothing_twice(tmp_path: Path) -> None:
     night = Night(tmp_path)
     killed: Counter[str] = Counter()
     try:
+        night.begin()
+        assert night.batch
         # All three kinds are killed at least twice, the rest by chance.
         victims = ["batch", "gateway", "engine"] * 3 + [chance.choice(["batch", "engine"])]
         chance.shuffle(victims)
@@ -148,3 +157,42 @@ def test_ten_kills_lose_nothing_and_end_nothing_twice(tmp_path: Path) -> None:
     assert Counter(ids(tmp_path / "out.jsonl")) == Counter(f"t{i}" for i in range(TASKS))
     assert ids(tmp_path / "out.errors.jsonl") == []
     assert sum(killed.values()) >= KILLS - 2, f"seed {seed}: the night was over too early, {killed}"
+
+
+@pytest.mark.live
+def test_a_batch_of_the_api_goes_on_after_its_gateway_was_killed(tmp_path: Path) -> None:
+    lines = [
+        line(f"t{i}", f"{document(i % 3, sentences=10)}\n\nQuestion {i}?", model="minimal")
+        for i in range(24)
+    ]
+    night = Night(tmp_path)
+    try:
+        api = openai.OpenAI(base_url=night.url + "/v1", api_key="any", max_retries=0)
+        file = api.files.create(file=("tasks.jsonl", b"".join(lines)), purpose="batch")
+        batch = api.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        for done in (2, 9):
+            wait_for(
+                night, api, batch.id, lambda b, least=done: b.request_counts.completed >= least
+            )
+            night.kill("gateway")
+            night.wait_ready()
+        ended = wait_for(night, api, batch.id, lambda b: b.status == "completed")
+        results = api.files.content(ended.output_file_id).text.splitlines()
+    finally:
+        night.end()
+    assert ended.request_counts.completed == 24
+    assert ended.error_file_id is None
+    found = Counter(json.loads(raw)["custom_id"] for raw in results)
+    assert found == Counter(f"t{i}" for i in range(24))
+
+
+def wait_for(night: Night, api: openai.OpenAI, batch_id: str, done: Callable[[Any], bool]) -> Any:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        batch = api.batches.retrieve(batch_id)
+        if done(batch):
+            return batch
+        time.sleep(0.02)
+    raise AssertionError(f"{batch}: {(night.gateway.poll())}")
