@@ -26,8 +26,9 @@ def main() -> None:
     parser.add_argument("--slot-save-path", default="")
     parser.add_argument("--chat-template-file")
     parser.add_argument("--threads", type=int)
-    for name in ("--kv-unified", "--no-cache-idle-slots", "--jinja", "--metrics", "--swa-full"):
-        parser.add_argument(name, action="store_true")
+    switches = "kv-unified no-kv-unified no-cache-idle-slots jinja metrics swa-full"
+    for name in switches.split():
+        parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path = options.model

@@ -132,8 +132,8 @@ def test_a_server_as_the_plain_unit_starts_it_has_no_warnings(
 ) -> None:
     slots = tmp_path / "slots"
     slots.mkdir()
-    flags = ["--parallel", "4", "--kv-unified", "--no-cache-idle-slots", "--cache-ram", "0"]
-    with llama_server(*flags, "--slot-save-path", f"{slots}/") as url:
+    flags = ["--parallel", "4", "--no-kv-unified", "--no-cache-idle-slots", "--cache-ram", "0"]
+    with llama_server(*flags, "--slot-save-path", f"{slots}/", context=8192) as url:
         assert diagnose("--upstream", url, "--tiers", str(tiers), status=None) == {}
     assert list(slots.iterdir()) == []
 
@@ -228,7 +228,9 @@ def test_a_slot_directory_in_memory_is_found(
     if not slots.parent.is_dir():
         pytest.skip("there is no /dev/shm")
     slots.mkdir()
-    flags = ["--parallel", "3", "--cache-ram", "0", "--slot-save-path", f"{slots}/"]
+    # In unified KV too each tier is warmed into a slot, since no gateway would restore it later.
+    flags = ["--parallel", "3", "--kv-unified", "--cache-ram", "0"]
+    flags += ["--slot-save-path", f"{slots}/"]
     try:
         with llama_server(*flags) as url:
             found = diagnose("--upstream", url, "--tiers", str(tiers), status=1)
@@ -320,7 +322,7 @@ def test_a_warm_keepwarm_has_no_findings_and_other_fingerprints_are_told(
         arguments = ["--tiers", str(tiers), "--store", str(tmp_path / "store")]
         return diagnose(*arguments, server_port=url.rpartition(":")[2], engine_threads="1")
 
-    small = {"tiers": tiers, "slots": 2, "context": 2048}
+    small = {"tiers": tiers, "slots": 2, "context": 4096}
     with serve_gateway(tmp_path, "--threads", "1", **small) as gateway:  # type: ignore[arg-type]
         assert own(gateway.url) == {}
     environment = {"KEEPWARM_ENGINE_KV_TYPE_K": "q8_0", "KEEPWARM_ENGINE_KV_TYPE_V": "q8_0"}

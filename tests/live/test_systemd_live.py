@@ -184,7 +184,7 @@ def test_a_plain_llama_server_is_started_only_when_its_tiers_are_warm(
     manager: UserManager, tiers: Path
 ) -> None:
     port = free_port()
-    command = _install_plain(manager, "--tiers", str(tiers), "--context", "2048", port=port)
+    command = _install_plain(manager, "--tiers", str(tiers), "--context", "4096", port=port)
     manager.run(command)
     assert manager.show(PLAIN, "ActiveState") == "active"
     standard = load_tiers(tiers, "Keeper").get("standard")

@@ -124,7 +124,7 @@ def test_the_plain_unit_warms_the_address_it_listens_on() -> None:
     text = plain_unit(USER_PLAIN, wanted, warmup=["/v/keepwarm", "warmup"])
     (server,), (post,) = values(text, "ExecStart"), values(text, "ExecStartPost")
     assert server.startswith("/usr/bin/llama-server --model /m.gguf --host")
-    assert "--port 81 --parallel 2 --kv-unified --ctx-size 4096" in server
+    assert "--port 81 --parallel 2 --no-kv-unified --ctx-size 4096" in server
     assert server.endswith('--jinja --metrics --chat-template-file "/t x.jinja" -ngl 9')
     assert post.startswith("/v/keepwarm warmup --upstream http://127.0.0.1:81 --slot-dir %t/")
     assert "--tiers" not in post

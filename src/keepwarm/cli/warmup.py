@@ -91,7 +91,11 @@ async def _warmup(settings: Settings, places: Places, *, wait_s: float) -> dict[
             warmed = status["warmed"]
         else:
             runtime = Runtime(
-                settings, places, on_status=progress.status, on_progress=progress.tokens
+                settings,
+                places,
+                on_status=progress.status,
+                on_progress=progress.tokens,
+                leaves=True,
             )
             await runtime.start()
             tiers = runtime.tiers

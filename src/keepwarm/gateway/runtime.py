@@ -88,8 +88,16 @@ class Runtime:
         *,
         on_status: Callable[[str], None] | None = None,
         on_progress: Progress | None = None,
+        leaves: bool = False,
     ) -> None:
         """Read keys and tiers.
+
+        Args:
+            settings: all of them.
+            places: where files are.
+            on_status: told in a line what is being done.
+            on_progress: told how far a prefix is.
+            leaves: an attached server is warmed and then left to itself.
 
         Raises:
             ConfigError, TierError: nothing was started.
@@ -118,6 +126,7 @@ class Runtime:
         self.targets: list[Target] = []
         self.failure: KeepwarmError | None = None
         self._on_status = on_status
+        self._leaves = leaves
         self._on_progress = on_progress
         self._process: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -311,6 +320,7 @@ class Runtime:
             self.dispatcher.rates,
             slots=len(self.dispatcher.scheduler.slots),
             progress=self._progressed,
+            leaves=self._leaves,
         )
         targets = [*self.targets, *await self.prover.learned_targets()]
         self.warmed, contents = await warmer.warm(targets)

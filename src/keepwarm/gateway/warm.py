@@ -7,6 +7,7 @@ by the engine's own count: a snapshot that restores but isn't reused is no snaps
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +23,11 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length, static_tokens
 from keepwarm.errors import SnapshotError, TierError
 from keepwarm.gateway.slot_store import SlotStore
+from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.types import Mark, Origin
+
+
+log = logging.getLogger("keepwarm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,10 @@ async def check_tools(client: EngineClient, static: dict[str, Any], tier: str) -
 
 
 class Warmer:
-    """Warms targets on an idle engine."""
+    """Warms targets on an idle engine.
+
+    `leaves`: no gateway will restore anything afterwards, so each target needs a slot to wait in.
+    """
 
     def __init__(
         self,
@@ -130,7 +138,9 @@ class Warmer:
         *,
         slots: int,
         progress: Progress | None = None,
+        leaves: bool = False,
     ) -> None:
+        self._leaves = leaves
         self._client = client
         self._snapshots = snapshots
         self._machine = machine
@@ -166,10 +176,11 @@ class Warmer:
         """Which targets (by index) wait in which slot: those used last; one slot stays free.
 
         In a shared pool what waits slows every other slot down, and a ready file is restored in
-        milliseconds, so only one waits there.
+        milliseconds, so only one waits there; unless nobody will be there to restore it.
         """
         pool_tokens = self._machine.pool_tokens
-        spare = max(self._slots - 1, 1) if pool_tokens is None else 1
+        all_wait = pool_tokens is None or self._leaves
+        spare = max(self._slots - 1, 1) if all_wait else 1
         chosen: list[int] = []
         for index in sorted(range(len(targets)), key=lambda i: -self._used_s(targets[i])):
             fits = pool_tokens is None or len(targets[index].tokens) <= pool_tokens // 2
@@ -197,8 +208,14 @@ class Warmer:
                 raise SnapshotError(
                     f"{target.name} was saved but isn't found again.", reason="not_kept"
                 )
-        await keep(self._snapshots, target, stored, rates=self._rates)
-        proved = await self._place(target, stored, workbench if slot is None else slot)
+        try:
+            await keep(self._snapshots, target, stored, rates=self._rates)
+            proved = await self._place(target, stored, workbench if slot is None else slot)
+        except SnapshotError as error:
+            if prefilled or error.reason not in UNTRUSTED:
+                raise
+            # The store has set it aside; what is left of it may be sound.
+            return await self._warm_one(target, slot, workbench, contents)
         if not proved and not prefilled:
             # It restores and isn't reused: never trust it again, make it anew.
             await self._snapshots.quarantine(stored, "unproved")
@@ -219,8 +236,11 @@ class Warmer:
     async def _fill(self, target: Target, stored: Stored | None, slot: int) -> int:
         """Prefill to the exact end, starting from what is there, and save it."""
         if stored is not None:
-            async with self._snapshots.ready(stored) as file:
-                await self._client.restore(slot, file.name)
+            try:
+                async with self._snapshots.ready(stored) as file:
+                    await self._client.restore(slot, file.name)
+            except SnapshotError as error:
+                log.warning("%s is prefilled from its beginning: %s", target.name, error)
 
         def on_progress(done: int, total: int) -> None:
             if self._progress:

@@ -136,7 +136,7 @@ def plain_unit(template: str, wanted: Wanted, *, warmup: list[str]) -> str:
     if wanted.slots is not None:
         words["--parallel 4"] = f"--parallel {wanted.slots}"
     if wanted.context is not None:
-        words["--ctx-size 16384"] = f"--ctx-size {wanted.context}"
+        words["--ctx-size 32768"] = f"--ctx-size {wanted.context}"
     if wanted.host != "127.0.0.1":
         words["--host 127.0.0.1"] = f"--host {argument(wanted.host)}"
     return _confined(with_words(template, words), wanted)
