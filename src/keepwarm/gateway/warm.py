@@ -26,7 +26,6 @@ from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.types import Mark, Origin
 
-
 log = logging.getLogger("keepwarm")
 
 
