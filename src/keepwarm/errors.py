@@ -34,7 +34,7 @@ class ModelError(KeepwarmError):
 
 
 class TierError(ConfigError):
-    """A tier can't be composed (it extends itself, its tools aren't JSON, a template drops them)."""
+    """A tier can't be composed: it extends itself, its tools aren't JSON, and the like."""
 
 
 class EngineError(KeepwarmError):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bareengine import BareEngine, StartEngine, end_engine, start_engine
 from served import Served
-
 from smalltiers import write_small_tiers
 
 

@@ -21,8 +21,8 @@ import pytest
 
 from keepwarm.engine.process import free_port
 
-ANSWER_S = 120.0
-READY_S = 120.0
+ANSWER_S = 300.0
+READY_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,20 @@ class Served:
         raw = json.dumps({"temperature": 0, **body, "stream": True})
         connection.request("POST", "/v1/chat/completions", raw, self._headers())
         return Stream(connection, connection.getresponse())
+
+    def occupy(self) -> None:
+        """Give every slot to a conversation of its own: all are open at the same time."""
+        slots = len(self.get("/slots"))
+        streams = []
+        for number in range(slots):
+            messages = [{"role": "user", "content": f"{number} is the number of this talk. " * 6}]
+            body = {"messages": messages, "max_tokens": 400, "ignore_eos": True}
+            stream = self.stream(body)
+            next(stream.events())
+            streams.append(stream)
+        for stream in streams:
+            stream.hang_up()
+        self.settled()
 
     def at_once(self, *calls: Any) -> list[Any]:
         """Results of calls that run at the same time."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import openai
 import pytest
-from servedgateway import Gateway, serve_gateway
 
 from batchsamples import document, line
+from servedgateway import Gateway, serve_gateway
 from smalltiers import write_small_tiers
 
 pytestmark = pytest.mark.live

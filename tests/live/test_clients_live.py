@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+
 from servedgateway import Gateway, serve_gateway
 from smalltiers import write_small_tiers
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bareengine import StartEngine
-from servedgateway import serve_gateway
 from typer.testing import CliRunner
 
+from bareengine import StartEngine
 from keepwarm.cli.main import app
 from keepwarm.engine.process import free_port
 from keepwarm.tierfiles import packaged_configs
+from servedgateway import serve_gateway
 from smalltiers import write_small_tiers
 from tinymodels import small_model, write_tiny_gemma3, write_tiny_lfm2
 

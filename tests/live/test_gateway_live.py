@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Answer, Served
 
+from served import Answer, Served
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live

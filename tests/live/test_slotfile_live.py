@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bareengine import BareEngine, Reply, StartEngine
 
+from bareengine import BareEngine, Reply, StartEngine
 from keepwarm.core.slotfile import (
     MemoryKind,
     RowsPart,

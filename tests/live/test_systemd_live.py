@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from systemmanager import SystemManager
-from usermanager import UserManager, ask, get, post_chat, wait_until_ready
 
 from keepwarm.core.tiers import compose
 from keepwarm.engine.process import free_port
 from keepwarm.tierfiles import load_tiers, packaged_configs
 from smalltiers import write_small_tiers
+from systemmanager import SystemManager
 from tinymodels import small_model
+from usermanager import UserManager, ask, get, post_chat, wait_until_ready
 
 pytestmark = pytest.mark.live
 

@@ -15,7 +15,7 @@ TOOL = {"name": "clock", "description": "The time.", "input_schema": {"type": "o
 
 
 def chunks(*deltas: dict[str, Any], finish: str = "stop") -> bytes:
-    """A chat completion stream with the counts that llama-server sends in every event but the first."""
+    """A chat stream with the counts that llama-server sends in every event but the first."""
     out = b""
     events: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None} for delta in deltas]
     events.append({"delta": {}, "finish_reason": finish})

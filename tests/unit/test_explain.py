@@ -424,6 +424,20 @@ def test_a_plan_that_the_engine_did_not_follow_is_the_templates_doing() -> None:
     assert (told.cause, told.difference) == (Cause.KEY_ORDER, sent)
 
 
+def test_reasoning_that_the_prompt_no_longer_has_is_named_though_none_of_it_is_cold() -> None:
+    # The slot held 400 tokens of thoughts; without them the prompt agrees for 100 tokens only.
+    told = explain(
+        facts(
+            cached_tokens=80,
+            prefilled_tokens=60,
+            planned_tokens=480,
+            agrees_tokens=100,
+            nearest=Nearest(None, reasoned=True),
+        )
+    )
+    assert told.cause is Cause.REASONING_DROPPED
+
+
 def test_a_model_that_reuses_ends_only_is_not_blamed_on_eviction() -> None:
     assert cause_of(nearest=Nearest(NEW), cuttable=False) is Cause.ENDS_ONLY
     assert cause_of(cuttable=False) is Cause.EVICTED

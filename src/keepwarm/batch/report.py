@@ -91,7 +91,7 @@ def _prefill_rate(rows: Sequence[Row], active_s: float) -> float | None:
     if not tokens or not active_s:
         return None
     beside = max(sum(row["ended_s"] - row["began_s"] for row in rows) / active_s, 1.0)
-    return round(sum(row["prefill_s"] for row in told) / tokens / beside, 6)
+    return float(round(sum(row["prefill_s"] for row in told) / tokens / beside, 6))
 
 
 def _saved_s(tokens: int, s_per_token: float | None) -> float | None:

@@ -64,7 +64,7 @@ class Scale:
 
     tasks: int = 96
     contexts: int = 12
-    alone: int = 24
+    alone: int = 48
     reply_tokens: int = 16
     seed: int = 7
 
@@ -273,12 +273,8 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, out: Path) -> di
             first = await keepwarm_arm("first night", keepwarm, tasks, out, lanes=lanes)
             second = await keepwarm_arm("second night", keepwarm, tasks, out, lanes=lanes)
             arms += [tell(_with_least(first, least[0])), tell(_with_least(second, least[1]))]
-            # The tiers are warm here, as in any night but the first; nothing else is of use.
-            own = [dict(task["body"]) for task in alone]
-            arms.append(tell(await plain_arm("plain alone", plain, client, own, lanes=lanes)))
-            arms.append(
-                tell(await keepwarm_arm("keepwarm alone", keepwarm, alone, out, lanes=lanes))
-            )
+            both = await _alone(plain, keepwarm, client, tasks=alone, out=out, lanes=lanes)
+            arms += [tell(arm) for arm in both]
         finally:
             for server in (plain, keepwarm):
                 await server.stop()
@@ -286,6 +282,40 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, out: Path) -> di
     return {"scale": asdict(scale), "slots": lanes, "arms": [a.as_dict() for a in arms]} | {
         "figures": figures({arm.name: arm for arm in arms})
     }
+
+
+async def _alone(
+    plain: Server,
+    keepwarm: KeepwarmServer,
+    client: ChatClient,
+    *,
+    tasks: Sequence[dict[str, Any]],
+    out: Path,
+    lanes: int,
+) -> list[Arm]:
+    """Both arms on tasks that share nothing: one, the other twice, and the first again.
+
+    So a machine that slows down or speeds up meanwhile does so for both.
+    """
+    half = len(tasks) // 2
+    halves = (tasks[:half], tasks[half:])
+    bodies = [[dict(task["body"]) for task in part] for part in halves]
+    first = await plain_arm("plain alone", plain, client, bodies[0], lanes=lanes)
+    second = await keepwarm_arm("keepwarm alone", keepwarm, halves[0], out, lanes=lanes)
+    third = await keepwarm_arm("keepwarm alone", keepwarm, halves[1], out, lanes=lanes)
+    fourth = await plain_arm("plain alone", plain, client, bodies[1], lanes=lanes)
+    return [_summed(first, fourth), _summed(second, third)]
+
+
+def _summed(one: Arm, other: Arm) -> Arm:
+    return Arm(
+        one.name,
+        one.tasks + other.tasks,
+        one.ready_s + other.ready_s,
+        one.total_s + other.total_s,
+        one.prefilled_tokens + other.prefilled_tokens,
+        one.reused_tokens + other.reused_tokens,
+    )
 
 
 def _with_least(arm: Arm, least: int) -> Arm:

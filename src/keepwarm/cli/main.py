@@ -14,6 +14,7 @@ from keepwarm.cli import (
     doctor,
     explain,
     fleet,
+    route,
     serve,
     service,
     simulate,
@@ -46,6 +47,7 @@ app.command("simulate")(simulate.simulate_command)
 app.add_typer(batch.app, name="batch")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(store.app, name="store")
+app.add_typer(route.app, name="route")
 app.add_typer(service.app, name="service")
 
 

@@ -129,14 +129,14 @@ def verify(
 
             result = checks.verify_files(root, one.name, on_progress)
             report.append({"fingerprint": one.fingerprint, **msgspec.to_builtins(result)})
-    findings = [finding for one in report for finding in one["findings"]]
+    findings = [finding for read in report for finding in read["findings"]]
     if as_json:
         print_json({"directory": str(root), "stores": report})
     else:
-        for one in report:
+        for read in report:
             out.print(
-                f"{one['fingerprint'][:12]}: {one['extents']} extents, "
-                f"{one['read_bytes'] / 1e6:,.1f} MB read, {len(one['findings'])} findings"
+                f"{read['fingerprint'][:12]}: {read['extents']} extents, "
+                f"{read['read_bytes'] / 1e6:,.1f} MB read, {len(read['findings'])} findings"
             )
         for finding in findings:
             out.print(f"  {finding['about']}: {finding['what']}")

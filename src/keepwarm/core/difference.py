@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
-from keepwarm.core.parts import Parts, chars_before, common_chars, common_tail_chars, dump
+from keepwarm.core.parts import Parts, Tool, chars_before, common_chars, common_tail_chars, dump
 from keepwarm.core.prompt import Segment
 from keepwarm.core.volatile import find_volatile
 
@@ -144,6 +144,7 @@ def _tool_difference(before: Parts, after: Parts) -> Difference | None:
             otherwise=Cause.TOOL_CHANGED,
         )
     old_names, new_names = {t.name for t in old}, {t.name for t in new}
+    shown: Tool | None
     if b and b.name not in old_names:
         cause, shown = Cause.TOOL_ADDED, b
     elif a and a.name not in new_names:

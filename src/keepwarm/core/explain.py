@@ -121,7 +121,9 @@ def _cause(facts: Facts) -> tuple[Cause, Difference | None]:
     is_new = parts is None or parts.cause is Cause.NEW_TEXT
     lost = facts.agrees_tokens - facts.warm_tokens
     behind = facts.prompt_tokens - facts.agrees_tokens
-    if lost > _tolerance(facts.agrees_tokens) and (is_new or lost >= behind):
+    is_lost = lost > _tolerance(facts.agrees_tokens) and (is_new or lost >= behind)
+    # What the slot held behind this prompt's own text (reasoning) can be lost without being in it.
+    if is_lost or (parts is None and _is_mistaken(facts)):
         return _lost_cause(facts, nearest)
     if is_new and facts.moved is not None:
         return Cause.NEW_FINGERPRINT, None
@@ -130,6 +132,11 @@ def _cause(facts: Facts) -> tuple[Cause, Difference | None]:
 
 def _tolerance(tokens: int) -> float:
     return _TOLERANCE_TOKENS + _TOLERANCE_SHARE * tokens
+
+
+def _is_mistaken(facts: Facts) -> bool:
+    """Whether the engine reused less than the plan knew to be there."""
+    return facts.planned_tokens - facts.cached_tokens > _tolerance(facts.planned_tokens)
 
 
 def _unknown_cause(facts: Facts) -> Cause:
@@ -148,7 +155,7 @@ def _lost_cause(facts: Facts, nearest: Nearest) -> tuple[Cause, Difference | Non
     sent = nearest.sent_difference
     if facts.failed_restore:
         return Cause.SNAPSHOT_FAILED, None
-    if facts.planned_tokens - facts.cached_tokens > _tolerance(facts.planned_tokens):
+    if _is_mistaken(facts):
         # The plan knew the prefix, and the engine found other tokens in its place.
         if sent:
             return sent.cause, sent

@@ -31,6 +31,7 @@ from keepwarm.core.difference import Cause, first_difference, sent_difference
 from keepwarm.core.explain import Explanation, Facts, Nearest, explain, tokens_at
 from keepwarm.core.parts import Parts, chars_before, parts_of
 from keepwarm.core.recent import Recent, Remembered
+from keepwarm.core.reply import Reply
 from keepwarm.gateway.history import FILE_NAME, Entry, History, Totals
 from keepwarm.gateway.record import Ended, record_of, without_text
 from keepwarm.logs import log_request
@@ -269,10 +270,17 @@ class Explainer:
                 frozenset(marks),
                 ended.at_s,
                 ended.engine,
-                reasoned=bool(ended.reply and ended.reply.reasons),
+                reasoned=_has_reasoning(ended.reply),
             ),
             like=like,
         )
+
+
+def _has_reasoning(reply: Reply | None) -> bool:
+    """Whether a reply reasoned, in a field of its own or within its text."""
+    if reply is None:
+        return False
+    return reply.reasons or bool(reply.segment and "</think>" in reply.segment.text)
 
 
 def _opening(parts: Parts, *, key: bytes) -> bytes:

@@ -127,7 +127,7 @@ class TierRouter:
         """The tools on offer: the client's, else the tiers' own."""
         if tools:
             return self._catalogs.get(tools)
-        return self._catalogs.get(self._own_tools, is_own=True)
+        return self._catalogs.get(self._own_tools, is_open=True)
 
     def escalated(
         self, api: Api, body: dict[str, Any], now: Tiered, escalation: Escalation, namespace: str

@@ -16,7 +16,6 @@ from typing import Final
 from keepwarm.router.catalog import VERB_CLASS_OF, Catalog, ToolFacts, WordWeights, trigrams
 from keepwarm.router.lexicon import ASKING_WORDS, POLITE_WORDS, PROJECTS, VALUE_WORDS
 from keepwarm.router.words import (
-    concepts,
     concepts_of,
     content_stems,
     count_cues,
@@ -195,6 +194,7 @@ class Asked:
     known: frozenset[str]
     pairs: frozenset[tuple[str, str]]
     given: frozenset[str]
+    conceptual: tuple[tuple[str, tuple[str, ...]], ...]
     concepts: frozenset[str]
     verbs: frozenset[str]
     trigrams: frozenset[str]
@@ -227,12 +227,14 @@ def prepare_request(request: Seen, weights: WordWeights) -> Asked:
     """The request's side of the comparison with the tools on offer."""
     stems = tuple(content_stems(request.words))
     in_order = [stem(word) for word in request.words]
+    conceptual = tuple((each, named) for each in stems if (named := concepts_of(each)))
     return Asked(
         stems=stems,
         known=frozenset(stems),
         pairs=frozenset(pairwise(in_order)),
         given=given_values(request),
-        concepts=frozenset(concepts(stems)),
+        conceptual=conceptual,
+        concepts=frozenset(each for _, named in conceptual for each in named),
         verbs=frozenset(VERB_CLASS_OF[each] for each in stems if each in VERB_CLASS_OF),
         trigrams=trigrams(dict.fromkeys(request.words[:TRIGRAM_WORDS])),
         weight=weights.total(stems),
@@ -264,8 +266,8 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
     if shared:
         akin = AKIN * sum(
             of(s)
-            for s in asked.stems
-            if s not in tool.all_stems and not shared.isdisjoint(concepts_of(s))
+            for s, named in asked.conceptual
+            if s not in tool.all_stems and not shared.isdisjoint(named)
         )
     verbs_met = [
         of(s)
@@ -312,8 +314,8 @@ def rough_matches(asked: Asked, catalog: Catalog, weights: WordWeights, *, top: 
         for at in catalog.by_concept.get(each, ()):
             shared[at] = shared.get(at, 0.0) + AKIN
     tools = catalog.tools
-    ranked = sorted(shared, key=lambda at: shared[at] / (2.0 + tools[at].weight), reverse=True)
-    return ranked[:top]
+    # By index where equal, so that learning gives the same weights every time.
+    return sorted(shared, key=lambda at: (-shared[at] / (2.0 + tools[at].weight), at))[:top]
 
 
 def fit(values: dict[str, float]) -> float:

@@ -14,10 +14,10 @@ from typing import Final
 
 from keepwarm.router.lexicon import CONCEPTS, CUES, FOREIGN_CUES, FOREIGN_WORDS, STOP_WORDS
 
-#: Beginning and end of a text that the features look at: nine in ten of the
+#: Beginning and end of a text that the features look at: 88 % of the
 #: labelled requests are shorter, and the others say what they want first or last.
-SEEN_HEAD_CHARS: Final = 900
-SEEN_TAIL_CHARS: Final = 300
+SEEN_HEAD_CHARS: Final = 700
+SEEN_TAIL_CHARS: Final = 250
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -153,11 +153,10 @@ def foreign_share(text: str, found: Sequence[str]) -> float:
 
     A text of fewer than four words in Latin letters counts as English: it could be anything.
     """
-    letters = sum(map(str.isalpha, text))
-    if not letters:
-        return 0.0
-    if (other := len(_NON_LATIN.findall(text))) > 0.2 * letters:
-        return min(1.0, 2.0 * other / letters)
+    if not text.isascii():
+        letters = sum(map(str.isalpha, text))
+        if (other := len(_NON_LATIN.findall(text))) > 0.2 * letters:
+            return min(1.0, 2.0 * other / letters)
     if len(found) < 3:
         return 0.0
     # 'a', 'me' and the like are English too; only what English doesn't have counts as foreign.
