@@ -5,6 +5,8 @@ MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TEMPLATE := configs/chat-templates/chatml-tools.jinja
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
+TESTS ?= tests/unit tests/faults/test_store_crash.py tests/faults/test_upstream_faults.py \
+	tests/live/test_clients_live.py tests/live/test_tiers_live.py tests/live/test_slotfile_live.py
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON
@@ -14,12 +16,13 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-all test-fast lint format bench clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
 	@echo "make setup      install everything into $(VENV) and fetch the model; others do so too"
-	@echo "make test       run every test, those with the real engine too"
+	@echo "make test       run the tests, those with the real engine too"
+	@echo "make test-all   run the long ones as well"
 	@echo "make test-fast  run the tests that need neither engine nor model"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
@@ -32,6 +35,10 @@ demo: $(VENV)/.installed $(MODEL)
 setup: $(VENV)/.installed-dev $(MODEL)
 
 test: $(VENV)/.installed-dev $(MODEL)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+# Longer suites too: kills at random points, systemd, a browser, a fleet, the demo itself.
+test-all: $(VENV)/.installed-dev $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.installed-dev

@@ -429,10 +429,10 @@ def test_what_a_template_does_to_the_history_is_named(
     assert record["tokens"]["cold"] > 200
 
     # 2. It leaves out what the model has thought.
-    thought = "The disk has some room left, so it is not full. " * 10
+    thought = "The disk has some room left, so it is not full. " * 8
     grammar = f'root ::= "<think>{thought}</think>No, it has room."'
     turns = [system("Think first."), user("Is the disk full?")]
-    reply = served.chat(*turns, grammar=grammar, max_tokens=200).body["choices"][0]["message"]
+    reply = served.chat(*turns, grammar=grammar, max_tokens=900).body["choices"][0]["message"]
     assert "room left" in reply.get("reasoning_content", "") + reply["content"]
     turns.append(reply)
     served.settled()
