@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from browser import Page
+from keepwarm.tierfiles import packaged_configs
 from served import Answer, Served
-from tinymodels import small_model
+from tinymodels import small_model, write_tiny_qwen3
 
 pytestmark = [pytest.mark.live, pytest.mark.browser]
 
@@ -22,9 +23,18 @@ RULES = "Always answer with the name of the disk, the hour and one short reason.
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, small_tiers: Path) -> Iterator[Served]:
+    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen3(model, small_model())
     served = Served(
         tmp_path_factory.mktemp("served"),
-        engine={"model": str(small_model()), "slots": 2, "context": 4096, "pool": "split"},
+        engine={
+            "model": str(model),
+            "threads": 1,
+            "slots": 2,
+            "context": 4096,
+            "pool": "split",
+            "chat_template": str(packaged_configs() / "chat-templates" / "chatml-tools.jinja"),
+        },
         server={"api_keys": [f"alice:{KEY}", f"bob:{OTHER}"]},
         tiers={"dir": str(small_tiers)},
         log={"prompts": True},

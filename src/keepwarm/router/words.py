@@ -156,7 +156,7 @@ def foreign_share(text: str, found: Sequence[str]) -> float:
     if not text.isascii():
         letters = sum(map(str.isalpha, text))
         if (other := len(_NON_LATIN.findall(text))) > 0.2 * letters:
-            return min(1.0, 2.0 * other / letters)
+            return min(1.0, 2.0 * other / max(letters, other))
     if len(found) < 3:
         return 0.0
     # 'a', 'me' and the like are English too; only what English doesn't have counts as foreign.
