@@ -55,6 +55,7 @@ class Page:
         self.run("sessionStorage.clear(); localStorage.clear()")
         if key is not None:
             self.run("sessionStorage.setItem('keepwarm-key', arguments[0])", key)
+        self.complaints()  # a browser asks that address for an icon
         self.driver.get(f"{self.base}/keepwarm/")
         return self
 
