@@ -17,8 +17,9 @@ import openai
 import pytest
 
 from batchsamples import document, line
-from servedgateway import Gateway, serve_gateway
+from servedgateway import TEMPLATE, Gateway, serve_gateway
 from smalltiers import write_small_tiers
+from tinymodels import small_model, write_tiny_lfm2
 
 pytestmark = pytest.mark.live
 
@@ -270,3 +271,21 @@ def test_the_command_watches_a_directory_once(gateway: Gateway, tmp_path: Path) 
     assert all(len((home / "results.jsonl").read_text().splitlines()) == 2 for home in homes)
     assert (homes[1] / "results.errors.jsonl").exists()
     assert not list(drop.glob("*.jsonl"))
+
+
+def test_a_keepwarm_of_its_own_fills_ends_for_a_model_whose_state_cant_be_cut(
+    tmp_path: Path,
+) -> None:
+    write_tiny_lfm2(tmp_path / "lfm2.gguf", small_model())
+    write_small_tiers(tmp_path / "tiers")
+    (tmp_path / "tasks.jsonl").write_bytes(tasks(9, 2))
+    own = ["--model", "lfm2.gguf", "--chat-template", str(TEMPLATE), "--tiers", "tiers"]
+    own += ["--store", "store", "--slots", "2", "--context", "4096"]
+    done = batch_command("run", "tasks.jsonl", "-o", "out.jsonl", "--json", *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (report["succeeded"], report["fills"]) == (9, 2)
+    results = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # Restored at the very end of what is shared, or the whole prompt would be prefilled.
+    assert max(r["response"]["body"]["timings"]["prompt_n"] for r in results) < 60
+    assert '"snapshot"' in json.dumps(report["by_plan"])
