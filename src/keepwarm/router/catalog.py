@@ -156,7 +156,7 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
 def prepare_catalog(
     tools: Sequence[ToolText], weights: WordWeights, *, is_open: bool = False
 ) -> Catalog:
-    """A tools list taken apart; about 30 us a tool."""
+    """A tools list taken apart; about 50 us a tool."""
     facts = tuple(tool_facts(tool, weights) for tool in tools)
     return Catalog(
         tools=facts,
