@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
+
 from keepwarm.core.prompt import Api, Segment, head_of, segments_of
 
 # Role and turn tokens that `prompt` counts for each message.
@@ -85,7 +87,11 @@ def _tool_name(tool: object) -> str:
 
 def dump(value: object) -> str:
     """JSON with the keys in the order they came in."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        # A tenth of the time of the standard library's, and this runs for every tool of a request.
+        return msgspec.json.encode(value).decode()
+    except (msgspec.MsgspecError, UnicodeError, TypeError, ValueError):
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def chars_before(segments: Sequence[Segment], index: int) -> int:

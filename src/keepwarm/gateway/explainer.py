@@ -209,7 +209,9 @@ class Explainer:
         agrees = 0
         if like is not None:
             difference = first_difference(like.parts, parts)
-            sent = sent_difference(like.parts, parts)
+            # Looked for only where the engine found less than what is canonically there.
+            is_short = plan.reuse_tokens > counts.cached
+            sent = sent_difference(like.parts, parts) if is_short else None
             nearest = Nearest(
                 difference.hashed(history.salt) if difference else None,
                 sent.hashed(history.salt) if sent else None,
