@@ -47,13 +47,14 @@ def build_report(
     active_s = _union_s([*tasks, *fills])
     s_per_token = _prefill_rate(ran, active_s)
     succeeded = sum(bool(row["ok"]) for row in tasks)
+    left = total - sum("began_s" in row for row in tasks)
     times = [row for row in [*tasks, *fills] if "began_s" in row]
     return {
         "tasks": total,
         "succeeded": succeeded,
         "failed": sum(not row["ok"] and "began_s" in row for row in tasks),
         "unusable_lines": bad_lines,
-        "left": total - sum("began_s" in row for row in tasks),
+        "left": left,
         "began_s": min((row["began_s"] for row in times), default=None),
         "ended_s": max((row["ended_s"] for row in times), default=None),
         "active_s": round(active_s, 3),
@@ -69,7 +70,8 @@ def build_report(
             "naive_prefill_tokens": naive,
         },
         "prefill_s_per_token": s_per_token,
-        "seconds_saved": _saved_s(naive - prefilled, s_per_token),
+        # The estimates are of the whole pile: with a part of it there is nothing to compare.
+        "seconds_saved": None if left else _saved_s(naive - prefilled, s_per_token),
         "attempts": sum(row.get("attempts", 0) for row in tasks),
         "by_tier": _grouped(ran, "tier"),
         "by_plan": _grouped(ran, "plan"),

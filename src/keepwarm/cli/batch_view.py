@@ -174,11 +174,12 @@ def show_end(report: dict[str, Any], paths: Paths) -> None:
     failed = f", {report['failed']} failed" if report["failed"] else ""
     left = f", {report['left']} left" if report["left"] else ""
     out.print(f"{report['succeeded']} of {report['tasks']} tasks done{failed}{left}{rate}")
-    estimated = report["estimated"]
+    naive = report["estimated"]["naive_prefill_tokens"]
     saved = report["seconds_saved"]
+    compared = "" if report["left"] else f"; the file's order would have prefilled about {naive:,}"
     out.print(
-        f"{report['prefilled_tokens']:,} tokens prefilled, {report['reused_tokens']:,} reused; "
-        f"the file's order would have prefilled about {estimated['naive_prefill_tokens']:,}"
+        f"{report['prefilled_tokens']:,} tokens prefilled, {report['reused_tokens']:,} reused"
+        + compared
         + (f" ({duration(saved)} more)" if saved and saved > 0 else ""),
         soft_wrap=True,
     )
