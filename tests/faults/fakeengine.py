@@ -267,14 +267,15 @@ class FakeEngine:
                 _hang_up(request)
                 return response
             for number, piece in enumerate(REPLY):
-                if number == 2 and fault is Fault.CLOSED_MID_STREAM:
+                if number == 2 and fault in (Fault.CLOSED_MID_STREAM, Fault.CLOSED_MID_BODY):
                     _hang_up(request)
                     return response
                 if number == 2 and fault is Fault.STALL_MID_STREAM:
                     await self.resume.wait()
                 await response.write(_event({"delta": {"content": piece}}))
                 await asyncio.sleep(0)
-            last = _event({"delta": {}, "finish_reason": "stop"}, timings=timings)
+            told = {} if fault is Fault.NO_COUNTS else {"timings": timings}
+            last = _event({"delta": {}, "finish_reason": "stop"}, **told)
             await response.write(last + b"data: [DONE]\n\n")
             self._say(slot)
         except (asyncio.CancelledError, ConnectionError):

@@ -95,6 +95,43 @@ async def test_hanging_up_mid_stream_stops_the_engines_decode(keepwarm: Keepwarm
     assert "keepwarm_engine_restarts_total{" not in await keepwarm.metrics()
 
 
+async def test_a_whole_chat_reply_is_stopped_like_a_stream(keepwarm: Keepwarm) -> None:
+    keepwarm.engine.faults.append(Fault.STALL_MID_STREAM)
+    task = asyncio.create_task(keepwarm.ask())
+    await until(lambda: keepwarm.engine.busy)
+    await hang_up(task)
+    await until(lambda: keepwarm.engine.hung_up == 1)
+    assert not keepwarm.engine.resume.is_set()
+    await assert_well(keepwarm)
+
+
+async def test_a_slot_whose_reply_cant_be_stopped_is_kept_until_the_engine_is_done(
+    keepwarm: Keepwarm,
+) -> None:
+    # A raw completion that is asked for whole: the engine computes it to its end for nobody.
+    scheduler = keepwarm.runtime.dispatcher.scheduler
+    keepwarm.engine.faults.append(Fault.STALL)
+    body = {"prompt": list(range(300)), "n_predict": 4}
+    url = f"{keepwarm.base}/completion"
+    task = asyncio.create_task(keepwarm.session.post(url, json=body))
+    await until(lambda: keepwarm.engine.busy)
+    (slot,) = keepwarm.engine.busy
+    await hang_up(task)
+    await asyncio.sleep(0.05)
+    assert scheduler.slots[slot].state is SlotState.SERVING
+    # The other slot serves meanwhile, and nothing is sent into the busy one.
+    for number in range(3):
+        status, headers, _ = await keepwarm.ask(f"Question {number}?")
+        assert status == 200
+        assert headers["x-keepwarm-slot"] != str(slot)
+    keepwarm.engine.resume.set()
+    await keepwarm.settled()
+    # What was computed for nobody is there for the next who asks.
+    async with keepwarm.session.post(url, json=body) as response:
+        assert (await response.json())["timings"]["cache_n"] >= 256
+    await assert_well(keepwarm)
+
+
 async def test_hanging_up_during_a_fill_ends_the_fill(keepwarm: Keepwarm) -> None:
     keepwarm.engine._seconds_a_token = 0.02
     task = asyncio.create_task(keepwarm.ask(**own_prompt(1)))

@@ -378,7 +378,8 @@ class Dispatcher:
         if not tokens:
             return StepFailed(emptied=False)
         await self._start_from_store(step.slot, job, tokens)
-        counts = await self._client.fill(tokens, slot=step.slot)
+        # In a stream, since only that is ended when the fill is interrupted.
+        counts = await self._client.fill(tokens, slot=step.slot, progress=lambda *_: None)
         job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)

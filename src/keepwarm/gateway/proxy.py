@@ -6,10 +6,12 @@ a stream go to the client as they come; the reply is read for its counts once it
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,18 @@ from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
+from keepwarm.gateway.upstream import (
+    Fetched,
+    forwarded,
+    is_stream,
+    posted,
+    read_some,
+    read_whole,
+    returned,
+)
 from keepwarm.router import Escalation
+
+log = logging.getLogger("keepwarm")
 
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
@@ -40,12 +53,6 @@ _WRITE_BUFFER_BYTES = 32 << 20
 _BROKEN_OFF = (
     "The engine went away in the middle of this reply. It is being restarted; send the request "
     "again."
-)
-_SKIPPED = frozenset(
-    (
-        *("connection", "content-length", "transfer-encoding", "keep-alive"),
-        *("host", "content-encoding", "server"),
-    )
 )
 
 
@@ -66,6 +73,7 @@ class Exchange:
     trouble: str = ""
     reply: Reply | None = None
     may_escalate: bool = False
+    is_left: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -177,7 +185,8 @@ class Proxy:
         finally:
             # Whatever happened, the slot is given back; once `_ended` has done so this does
             # nothing.
-            runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+            if not exchange.is_left:
+                runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
 
     def _exchange(self, asked: Asked, tiered: Tiered, received_s: float) -> Exchange:
         runtime = self._runtime
@@ -228,53 +237,73 @@ class Proxy:
         body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
         body.setdefault("cache_prompt", True)
         asked = exchange.asked
+        gathers = asked.api == "chat" and not body.get("stream")
+        if gathers:
+            # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         url = self._runtime.client.base_url + asked.path
-        try:
-            upstream = await self._session.post(
-                url, data=msgspec.json.encode(body), headers=_forwarded(asked.headers)
-            )
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"The engine can't be reached: {error}.") from error
-        try:
-            if upstream.status == 503:
-                # Only while its model loads: it was started anew, and its slots are empty.
-                raise EngineDownError("The engine is loading its model.")
-            streamed = upstream.content_type == "text/event-stream"
-            if streamed:
-                assert request, "only a client's request may stream"
-                return await self._stream(request, exchange, upstream)
-            return await self._whole(exchange, upstream)
-        finally:
-            # Closing ends the decode if the reply isn't complete.
-            upstream.close()
+        sent = posted(self._session, url, body, forwarded(asked.headers))
+        if not body.get("stream"):
+            return self._whole(exchange, await self._outlasting(exchange, sent))
+        async with sent as upstream:
+            if gathers or not is_stream(upstream):
+                return self._whole(exchange, await read_whole(upstream))
+            assert request, "only a client's request may stream"
+            return await self._stream(request, exchange, upstream)
 
-    async def _whole(
-        self, exchange: Exchange, upstream: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
+    async def _outlasting(
+        self, exchange: Exchange, sent: AbstractAsyncContextManager[aiohttp.ClientResponse]
+    ) -> Fetched:
+        """Have a whole reply; if the client leaves, the slot is kept until the engine is done.
+
+        The engine computes to the end for nobody. Given back before that, the slot would be
+        planned for a request that only waited in it.
+        """
+
+        async def read() -> Fetched:
+            async with sent as upstream:
+                return await read_whole(upstream)
+
+        reading = asyncio.ensure_future(read())
         try:
-            raw = await upstream.read()
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"The engine went away while it answered: {error}.") from error
-        exchange.first_byte_s = time.monotonic()
-        if upstream.status == 200:
-            _check_json(raw)
-            self._escalate(exchange, raw, complete=True)
-        self._ended(exchange, raw, status=upstream.status)
-        headers = _returned(upstream.headers) | exchange.headers
-        raw = exchange.asked.dialect.whole(raw, status=upstream.status)
-        return web.Response(body=raw, status=upstream.status, headers=headers)
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            if not reading.cancelled():
+                exchange.is_left = True
+                self._runtime.supervise(self._left(exchange, reading))
+            raise
+
+    async def _left(self, exchange: Exchange, reading: asyncio.Future[Fetched]) -> None:
+        reply = Reply(None, None)
+        try:
+            fetched = await reading
+            if fetched.status == 200:
+                reply = read_reply(fetched.raw, streamed=False)
+        except EngineError as error:
+            log.debug("%s: the reply that nobody waited for failed: %s", exchange.id, error)
+        finally:
+            self._runtime.dispatcher.finish(exchange.job, counts=reply.counts, reply=reply.segment)
+
+    def _whole(self, exchange: Exchange, fetched: Fetched) -> web.StreamResponse:
+        exchange.first_byte_s = fetched.first_byte_s
+        if fetched.status == 200:
+            self._escalate(exchange, fetched.raw, complete=True)
+        self._ended(exchange, fetched.raw, status=fetched.status)
+        raw = exchange.asked.dialect.whole(fetched.raw, status=fetched.status)
+        headers = fetched.headers | exchange.headers
+        return web.Response(body=raw, status=fetched.status, headers=headers)
 
     async def _stream(
         self, request: web.Request, exchange: Exchange, upstream: aiohttp.ClientResponse
     ) -> web.StreamResponse:
         exchange.streamed = True
-        chunks = [await _read(upstream)]
+        chunks = [await read_some(upstream)]
         if not chunks[0]:
             raise EngineDownError("The engine closed the stream before its first byte.")
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
-            chunks.append(await _read(upstream))
+            chunks.append(await read_some(upstream))
         exchange.first_byte_s = time.monotonic()
-        headers = _returned(upstream.headers) | exchange.headers
+        headers = returned(upstream.headers) | exchange.headers
         response = web.StreamResponse(status=upstream.status, headers=headers)
         await response.prepare(request)
         if request.transport is not None:
@@ -282,7 +311,7 @@ class Proxy:
         translator = exchange.asked.dialect.stream()
         await response.write(translator.feed(b"".join(chunks)))
         try:
-            while chunk := await _read(upstream):
+            while chunk := await read_some(upstream):
                 chunks.append(chunk)
                 await response.write(translator.feed(chunk))
             await response.write(translator.end())
@@ -344,13 +373,13 @@ class Proxy:
         data = await request.read() if request.body_exists else None
         try:
             upstream = await self._session.request(
-                request.method, url, data=data, headers=_forwarded(request.headers, keep_type=True)
+                request.method, url, data=data, headers=forwarded(request.headers, keep_type=True)
             )
         except aiohttp.ClientError as error:
             raise EngineDownError(f"The engine can't be reached: {error}.") from error
         async with upstream:
             response = web.StreamResponse(
-                status=upstream.status, headers=_returned(upstream.headers, keep_encoding=True)
+                status=upstream.status, headers=returned(upstream.headers, keep_encoding=True)
             )
             await response.prepare(request)
             async for chunk in upstream.content.iter_any():
@@ -390,42 +419,3 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError("The request body must be a JSON object.")
     return body
-
-
-async def _read(upstream: aiohttp.ClientResponse) -> bytes:
-    """The next bytes of a stream, empty at its end.
-
-    Raises:
-        EngineDownError: it broke off. Writing to a client that left raises aiohttp's errors too;
-            those aren't the engine's.
-    """
-    try:
-        return await upstream.content.readany()
-    except aiohttp.ClientError as error:
-        raise EngineDownError(f"The engine went away while it answered: {error}.") from error
-
-
-def _check_json(raw: bytes) -> None:
-    """Never pass garbage on with status 200.
-
-    Raises:
-        EngineError: it isn't JSON.
-    """
-    try:
-        msgspec.json.decode(raw, type=msgspec.Raw)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise EngineError("The engine's answer isn't JSON.") from error
-
-
-def _forwarded(headers: Mapping[str, str], *, keep_type: bool = False) -> dict[str, str]:
-    """Request headers for the engine: not the client's key, nor what describes its connection."""
-    dropped = _SKIPPED | {"authorization", "x-api-key", "accept-encoding"}
-    out = {k: v for k, v in headers.items() if k.lower() not in dropped}
-    if not keep_type:
-        out["Content-Type"] = "application/json"
-    return out
-
-
-def _returned(headers: Mapping[str, str], *, keep_encoding: bool = False) -> dict[str, str]:
-    skipped = _SKIPPED - {"content-encoding"} if keep_encoding else _SKIPPED
-    return {k: v for k, v in headers.items() if k.lower() not in skipped}

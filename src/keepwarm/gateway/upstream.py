@@ -1,0 +1,125 @@
+"""What is said to the engine for a request, and what comes back: headers, whole replies, pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from keepwarm.core.gathered import gather_chat
+from keepwarm.core.reply import stream_events
+from keepwarm.errors import EngineDownError, EngineError
+
+_SKIPPED = frozenset(
+    (
+        *("connection", "content-length", "transfer-encoding", "keep-alive"),
+        *("host", "content-encoding", "server"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A whole reply. `first_byte_s` is when the engine began to answer."""
+
+    status: int
+    headers: dict[str, str]
+    raw: bytes
+    first_byte_s: float
+
+
+@asynccontextmanager
+async def posted(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Send a request and have its response, closed at the end: that ends a stream's decode.
+
+    Raises:
+        EngineDownError: there is no engine, or it loads its model: nothing was computed.
+    """
+    try:
+        upstream = await session.post(url, data=msgspec.json.encode(body), headers=headers)
+    except aiohttp.ClientError as error:
+        raise EngineDownError(f"The engine can't be reached: {error}.") from error
+    try:
+        if upstream.status == 503:
+            # Only while its model loads: it was started anew, and its slots are empty.
+            raise EngineDownError("The engine is loading its model.")
+        yield upstream
+    finally:
+        upstream.close()
+
+
+async def read_some(upstream: aiohttp.ClientResponse) -> bytes:
+    """The next bytes of a stream, empty at its end.
+
+    Raises:
+        EngineDownError: it broke off. Writing to a client that left raises aiohttp's errors too;
+            those aren't the engine's.
+    """
+    try:
+        return await upstream.content.readany()
+    except aiohttp.ClientError as error:
+        raise EngineDownError(f"The engine went away while it answered: {error}.") from error
+
+
+async def read_whole(upstream: aiohttp.ClientResponse) -> Fetched:
+    """Read a reply to its end; a stream of chat chunks becomes the whole completion.
+
+    Raises:
+        EngineDownError: it broke off.
+        EngineError: it has status 200 and isn't JSON: garbage is never passed on as an answer.
+    """
+    chunks = [await read_some(upstream)]
+    first_byte_s = time.monotonic()
+    while chunks[-1]:
+        chunks.append(await read_some(upstream))
+    raw, status = b"".join(chunks), upstream.status
+    headers = returned(upstream.headers)
+    if is_stream(upstream):
+        whole = gather_chat(stream_events(raw))
+        if whole is None:
+            raise EngineDownError("The engine closed the stream before its end.")
+        if error := whole.get("error"):
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+        raw = msgspec.json.encode(whole)
+        headers["Content-Type"] = "application/json; charset=utf-8"
+    elif status == 200:
+        _check_json(raw)
+    return Fetched(status, headers, raw, first_byte_s)
+
+
+def is_stream(upstream: aiohttp.ClientResponse) -> bool:
+    """Whether server-sent events come."""
+    return upstream.content_type == "text/event-stream"
+
+
+def _check_json(raw: bytes) -> None:
+    try:
+        msgspec.json.decode(raw, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise EngineError("The engine's answer isn't JSON.") from error
+
+
+def forwarded(headers: Mapping[str, str], *, keep_type: bool = False) -> dict[str, str]:
+    """Request headers for the engine: not the client's key, nor what describes its connection."""
+    dropped = _SKIPPED | {"authorization", "x-api-key", "accept-encoding"}
+    out = {k: v for k, v in headers.items() if k.lower() not in dropped}
+    if not keep_type:
+        out["Content-Type"] = "application/json"
+    return out
+
+
+def returned(headers: Mapping[str, str], *, keep_encoding: bool = False) -> dict[str, str]:
+    """The engine's headers for the client."""
+    skipped = _SKIPPED - {"content-encoding"} if keep_encoding else _SKIPPED
+    return {k: v for k, v in headers.items() if k.lower() not in skipped}
