@@ -66,7 +66,7 @@ def test_hanging_up_mid_stream_stops_the_decode(served: Served) -> None:
         next(events)
     assert served.busy_slots() == 1
     stream.hang_up()
-    served.until(lambda: served.busy_slots() == 0, seconds=20)
+    served.until(lambda: served.busy_slots() == 0, seconds=30)
     assert_well(served)
 
 
@@ -74,7 +74,7 @@ def test_hanging_up_on_a_whole_reply_stops_the_decode(served: Served) -> None:
     connection = send(served, story(stream=False))
     served.until(lambda: served.busy_slots() == 1)
     connection.close()
-    served.until(lambda: served.busy_slots() == 0, seconds=20)
+    served.until(lambda: served.busy_slots() == 0, seconds=30)
     assert_well(served)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -112,6 +114,55 @@ def test_what_the_engine_refuses_reaches_the_client_unchanged(served: Served) ->
     assert answer.body["error"]["type"] == "exceed_context_size_error"
     served.settled()
     assert served.ask("Still there?", model="minimal").status == 200
+
+
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"logprobs": True, "top_logprobs": 3},
+        {"tools": [CLOCK]},
+        {"stop": ["the"], "max_tokens": 30},
+        {"response_format": {"type": "json_object"}, "max_tokens": 20},
+    ],
+    ids=["text", "logprobs", "tools", "stop", "format"],
+)
+def test_a_whole_reply_is_what_the_engine_itself_would_say(
+    served: Served, extra: dict[str, Any]
+) -> None:
+    body = {
+        "messages": [user("Name three disks, and say which is full.")],
+        "max_tokens": 12,
+        "temperature": 0,
+        **extra,
+    }
+    served.post("/v1/chat/completions", body)
+    served.settled()
+    through = served.post("/v1/chat/completions", body)
+    served.settled()
+    slot = int(through.headers["x-keepwarm-slot"])
+    direct = json.loads(
+        urllib.request.urlopen(
+            urllib.request.Request(
+                served.get("/keepwarm/status")["engine_url"] + "/v1/chat/completions",
+                json.dumps({**body, "id_slot": slot}).encode(),
+                {"Content-Type": "application/json"},
+            ),
+            timeout=120,
+        ).read()
+    )
+    for reply in (through.body, direct):
+        assert reply.pop("id").startswith("chatcmpl-")
+        assert reply.pop("created") > 0
+        assert reply.pop("timings")["predicted_n"] > 0
+    assert through.body == direct
+    assert list(through.body) == list(direct)
 
 
 def test_everything_else_is_served_too(served: Served) -> None:
