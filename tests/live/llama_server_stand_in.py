@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The real engine behind `llama-server`'s command line, for machines that have only the package.
 
-It knows the options that the unit in deploy/systemd gives, and refuses any other.
+It knows the options that the unit in deploy/systemd and `keepwarm serve --engine` give, and refuses
+any other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from importlib.metadata import version as package_version
 from pathlib import Path
 
 import xllamacpp
@@ -26,6 +28,12 @@ def main() -> None:
     parser.add_argument("--slot-save-path", default="")
     parser.add_argument("--chat-template-file")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--cache-type-k", choices=["f16"], default="f16")
+    parser.add_argument("--cache-type-v", choices=["f16"], default="f16")
+    parser.add_argument("--flash-attn", choices=["auto"], default="auto")
+    parser.add_argument("--batch-size", type=int, default=2048)
+    version = f"version: stand-in ({package_version('xllamacpp')})"
+    parser.add_argument("--version", action="version", version=version)
     switches = "kv-unified no-kv-unified no-cache-idle-slots jinja metrics swa-full"
     for name in switches.split():
         parser.add_argument(f"--{name}", action="store_true")
@@ -37,6 +45,7 @@ def main() -> None:
     # As llama-server: without a number there are four slots over one unified KV.
     params.n_parallel = options.parallel or 4
     params.n_ctx = options.ctx_size
+    params.n_batch = options.batch_size
     params.cache_ram_mib = options.cache_ram
     params.slot_prompt_similarity = options.slot_prompt_similarity
     params.slot_save_path = options.slot_save_path
