@@ -59,6 +59,12 @@ class EngineStartError(EngineError):
     retry = False
 
 
+class EngineReplacedError(EngineStartError):
+    """The attached server runs another model, build or template than before: what is saved for the
+    one must not reach the other. Its slots aren't touched any more.
+    """
+
+
 class EngineRefusedError(EngineError):
     """The engine refused one request as wrong (4xx); the slot is as before.
 

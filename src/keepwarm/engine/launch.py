@@ -150,15 +150,26 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
         ) from error
     finally:
         await client.close()
-    model = None
-    path = Path(str(props.get("model_path") or ""))
-    if path.is_file():
-        try:
-            model = read_model(path)
-        except ModelError:
-            model = None
-    identity = EngineIdentity("attached", str(props.get("build_info") or "unknown"))
+    identity, model = _seen(props)
     return Launch(identity, model, None, None, settings.upstream.rstrip("/"), slot_dir, 0)
+
+
+def _seen(props: dict[str, Any]) -> tuple[EngineIdentity, ModelHeader | None]:
+    """What an attached server is, by what it says and by its model's file if that is here."""
+    identity = EngineIdentity("attached", str(props.get("build_info") or "unknown"))
+    path = Path(str(props.get("model_path") or ""))
+    if not path.is_file():
+        return identity, None
+    try:
+        return identity, read_model(path)
+    except ModelError:
+        return identity, None
+
+
+def seen_again(launch: Launch, props: dict[str, Any]) -> Launch:
+    """An attached server's launch as it would be planned now."""
+    identity, model = _seen(props)
+    return replace(launch, identity=identity, model=model)
 
 
 def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:

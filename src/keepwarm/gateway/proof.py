@@ -72,6 +72,8 @@ class Prover:
             plan.source.value,
             counts.cached,
         )
+        # An attached server may have been restarted between two looks at it.
+        runtime.suspect_engine()
         async with self._mending:
             moved = await self._moved()
             if moved:

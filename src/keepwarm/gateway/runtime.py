@@ -29,12 +29,14 @@ from keepwarm.core.slotfile import MemoryKind
 from keepwarm.core.slots import Content, Slot
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.launch import fingerprint, memory_kind, plan_launch
+from keepwarm.engine.launch import fingerprint, memory_kind, plan_launch, seen_again
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import (
     ConfigError,
     DeadlineError,
     EngineDownError,
+    EngineError,
+    EngineReplacedError,
     EngineStartError,
     KeepwarmError,
 )
@@ -434,6 +436,16 @@ class Runtime:
             return False
         return True
 
+    async def is_same_engine(self) -> bool:
+        """Whether the engine that answers is the one whose snapshots these are."""
+        try:
+            props = await self.client.props()
+        except EngineError:
+            return True  # it doesn't answer: that is looked at elsewhere
+        slots = int(props.get("total_slots") or 1)
+        now = fingerprint(seen_again(self.launch, props), props, form=self._form(slots))
+        return now == self.fingerprint and slots == len(self.dispatcher.scheduler.slots)
+
     def engine_lost(self, reason: str) -> None:
         """The engine is gone: its slots are empty, requests wait."""
         self.state = State.DOWN
@@ -451,6 +463,11 @@ class Runtime:
             self._process.kill()
         await self._stop_engine()
         await self._start_engine()
+        if not self._process and not await self.is_same_engine():
+            raise EngineReplacedError(
+                f"The server at {self.launch.base_url} runs another model, build or template than "
+                "the one that Keepwarm was started with. Start Keepwarm anew for it."
+            )
         try:
             await self._warm()
         except _UnprovedError:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
-from keepwarm.errors import KeepwarmError
+from keepwarm.errors import EngineReplacedError, KeepwarmError
 
 log = logging.getLogger("keepwarm")
 
@@ -37,7 +37,12 @@ _MAX_BACKOFF_S = 30.0
 _IDLE_PATIENCE_S = 60.0
 # A new engine that is already near the limit wouldn't become smaller by another restart.
 _GROWN = 1.1
-_SAID = {"died": "died", "hung": "hangs", "outgrown": "has outgrown its limit"}
+_SAID = {
+    "died": "died",
+    "hung": "hangs",
+    "outgrown": "has outgrown its limit",
+    "replaced": "is another one",
+}
 
 
 class Deployment(Protocol):
@@ -59,6 +64,9 @@ class Deployment(Protocol):
         Returns:
             False if something runs still; then all is as before.
         """
+
+    async def is_same_engine(self) -> bool:
+        """Whether the engine that answers is the one whose snapshots these are."""
 
     def engine_lost(self, reason: str) -> None:
         """The engine is gone: its slots are empty, requests wait."""
@@ -175,7 +183,11 @@ class Supervisor:
                 future.set_result(None)
 
     async def _trouble(self, unhealthy_since: float | None) -> str | None:
-        """Wait for the next sign of life or its absence: None, unanswered, died or hung."""
+        """Wait for the next sign of life or its absence.
+
+        Returns:
+            None if all is well, `unanswered`, or what `_SAID` has.
+        """
         process = self._deployment.process
         waits = [asyncio.ensure_future(self._suspected.wait())]
         if process:
@@ -191,7 +203,10 @@ class Supervisor:
         if process and process.exited.is_set():
             return "died"
         if await self._deployment.client.health():
-            return None
+            # One of our own can't be another one: its process would have ended.
+            if process or await self._deployment.is_same_engine():
+                return None
+            return "replaced"
         if process and process.exited.is_set():
             return "died"
         # A large batch holds the engine's loop but not its HTTP threads, so /health is answered
@@ -221,6 +236,7 @@ class Supervisor:
             await self._deployment.engine_again()
         except KeepwarmError as error:
             log.error("the engine didn't come back: %s", error)
+            gave_up = gave_up or isinstance(error, EngineReplacedError)
             self._deployment.engine_failed(error, gave_up=gave_up)
             return False
         self._deployment.engine_back()
