@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from conftest import Serve
 from keepwarm.store.files import FileKey
 from keepwarm.tierfiles import packaged_configs
-from served import Answer, Served
+from served import Answer, Serve, Served
 from tinymodels import small_model, write_tiny_lfm2, write_tiny_qwen3
 
 pytestmark = pytest.mark.live
