@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bareengine import BareEngine, StartEngine, end_engine, start_engine
-from served import Served
+from served import Serve, Served
 from smalltiers import write_small_tiers
 
 
@@ -39,9 +39,6 @@ def bare_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngin
 def small_tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of two small tiers."""
     return write_small_tiers(tmp_path_factory.mktemp("tiers"))
-
-
-Serve = Callable[..., Served]
 
 
 @pytest.fixture

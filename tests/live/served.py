@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,21 @@ class Served:
                 stdout=sink,
                 stderr=sink,
             )
+
+    @staticmethod
+    def command(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+        """Run `keepwarm` with these arguments to its end, at home in `root`."""
+        home = {"HOME": str(root), "XDG_CONFIG_HOME": str(root), "XDG_STATE_HOME": str(root)}
+        return subprocess.run(
+            [sys.executable, "-m", "keepwarm", *arguments],
+            env={**os.environ, **home, "COLUMNS": "1000"},
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=False,
+        )
 
     def wait_ready(self) -> Served:
         """Wait until everything is warm; a server that ends before that fails the test."""
@@ -211,6 +226,9 @@ class Served:
         key = self.key if key is None else key
         out = {"Content-Type": "application/json"}
         return out | {"Authorization": f"Bearer {key}"} if key else out
+
+
+Serve = Callable[..., Served]
 
 
 @dataclass

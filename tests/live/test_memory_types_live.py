@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Serve
-from served import Answer, Served
+from served import Answer, Serve, Served
 from tinymodels import small_model, write_tiny_gemma3, write_tiny_lfm2
 
 pytestmark = pytest.mark.live

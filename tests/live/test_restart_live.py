@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Serve
-from served import Answer, Served, pid_runs
+from served import Answer, Serve, Served, pid_runs
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live
