@@ -34,7 +34,7 @@ def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
         "plan": plan(),
         "tier": "none",
         "tier_reason": "own-prompt",
-        "at_s": 1_764_000_000.0 + number,
+        "at_s": 1_764_000_000.0 + 10 * number,
         "received_s": 100.0,
         "arrived_s": 100.001,
         "queued_s": 0.002,

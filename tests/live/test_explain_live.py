@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,18 @@ def test_the_first_request_of_a_key_is_not_compared_with_other_keys(served: Serv
     assert record["cause"] == "new_namespace"
     assert record["nearest"] is None
     assert record["tokens"]["cold"] > 80
+
+
+def test_requests_at_the_same_time_are_not_explained_by_each_other(served: Served) -> None:
+    rules = system(f"Four at once. {RULES} {RULES}")
+    questions = [user(f"Question {i}: {text}?") for i, text in enumerate("abcd")]
+    answers = served.at_once(*[partial(served.chat, rules, question) for question in questions])
+    records = [explained(served, answer) for answer in answers]
+    cold = [record for record in records if record["tokens"]["cold"] > 200]
+    assert len(cold) == 1  # it alone prefilled what all four begin with
+    assert "evicted" not in {record["cause"] for record in records}
+    others = {record["cause"] for record in records if record is not cold[0]}
+    assert others <= {"new_text", "none"}
 
 
 def test_a_key_sees_its_own_requests_only(served: Served) -> None:

@@ -365,6 +365,7 @@ def facts(**changes: Any) -> Facts:
         "filled_tokens": 0,
         "planned_tokens": 0,
         "agrees_tokens": 900,
+        "reach_tokens": 1000,
         "nearest": Nearest(None),
     }
     return Facts(**(values | changes))
@@ -462,6 +463,13 @@ def test_a_small_loss_beside_a_large_difference_does_not_hide_it() -> None:
     assert cause_of(agrees_tokens=300, nearest=Nearest(NEW)) is Cause.EVICTED
 
 
+def test_a_difference_before_what_is_warm_explains_nothing() -> None:
+    # The prefix was warm by another request at the same time; only the question is cold.
+    changes = {"cached_tokens": 800, "prefilled_tokens": 200, "agrees_tokens": 5}
+    told = explain(facts(**changes, reach_tokens=69, nearest=Nearest(DATE)))
+    assert (told.cause, told.difference) == (Cause.NEW_TEXT, None)
+
+
 def test_tokens_filled_ahead_of_the_request_are_cold_ones() -> None:
     told = explain(facts(cached_tokens=880, prefilled_tokens=120, filled_tokens=880, nearest=None))
     assert (told.warm_tokens, told.cold_tokens) == (0, 1000)
@@ -493,6 +501,7 @@ def test_every_request_gets_a_cause_and_a_sentence(
             filled_tokens=filled,
             planned_tokens=planned,
             agrees_tokens=agrees,
+            reach_tokens=agrees + 64,
             nearest=nearest,
             cuttable=cuttable,
         )

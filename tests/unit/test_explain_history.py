@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ def remembered(name: str, asked: dict[str, Any], namespace: str = "ada") -> Reme
     return Remembered(name, namespace, parts_of("chat", asked), digests, 0.0)
 
 
-def nearest(recent: Recent, asked: dict[str, Any], namespace: str = "ada") -> str | None:
+def nearest(
+    recent: Recent, asked: dict[str, Any], namespace: str = "ada", before_s: float = 1.0
+) -> str | None:
     prompt = prompt_of("chat", asked, fingerprint="f", namespace=namespace)
     marks = [mark.digest for mark in prompt.marks]
-    found = recent.nearest(marks, parts_of("chat", asked), namespace=namespace)
+    found = recent.nearest(marks, parts_of("chat", asked), namespace=namespace, before_s=before_s)
     return found.id if found else None
 
 
@@ -87,6 +90,16 @@ def test_prompts_that_have_nothing_in_common_are_not_near() -> None:
 def test_prompts_of_another_namespace_are_never_compared() -> None:
     recent = holding(remembered("ada's", body("Where is the cat?"), "ada"))
     assert nearest(recent, body("Where is the cat?"), "bob") is None
+
+
+def test_what_was_answered_after_a_prompt_arrived_was_not_there_for_it() -> None:
+    early = replace(remembered("early", body("Is the door shut?")), ended_s=3.0)
+    late = replace(remembered("late", body("Where is the cat?")), ended_s=7.0)
+    recent = holding(early, late)
+    asked = body("Where is the cat?", "On the roof.", "Still?")
+    assert nearest(recent, asked, before_s=5.0) == "early"
+    assert nearest(recent, asked, before_s=7.0) == "late"
+    assert nearest(recent, asked, before_s=2.0) is None
 
 
 def test_tiers_are_compared_with_everyones_prompts() -> None:

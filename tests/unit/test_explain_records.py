@@ -56,7 +56,7 @@ async def test_what_was_asked_before_is_what_a_request_is_compared_with(
     first, second = await record_of(explainer, 1), await record_of(explainer, 2)
     assert first["cause"] == "new_namespace"
     assert second["cause"] == "timestamp"
-    assert second["nearest"] == {"id": "request00001", "age_s": 1.0}
+    assert second["nearest"] == {"id": "request00001", "age_s": 10.0}
     assert second["difference"]["place"].startswith("message 1 (system), character ")
     tokens = {"slot": 0, "snapshot": 0, "shared": 0, "cold": 400}
     assert second["tokens"] == tokens | {"prompt": 400, "decoded": 9}

@@ -81,13 +81,11 @@ def top(
 async def _once(url: str, key: str | None) -> dict[str, Any]:
     """Overview, slots and last requests as they are now."""
     async with Gateway(url, key) as gateway:
-        listed = await gateway.get("requests?limit=50")
-        found: dict[str, Any] = {"requests": listed["requests"]}
-        async for name, body in gateway.events():
-            found[name] = body
-            if {"overview", "slots"} <= found.keys():
-                break
-        return found
+        return {
+            "overview": await gateway.get("overview"),
+            "slots": await gateway.get("slots"),
+            "requests": (await gateway.get("requests?limit=50"))["requests"],
+        }
 
 
 async def _watch(url: str, key: str | None) -> None:

@@ -50,10 +50,11 @@ class Facts:
     """What an explanation is made of; counts in tokens.
 
     `agrees_tokens` is where the prompt parts from `nearest`, or where `nearest` ends.
-    `planned_tokens` is what the plan meant to reuse. `moved`: the last prompt that began like this
-    was asked under another fingerprint, and these parts of it have changed; None if it wasn't.
-    `known`: it isn't remembered but was asked before, and lost its warmth by this.
-    `is_new_namespace`: it is this one's first request.
+    `reach_tokens` is how much can be warm by that: more comes from elsewhere (a request at the same
+    time, a snapshot), and then the difference explains nothing. `planned_tokens` is what the
+    plan meant to reuse. `moved`: the last prompt that began like this was asked under another
+    fingerprint, and these parts of it have changed; None if it wasn't. `known`: it isn't remembered
+    but was asked before, and lost its warmth by this. `is_new_namespace`: its first request.
     `failed_restore` is the reason why a restore failed. `cuttable` as in `plan.Machine`.
     """
 
@@ -63,6 +64,7 @@ class Facts:
     filled_tokens: int
     planned_tokens: int
     agrees_tokens: int
+    reach_tokens: int
     nearest: Nearest | None
     moved: tuple[str, ...] | None = None
     known: Cause | None = None
@@ -121,22 +123,25 @@ def _cause(facts: Facts) -> tuple[Cause, Difference | None]:
     is_new = parts is None or parts.cause is Cause.NEW_TEXT
     lost = facts.agrees_tokens - facts.warm_tokens
     behind = facts.prompt_tokens - facts.agrees_tokens
-    is_lost = lost > _tolerance(facts.agrees_tokens) and (is_new or lost >= behind)
+    is_lost = lost > tolerance(facts.agrees_tokens) and (is_new or lost >= behind)
     # What the slot held behind this prompt's own text (reasoning) can be lost without being in it.
     if is_lost or (parts is None and _is_mistaken(facts)):
         return _lost_cause(facts, nearest)
     if is_new and facts.moved is not None:
         return Cause.NEW_FINGERPRINT, None
-    return (parts.cause, parts) if parts else (Cause.NEW_TEXT, None)
+    if parts is None or facts.warm_tokens > facts.reach_tokens:
+        return Cause.NEW_TEXT, None
+    return parts.cause, parts
 
 
-def _tolerance(tokens: int) -> float:
+def tolerance(tokens: int) -> float:
+    """By how many tokens two places may differ and still be taken for one."""
     return _TOLERANCE_TOKENS + _TOLERANCE_SHARE * tokens
 
 
 def _is_mistaken(facts: Facts) -> bool:
     """Whether the engine reused less than the plan knew to be there."""
-    return facts.planned_tokens - facts.cached_tokens > _tolerance(facts.planned_tokens)
+    return facts.planned_tokens - facts.cached_tokens > tolerance(facts.planned_tokens)
 
 
 def _unknown_cause(facts: Facts) -> Cause:

@@ -34,8 +34,9 @@ _LEAST_ALIKE_SHARE = 0.1
 class Remembered:
     """A prompt that was answered, its reply included.
 
-    `engine` tells which life of the engine that was, None if it is any. `reasoned`: the reply held
-    reasoning that isn't part of `parts`.
+    `ended_s` is when its answer was complete: only then is it there for others. `engine` tells
+    which life of the engine that was, None if it is any. `reasoned`: the reply held reasoning that
+    isn't part of `parts`.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Remembered:
     parts: Parts
     digests: frozenset[bytes]
     at_s: float
+    ended_s: float = 0.0
     engine: int | None = None
     reasoned: bool = False
 
@@ -81,17 +83,23 @@ class Recent:
         """Prompts remembered."""
         return sum(len(shelf.prompts) for shelf in self._shelves.values())
 
-    def nearest(self, marks: Sequence[bytes], parts: Parts, *, namespace: str) -> Remembered | None:
+    def nearest(
+        self, marks: Sequence[bytes], parts: Parts, *, namespace: str, before_s: float
+    ) -> Remembered | None:
         """The remembered prompt that this one has most in common with; None if none is like it.
 
-        `marks` are the digests of the prompt's marks, the head's first.
+        `marks` are the digests of the prompt's marks, the head's first. What was answered after
+        `before_s`, when this one arrived, can't have been warm for it.
         """
         names = (SHARED, namespace) if namespace else (SHARED,)
         shelves = [self._shelves[name] for name in names if name in self._shelves]
-        known = [r for shelf in reversed(shelves) for r in reversed(shelf.prompts)]
+        kept = [r for shelf in reversed(shelves) for r in reversed(shelf.prompts)]
+        known = [r for r in kept if r.ended_s <= before_s]
         for digest in reversed(marks[1:]):
             if any(digest in shelf.digests for shelf in shelves):
-                return _most_alike([r for r in known if digest in r.digests], parts)[0]
+                sharing = [r for r in known if digest in r.digests]
+                if sharing:
+                    return _most_alike(sharing, parts)[0]
         if not known:
             return None
         best, chars = _most_alike(known, parts)

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keepwarm.core.difference import Cause, first_difference, sent_difference
-from keepwarm.core.explain import Explanation, Facts, Nearest, explain, tokens_at
+from keepwarm.core.explain import (
+    Explanation,
+    Facts,
+    Nearest,
+    explain,
+    tokens_at,
+    tolerance,
+)
 from keepwarm.core.parts import Parts, chars_before, parts_of
 from keepwarm.core.recent import Recent, Remembered
 from keepwarm.core.reply import Reply
@@ -43,6 +50,8 @@ T = TypeVar("T")
 # What may wait when the thread is behind; beyond this, requests go unexplained rather than pile up
 # with their bodies in memory.
 _BACKLOG = 1000
+# A slot is given back a moment before its request is over.
+_GRACE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +189,9 @@ class Explainer:
         like: Remembered | None = None
         told: Explanation | None = None
         if ended.counts is not None and ended.plan is not None:
-            like = self._recent.nearest(digests, parts, namespace=ended.namespace)
+            like = self._recent.nearest(
+                digests, parts, namespace=ended.namespace, before_s=ended.at_s + _GRACE_S
+            )
             told = explain(self._facts(ended, history, parts, like, opening))
             self._remember(ended, parts, digests, like)
         record = record_of(ended, told, (like.id, ended.at_s - like.at_s) if like else None)
@@ -206,7 +217,7 @@ class Explainer:
         assert counts
         assert plan
         nearest: Nearest | None = None
-        agrees = 0
+        agrees = reach = 0
         if like is not None:
             difference = first_difference(like.parts, parts)
             # Looked for only where the engine found less than what is canonically there.
@@ -219,6 +230,7 @@ class Explainer:
                 same_engine=like.engine in (ended.engine, None),
             )
             agrees = _agrees_tokens(ended, parts, like, nearest)
+            reach = _reach_tokens(ended, nearest, agrees)
         moved, known = self._before(ended, history, opening)
         return Facts(
             source=plan.source,
@@ -227,6 +239,7 @@ class Explainer:
             filled_tokens=ended.filled_tokens,
             planned_tokens=plan.reuse_tokens,
             agrees_tokens=agrees,
+            reach_tokens=reach,
             nearest=nearest,
             moved=moved,
             known=known,
@@ -271,6 +284,7 @@ class Explainer:
                 parts.continued(reply),
                 frozenset(marks),
                 ended.at_s,
+                ended.at_s + ended.ended_s - ended.received_s,
                 ended.engine,
                 reasoned=_has_reasoning(ended.reply),
             ),
@@ -315,11 +329,25 @@ def _agrees_tokens(ended: Ended, parts: Parts, like: Remembered, nearest: Neares
         if difference is not None
         else chars_before(parts.segments, len(like.parts.segments))
     )
+    return _tokens_at(ended, prompt.marks[0].chars + chars)
+
+
+def _reach_tokens(ended: Ended, nearest: Nearest, agrees: int) -> int:
+    """How much of a prompt can be warm by what it has in common with the nearest one."""
+    difference, static = nearest.difference, ended.prompt.static
+    if difference is not None and difference.where in ("tool", "argument") and static:
+        return _tokens_at(ended, static.chars) - 1
+    return agrees + int(tolerance(agrees))
+
+
+def _tokens_at(ended: Ended, chars: int) -> int:
+    counts, prompt = ended.counts, ended.prompt
+    assert counts
     anchors = {prompt.chars: counts.prompt}
     static = prompt.static
     if static is not None and ended.static_tokens is not None:
         anchors[static.chars] = min(ended.static_tokens, counts.prompt)
-    return tokens_at(prompt.marks[0].chars + chars, anchors=anchors)
+    return tokens_at(chars, anchors=anchors)
 
 
 def _entry(ended: Ended, record: dict[str, Any], fingerprint: str, opening: bytes) -> Entry:

@@ -43,6 +43,7 @@ def add_page_routes(app: web.Application, runtime: Runtime) -> None:
     add.add_get("/keepwarm", pages.redirect)
     add.add_get("/keepwarm/", pages.page)
     add.add_get("/keepwarm/overview", pages.overview)
+    add.add_get("/keepwarm/slots", pages.slots)
     add.add_get("/keepwarm/events", pages.events)
     add.add_get("/keepwarm/requests", pages.requests)
     add.add_get("/keepwarm/requests/{id}", pages.request)
@@ -91,6 +92,10 @@ class _Pages:
         """What runs, its tiers, and the sums."""
         namespace = self._admit(request)
         return _json(await overview(self._runtime, namespace))
+
+    async def slots(self, request: web.Request) -> web.StreamResponse:
+        """The slots and the queue at this moment."""
+        return _json(slots_now(self._runtime, self._admit(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Live: `overview` once, then `slots` when they change and `request` for each that ends."""
