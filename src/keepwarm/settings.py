@@ -413,7 +413,9 @@ def _merge(tree: dict[str, Any], origin: dict[str, str], new: dict[str, Any], so
             tree[section] = values
             origin[section] = source
             continue
-        tree.setdefault(section, {}).update(values)
+        known = tree.setdefault(section, {})
+        if isinstance(known, dict):  # otherwise the conversion tells what is wrong with it
+            known.update(values)
         origin.update({f"{section}.{name}": source for name in values})
 
 

@@ -58,7 +58,9 @@ def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> No
     app.router.add_get("/v1/batches/{id}", site.batch)
     app.router.add_post("/v1/batches/{id}/cancel", site.cancel)
 
-    async def begin(_: web.Application) -> None:
+    async def serve_batches() -> None:
+        # Nothing is written for a deployment that doesn't come up.
+        await runtime.ready()
         directory = runtime.settings.batch.dir
         path = Path(directory).expanduser() if directory else None
         try:
@@ -71,7 +73,10 @@ def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> No
         retry = RetryRule(attempts=runtime.settings.batch.attempts)
         service = BatchService(runtime, proxy, ledger, hours=hours, retry=retry)
         site.open(ledger, service)
-        runtime.supervise(service.run(), name="batches")
+        await service.run()
+
+    async def begin(_: web.Application) -> None:
+        runtime.supervise(serve_batches(), name="batches")
 
     async def end(_: web.Application) -> None:
         site.close()

@@ -488,6 +488,10 @@ class Runtime:
             self._tell("the engine doesn't come back")
             self.dispatcher.refuse_waiting(self._why_down())
 
+    async def ready(self) -> None:
+        """Wait until it has been ready for the first time."""
+        await self._open.wait()
+
     async def admitted(self) -> None:
         """Wait until requests are served.
 
