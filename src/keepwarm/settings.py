@@ -116,10 +116,6 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
     ] = 30.0
-    warm_before_ready: Annotated[
-        bool,
-        Meta(description="hold requests until every tier is warm; false: serve cold meanwhile"),
-    ] = True
 
 
 class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -21,7 +21,14 @@ from keepwarm.bench.servers import (
 )
 from keepwarm.core.tiers import TierSource, build_tiers
 from keepwarm.engine.options import EngineOptions
-from keepwarm.settings import EngineSettings, ServerSettings, Settings, fields, load_settings
+from keepwarm.settings import (
+    EngineSettings,
+    ServerSettings,
+    Settings,
+    TierSettings,
+    fields,
+    load_settings,
+)
 
 OPTIONS = EngineOptions(
     model=Path("m.gguf"),
@@ -38,7 +45,8 @@ DECIDED = ("slot_prompt_similarity", "cache_idle_slots", "slot_save_path", "kv_u
 def test_every_setting_comes_back_from_the_file_it_was_written_to(tmp_path: Path) -> None:
     settings = Settings(
         engine=EngineSettings(model='a "quoted" \\ path ü', extra=("-ngl", "99"), slots=7),
-        server=ServerSettings(queue_timeout_s=1.5, warm_before_ready=False),
+        server=ServerSettings(queue_timeout_s=1.5),
+        tiers=TierSettings(escalate=False),
     )
     file = tmp_path / "keepwarm.toml"
     file.write_text(settings_toml(settings), encoding="utf-8")

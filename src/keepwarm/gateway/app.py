@@ -179,8 +179,8 @@ class _Site:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        decision = runtime.router.decide("chat", body).to_json()
-        decision["cost_now_s"] = {c.tier: round(c.seconds, 4) for c in runtime.tier_costs()}
+        decision = runtime.router.decide("chat", body, explain=True).to_json()
+        decision["costs"] = {c.tier: round(c.seconds, 4) for c in runtime.tier_costs()}
         return _json(decision)
 
     async def refuse_slot_action(self, _: web.Request) -> web.StreamResponse:

@@ -76,6 +76,8 @@ async def _described(runtime: Runtime) -> dict[str, str]:
 def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     """Hand a request that has ended, however it did, to the explainer."""
     now_s = time.monotonic()
+    asked = exchange.asked
+    runtime.router.note(asked.api, asked.body, exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
     runtime.explainer.ended(
         Ended(

@@ -7,80 +7,48 @@ had.
 
 from __future__ import annotations
 
-import tomllib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from keepwarm.core.prompt import Api, prompt_of, segments_of
+from keepwarm.core.reply import Reply
 from keepwarm.core.tiers import Tier, TierSet
-from keepwarm.errors import ConfigError, RequestError
+from keepwarm.errors import RequestError
 from keepwarm.gateway.tiering import AUTO, Tiered, apply_tier, asked_tier, has_own_system
-from keepwarm.router import (
-    Catalog,
-    CatalogCache,
-    Decision,
-    Escalation,
-    RouterConfig,
-    TierCost,
-    Weights,
-    config_from_toml,
-    route,
-    route_request,
-    tool_texts,
-    weights_from_json,
-)
+from keepwarm.router import Decision, Escalation, TierCost, route_request
+from keepwarm.router.calibrate import Outcome
+from keepwarm.router_files import Router
+from keepwarm.router_outcomes import OutcomeLog
 
 # Conversations whose tier is remembered; 16 bytes and a name each.
 _REMEMBERED = 10_000
 
 
-def load_weights() -> Weights:
-    """The weights that came with Keepwarm."""
-    raw = files("keepwarm.router").joinpath("weights.json").read_bytes()
-    return weights_from_json(msgspec.json.decode(raw))
-
-
-def load_router_config(tiers_dir: Path) -> RouterConfig:
-    """The deployment's `routing.toml` beside its tiers; the usual settings without one.
-
-    Raises:
-        ConfigError: it can't be read or understood.
-    """
-    path = tiers_dir / "routing.toml"
-    if not path.is_file():
-        return RouterConfig()
-    try:
-        return config_from_toml(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} isn't valid TOML: {error}.") from error
-
-
 class TierRouter:
-    """Decides tiers for one deployment. `costs` tells what each tier would cost now, in seconds."""
+    """Decides tiers for one deployment, and notes what became of its decisions.
+
+    `costs` tells what each tier would cost now, in seconds; `router` has the deployment's rules and
+    recalibrations; `outcomes` keeps no text.
+    """
 
     def __init__(
         self,
         tiers: TierSet,
-        config: RouterConfig,
-        weights: Weights,
+        router: Router,
+        outcomes: OutcomeLog,
         *,
         costs: Callable[[], Sequence[TierCost]],
         untiered: str,
     ) -> None:
         self._tiers = tiers
-        self._config = config
-        self._weights = weights
+        self._router = router
         self._costs = costs
         self._untiered = untiered
-        self._catalogs = CatalogCache(weights.words)
         self._conversations: OrderedDict[bytes, str] = OrderedDict()
-        largest = list(tiers)[-1]
-        self._own_tools = tool_texts(largest.tools) or ()
+        self.outcomes = outcomes
 
     def tier(self, api: Api, body: dict[str, Any], header: str | None, namespace: str) -> Tiered:
         """The request with its tier in it.
@@ -109,25 +77,37 @@ class TierRouter:
             tier = next(iter(self._tiers))
             tiered = apply_tier(api, body, tier, "client-tools")
         self._remember(conversation, tier.name)
-        return tiered
+        return replace(tiered, logits=decision.logits)
 
     def decide(
-        self, api: Api, body: Mapping[str, Any], *, tier_so_far: str | None = None
+        self,
+        api: Api,
+        body: Mapping[str, Any],
+        *,
+        tier_so_far: str | None = None,
+        explain: bool = False,
     ) -> Decision:
-        """The router's decision for a body, with its reasons."""
+        """The router's decision for a body; with `explain`, what moved it."""
         if api == "responses":
             messages = [{"role": s.role, "content": s.text} for s in segments_of(api, body)]
             body = {**body, "messages": messages}
         request = route_request(body, tier_so_far=tier_so_far)
-        return route(
-            request, self.catalog(request.tools), self._costs(), self._config, self._weights
-        )
+        return self._router.route(request, self._costs(), explain=explain)
 
-    def catalog(self, tools: Sequence[Any] | None) -> Catalog:
-        """The tools on offer: the client's, else the tiers' own."""
-        if tools:
-            return self._catalogs.get(tools)
-        return self._catalogs.get(self._own_tools, is_open=True)
+    def note(self, api: Api, body: Mapping[str, Any], tiered: Tiered, reply: Reply | None) -> None:
+        """Note what became of a request that had a tier; `body` is what the client sent."""
+        if tiered.tier is None or reply is None or reply.counts is None:
+            return
+        logits = tiered.logits
+        explicit = tiered.reason == "explicit"
+        if logits is None:
+            if not explicit:
+                return
+            logits = self.decide(api, body).logits
+        used = bool(reply.calls) if tiered.body.get("tools") else None
+        self.outcomes.record(
+            Outcome(time.time(), tiered.tier.name, tiered.reason, logits, explicit, None, used)
+        )
 
     def escalated(
         self, api: Api, body: dict[str, Any], now: Tiered, escalation: Escalation, namespace: str
@@ -138,6 +118,9 @@ class TierRouter:
         if up is None:
             return None
         self._remember(self._conversation(api, body, namespace), up.name)
+        if now.logits is not None:
+            outcome = Outcome(time.time(), now.tier.name, now.reason, now.logits)
+            self.outcomes.record(replace(outcome, escalated=escalation.cause))
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
         return apply_tier(api, body, up, reason)
 

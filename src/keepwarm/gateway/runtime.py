@@ -47,13 +47,15 @@ from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
 from keepwarm.gateway.proof import Prover
-from keepwarm.gateway.routing import TierRouter, load_router_config, load_weights
+from keepwarm.gateway.routing import TierRouter
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
 from keepwarm.gateway.tiering import Tiered
 from keepwarm.gateway.tracing import start_tracing
 from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
-from keepwarm.router import TierCost
+from keepwarm.router import DEFAULT_COSTS, TierCost
+from keepwarm.router_files import load_router
+from keepwarm.router_outcomes import OutcomeLog
 from keepwarm.settings import Places, Settings, default_staging, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
@@ -62,6 +64,8 @@ from keepwarm.tierfiles import find_tiers_directory, load_tiers
 log = logging.getLogger("keepwarm")
 
 _POLL_S = 0.03
+# Losing half a minute of routing outcomes in a crash costs a little evidence.
+_OUTCOMES_EVERY_S = 30.0
 
 
 class State(StrEnum):
@@ -112,8 +116,12 @@ class Runtime:
         self.tiers: TierSet = load_tiers(self.tiers_dir, settings.tiers.agent_name)
         self.router = TierRouter(
             self.tiers,
-            load_router_config(self.tiers_dir),
-            load_weights(),
+            load_router(
+                tiers_dir=self.tiers_dir,
+                state_dir=places.state_home / "keepwarm",
+                own_tools=list(self.tiers)[-1].tools,
+            ),
+            OutcomeLog(places.state_home / "keepwarm"),
             costs=self.tier_costs,
             untiered=settings.tiers.untiered,
         )
@@ -195,8 +203,21 @@ class Runtime:
             hang_timeout_s=settings.engine.hang_timeout_s,
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
+        self.supervise(self._keep_outcomes())
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
+
+    async def _keep_outcomes(self) -> None:
+        """Write what became of routed requests, now and then; nobody waits for it."""
+        while True:
+            await asyncio.sleep(_OUTCOMES_EVERY_S)
+            await self._write_outcomes()
+
+    async def _write_outcomes(self) -> None:
+        try:
+            await asyncio.to_thread(self.router.outcomes.flush)
+        except ConfigError as error:
+            log.warning("what became of routed requests isn't kept: %s", error)
 
     def _set_ready(self) -> None:
         self.state = State.READY
@@ -379,6 +400,7 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.explainer.close()
+        await self._write_outcomes()
         if self.tracing:
             await asyncio.to_thread(self.tracing.close)
         if hasattr(self, "store"):
@@ -514,7 +536,13 @@ class Runtime:
         return f"The engine isn't available. {why}"
 
     def tier_costs(self) -> list[TierCost]:
-        """What each tier would cost a new request at this moment, in seconds to its first token."""
+        """What each tier would cost a new request at this moment, in seconds.
+
+        Until its first token, and then what a larger prompt costs even when it is warm: it is
+        attended to at every step, and a small model loses itself in it. The second part is the
+        usual costs', which the router's figures were measured with.
+        """
+        usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
         rates = self.dispatcher.rates
         held = [s.content.marks for s in self.dispatcher.scheduler.slots if s.content]
         out = []
@@ -527,7 +555,8 @@ class Runtime:
                 seconds += rates.prefill_s(tokens - hit.at_tokens)
             else:
                 seconds = rates.prefill_s(tokens)
-            out.append(TierCost(target.name.removeprefix("tier:"), seconds))
+            name = target.name.removeprefix("tier:")
+            out.append(TierCost(name, seconds + usual.get(name, 0.0)))
         return out
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:

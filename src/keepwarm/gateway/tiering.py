@@ -19,13 +19,15 @@ class Tiered:
     """A request as it will be forwarded. `tier` None: left as the client sent it.
 
     `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
-    system text or tools are mixed into them, since those belong to its namespace.
+    system text or tools are mixed into them, since those belong to its namespace. `logits` are the
+    router's, where it decided.
     """
 
     body: dict[str, Any]
     tier: Tier | None
     reason: str
     shared_segments: int = 0
+    logits: Mapping[str, float] | None = None
 
 
 def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:
