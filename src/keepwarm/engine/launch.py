@@ -21,7 +21,13 @@ from keepwarm.engine.process import (
     embedded_identity,
     free_port,
 )
-from keepwarm.errors import ConfigError, EngineDownError, EngineStartError, ModelError
+from keepwarm.errors import (
+    ConfigError,
+    EngineDownError,
+    EngineError,
+    EngineStartError,
+    ModelError,
+)
 from keepwarm.settings import EngineSettings
 
 
@@ -147,6 +153,12 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
         raise EngineStartError(
             f"No llama-server answers at {settings.upstream}: {error} Check the URL, and that the "
             "server has loaded its model."
+        ) from error
+    except EngineError as error:
+        raise EngineStartError(
+            f"What answers at {settings.upstream} isn't a llama-server that lets Keepwarm in "
+            f"({str(error).rstrip('.')}). Check the URL, and the key if it asks for one "
+            "(engine.upstream_key)."
         ) from error
     finally:
         await client.close()

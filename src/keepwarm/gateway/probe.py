@@ -13,7 +13,7 @@ from pathlib import Path
 
 from keepwarm.core.slotfile import Layout, MemoryKind, SlotFileError, parse, round_trip_ok
 from keepwarm.engine.client import EngineClient
-from keepwarm.errors import EngineError, EngineRefusedError, EngineStartError
+from keepwarm.errors import EngineDownError, EngineError, EngineStartError
 
 _TEXT = "Keepwarm looks at one small slot file before it trusts the format."
 
@@ -55,13 +55,14 @@ async def probe(
         await client.fill(tokens, slot=0)
         info = await client.save(0, name)
         await client.erase(0)
-    except EngineRefusedError as error:
-        raise EngineStartError(
-            f"The llama-server can't save slots ({error}). Start it with --slot-save-path DIR and "
-            "give Keepwarm the same directory with --slot-dir."
-        ) from error
-    except EngineError as error:
+    except EngineDownError as error:
         raise EngineStartError(f"The engine can't save a slot: {error}") from error
+    except EngineError as error:
+        # Without a directory it answers 501, in older builds 400.
+        raise EngineStartError(
+            f"The llama-server can't save slots ({str(error).rstrip('.')}). Start it with "
+            "--slot-save-path DIR and give Keepwarm the same directory with --slot-dir."
+        ) from error
     if not path.is_file():
         raise EngineStartError(
             f"The llama-server saved a slot, but {slot_dir} doesn't hold it: that isn't its "
