@@ -96,12 +96,14 @@ class Served:
             )
 
     @staticmethod
-    def command(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+    def command(
+        *arguments: str, root: Path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run `keepwarm` with these arguments to its end, at home in `root`."""
         home = {"HOME": str(root), "XDG_CONFIG_HOME": str(root), "XDG_STATE_HOME": str(root)}
         return subprocess.run(
             [sys.executable, "-m", "keepwarm", *arguments],
-            env={**os.environ, **home, "COLUMNS": "1000"},
+            env={**os.environ, **home, "COLUMNS": "1000", **environment},
             cwd=root,
             stdin=subprocess.DEVNULL,
             capture_output=True,
