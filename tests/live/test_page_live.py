@@ -279,6 +279,12 @@ def test_it_loads_nothing_but_itself_and_its_own_routes(page: Page) -> None:
     assert all(url.startswith((page.base, "data:")) for url in urls)
 
 
+def test_a_second_look_shows_the_slots_though_nothing_happens(page: Page) -> None:
+    page.until(lambda: page.all("#names div"), "slots are shown")
+    page.driver.refresh()
+    page.until(lambda: page.all("#names div"), "slots are shown again")
+
+
 def test_it_finds_its_way_back_after_the_gateway_was_away(page: Page, served: Served) -> None:
     page.run("stream.abort()")
     page.until(lambda: page.text("#state") == "not connected", "it says so")

@@ -57,8 +57,9 @@ class Feed:
         return len(self._listeners)
 
     def attach(self, namespace: str) -> Listener:
-        """Begin to listen."""
+        """Begin to listen, with how things stand now."""
         listener = Listener(namespace)
+        listener.send(encode_event("slots", self._look(namespace)))
         self._listeners.add(listener)
         if self._beating is None:
             self._beating = asyncio.get_running_loop().create_task(self._beat())
