@@ -191,7 +191,8 @@ class Staging:
         """Remove ready files until this much fits. Raises: SnapshotError('no_space')."""
         if size_bytes > self.bound_bytes:
             raise SnapshotError(
-                f"{size_bytes} bytes don't fit into {self.bound_bytes} of staging",
+                f"A slot file of {size_bytes:,} bytes doesn't fit into {self.bound_bytes:,} bytes "
+                "of staging: raise store.staging_bytes.",
                 reason="no_space",
             )
         while self.used_bytes + size_bytes > self.bound_bytes:
