@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from keepwarm.core.parts import (
 )
 from keepwarm.core.plan import Source
 from keepwarm.core.prompt import Segment, prompt_of
+from keepwarm.dashboard import __file__ as dashboard_file
 
 SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 12
 
@@ -530,3 +533,17 @@ def test_places_in_tokens_are_interpolated_between_known_ones() -> None:
     assert tokens_at(1000, anchors=anchors) == 400
     assert tokens_at(1500, anchors=anchors) == 450
     assert tokens_at(9999, anchors=anchors) == 500
+
+
+def test_the_documentation_tells_of_every_cause_and_no_other() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "explanations.md"
+    rows = page.read_text(encoding="utf-8").partition("## Causes")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in rows.splitlines() if line.startswith("| `")]
+    told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert told == {cause.value for cause in Cause}
+
+
+def test_the_page_has_words_for_every_cause() -> None:
+    html = Path(dashboard_file).with_name("index.html").read_text(encoding="utf-8")
+    words = html.partition("const CAUSES = {")[2].partition("}")[0]
+    assert set(re.findall(r"(\w+): \"", words)) == {cause.value for cause in Cause}
