@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -327,6 +332,34 @@ def test_the_command_explains_and_needs_the_key(served: Served) -> None:
     assert top.returncode == 0
     assert "slot 0" in top.stdout
     assert number[:8] in top.stdout
+
+
+def test_top_follows_what_happens_until_it_is_interrupted(served: Served) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "keepwarm", "top", "--url", served.base, "--key", ALICE]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(slave)
+    screen: list[str] = []
+
+    def shows(text: str) -> bool:
+        while select.select([master], [], [], 0.05)[0]:
+            screen.append(os.read(master, 65536).decode(errors="replace"))
+        return text in "".join(screen)
+
+    try:
+        served.until(lambda: shows("slot 0"))
+        answer = served.ask("Do you see me?", model="minimal")
+        number = answer.headers["x-keepwarm-request-id"]
+        served.until(lambda: shows(number[:8]))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
 
 
 def evict_all(served: Served) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from browser import Page
@@ -270,6 +272,26 @@ def test_axe_finds_nothing_serious(page: Page, served: Served, scheme: str, widt
     page.run("openWhy(arguments[0])", number)
     page.until(lambda: page.all("#why[open]"), "the explanation is open")
     assert page.serious_findings() == []
+
+
+def test_a_batch_is_shown_with_how_far_it_is(page: Page, served: Served) -> None:
+    api = openai.OpenAI(base_url=f"{served.base}/v1", api_key=KEY, max_retries=0)
+    messages = [{"role": "user", "content": "Which part?"}]
+    body = {"model": "minimal", "messages": messages, "max_tokens": 2}
+    tasks = [
+        {"custom_id": f"t{i}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for i in range(3)
+    ]
+    raw = "\n".join(map(json.dumps, tasks)).encode()
+    file = api.files.create(file=("tasks.jsonl", raw), purpose="batch")
+    batch = api.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    served.until(lambda: api.batches.retrieve(batch.id).status == "completed")
+    page.driver.refresh()
+    page.until(lambda: batch.id in page.text("#batch"), "the batch is listed")
+    assert page.one("#batch").is_displayed()
+    assert "3 of 3" in page.text("#batch")
 
 
 def test_it_loads_nothing_but_itself_and_its_own_routes(page: Page) -> None:
