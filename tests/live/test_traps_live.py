@@ -1,4 +1,4 @@
-"""llama-server's traps, sprung on purpose: caught, counted, and no client goes without an answer."""
+"""llama-server's traps, sprung on purpose: caught, counted, and every client gets its answer."""
 
 from __future__ import annotations
 
