@@ -104,7 +104,7 @@ def _read(path: Path, _inode: int, _mtime_ns: int, size: int) -> ModelHeader:
         try:
             fields, end = _fields(data)
             needed = _needed_bytes(data, end, int(fields.get("general.alignment") or 32))
-        except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
+        except (struct.error, IndexError, KeyError, OverflowError, ValueError) as error:
             raise ModelError(
                 f"{path} is truncated or damaged: its header can't be read ({error}). Fetch the "
                 "file again and compare its size with the source."
