@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.core.prompt import Api, segments_of
+from keepwarm.core.prompt import Api, head_of, segments_of
 from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.errors import RequestError
 
@@ -19,8 +19,8 @@ class Tiered:
     """A request as it will be forwarded. `tier` None: left as the client sent it.
 
     `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
-    system text or tools are mixed into them, since those belong to its namespace. `logits` are the
-    router's, where it decided.
+    system text, tools or schema are mixed into them, since those belong to its namespace. `logits`
+    are the router's, where it decided.
     """
 
     body: dict[str, Any]
@@ -58,7 +58,8 @@ def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
 
 def apply_tier(api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
     """Put a tier's static prompt and tools into a request of any chat-like API."""
-    mixed = bool(body.get("tools")) or (
+    # A schema or a template's arguments are the client's own as much as tools are.
+    mixed = bool(head_of(body)) or (
         tier.client_role is ContextRole.MERGE and has_own_system(api, body)
     )
     shared = 0 if mixed else len(tier.messages)
