@@ -325,9 +325,18 @@ async def test_a_listener_that_does_not_keep_up_is_ended_not_waited_for() -> Non
 
 async def test_closing_ends_every_stream() -> None:
     feed = Feed(lambda _: {})
-    listener = feed.attach("ada")
+    behind, waiting = feed.attach("ada"), feed.attach("bob")
+
+    async def read_to_the_end() -> None:
+        while await waiting.events.get() is not None:
+            pass
+
+    reading = asyncio.ensure_future(read_to_the_end())
+    for _ in range(5):
+        await asyncio.sleep(0)  # it has read all there was, and waits
     feed.close()
-    assert await listener.events.get() is None
+    await asyncio.wait_for(reading, 10)
+    assert await behind.events.get() is None
 
 
 # --- who may look

@@ -33,11 +33,15 @@ class Listener:
     def send(self, event: bytes) -> None:
         """Queue an event; a listener that is too far behind is ended, and its client comes back."""
         if self.events.qsize() >= _QUEUE - 1:
-            while not self.events.empty():
-                self.events.get_nowait()
-            self.events.put_nowait(None)
+            self.end()
         else:
             self.events.put_nowait(event)
+
+    def end(self) -> None:
+        """End the stream, whatever waits in it."""
+        while not self.events.empty():
+            self.events.get_nowait()
+        self.events.put_nowait(None)
 
 
 class Feed:
@@ -83,8 +87,7 @@ class Feed:
     def close(self) -> None:
         """End all streams."""
         for listener in list(self._listeners):
-            listener.events = asyncio.Queue()
-            listener.events.put_nowait(None)
+            listener.end()
         if self._beating is not None:
             self._beating.cancel()
             self._beating = None
