@@ -40,13 +40,15 @@ STATE_MAGIC = 0xAF143CD8  # opens a sequence's state in memory
 class Boundary:
     """Boundary state of the end `end_tokens`; `raw` is a view.
 
-    `window` or `recurrent` is its layout, as in `Layout`.
+    `window` or `recurrent` is its layout, as in `Layout`; `sequence` is the slot that a window's
+    cells say they are of.
     """
 
     end_tokens: int
     raw: memoryview
     window: CacheLayout | None = None
     recurrent: tuple[TensorLayout, ...] | None = None
+    sequence: int | None = None
 
 
 def read_boundary(cursor: Cursor, kind: MemoryKind) -> Boundary:
@@ -54,7 +56,7 @@ def read_boundary(cursor: Cursor, kind: MemoryKind) -> Boundary:
     if kind is MemoryKind.SLIDING_WINDOW:
         cache = read_cache(cursor)
         _, hi = _positions_range(cache.block)
-        return Boundary(hi, cache.raw, window=cache.block.layout)
+        return Boundary(hi, cache.raw, cache.block.layout, sequence=cache.block.sequence)
     start = cursor.at
     end_tokens, recurrent = _read_recurrent(cursor)
     return Boundary(end_tokens, cursor.view[start : cursor.at], recurrent=recurrent)

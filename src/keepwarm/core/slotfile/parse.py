@@ -103,6 +103,8 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
             raise SlotFileError(
                 f"boundary state of {end.end_tokens} tokens, not {len(tokens)}", reason="position"
             )
+        if end.sequence not in (None, cache.block.sequence):
+            raise SlotFileError("rows and window are of two slots", reason="sequence")
     layout = Layout(
         version=VERSION,
         kind=kind,
