@@ -5,8 +5,11 @@ MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TEMPLATE := configs/chat-templates/chatml-tools.jinja
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
-TESTS ?= tests/unit tests/faults/test_store_crash.py tests/faults/test_upstream_faults.py \
-	tests/live/test_clients_live.py tests/live/test_tiers_live.py tests/live/test_slotfile_live.py
+# Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
+# benchmark) or needs more than Python (a browser, Ray, systemd).
+TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
+	--ignore tests/live/test_page_live.py --ignore tests/live/test_fleet_live.py \
+	--ignore tests/live/test_systemd_live.py
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON
@@ -37,7 +40,6 @@ setup: $(VENV)/.installed-dev $(MODEL)
 test: $(VENV)/.installed-dev $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
-# Longer suites too: kills at random points, systemd, a browser, a fleet, the demo itself.
 test-all: $(VENV)/.installed-dev $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
