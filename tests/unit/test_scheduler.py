@@ -1,0 +1,319 @@
+"""Single decisions of the scheduler, on a virtual clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from keepwarm.core.effects import (
+    EraseSlot,
+    Fail,
+    FillSlot,
+    Interrupt,
+    RestoreSlot,
+    SavedSlot,
+    SaveSlot,
+    Start,
+    StepFailed,
+)
+from keepwarm.core.plan import Machine, Source, Stored
+from keepwarm.core.prompt import Segment
+from keepwarm.core.rates import Rates
+from keepwarm.core.reply import Counts
+from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Scheduler
+from keepwarm.core.slots import Content, Position, Slot, SlotState
+from simulation import Simulation, request_of
+
+RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
+USER = {"role": "user", "content": "What now?"}
+
+
+def ask(
+    sim: Simulation, name: int, *, text: str = "What now?", rules: bool = True, namespace: str = "a"
+) -> str:
+    user = {"role": "user", "content": text}
+    messages = [RULES, user] if rules else [user]
+    request = request_of(
+        name, {"messages": messages}, namespace=namespace, shared_segments=0, now_s=sim.now_s
+    )
+    sim.submit(request)
+    return request.id
+
+
+def steps(sim: Simulation, kind: type) -> list[object]:
+    return [step for step in sim.pending if isinstance(step, kind)]
+
+
+def test_a_cold_static_part_is_filled_saved_and_then_served_from() -> None:
+    sim = Simulation(slots=2)
+    ask(sim, 1)
+    (fill,) = sim.pending
+    assert isinstance(fill, FillSlot)
+    sim.complete(fill)
+    (save,) = sim.pending
+    assert isinstance(save, SaveSlot)
+    assert save.static
+    sim.complete(save)
+    (request,) = sim.running
+    assert request.plan
+    assert request.plan.source is Source.COLD
+    assert request.plan.promise_tokens == request.static_tokens
+
+
+def test_who_needs_the_same_waits_for_the_fill_and_starts_from_its_file_at_once() -> None:
+    sim = Simulation(slots=3)
+    for name in (1, 2, 3):
+        ask(sim, name, text=f"Question {name}?")
+    assert len(sim.pending) == 1
+    assert sim.scheduler.queued == 2
+    sim.complete(sim.pending[0])
+    sim.complete(sim.pending[0])
+    # The file is still on its way into the store; it is restored from staging.
+    assert sim.arriving
+    restores = steps(sim, RestoreSlot)
+    assert len(restores) == 2
+    assert all(step.stored.staged_name for step in restores)  # type: ignore[attr-defined]
+    for step in list(sim.pending):
+        sim.complete(step)
+    plans = [r.plan.source for r in sim.running if r.plan]
+    assert sorted(plans) == [Source.COLD, Source.SHARED, Source.SHARED]
+
+
+def test_when_the_filling_client_leaves_the_fill_goes_on_for_those_who_wait() -> None:
+    sim = Simulation(slots=2)
+    first = ask(sim, 1)
+    ask(sim, 2, text="Another?")
+    sim.cancel(sim.requests[first])
+    assert sim.said["Interrupt"] == 0
+    sim.complete(sim.pending[0])
+    sim.complete(sim.pending[0])
+    assert steps(sim, RestoreSlot) or sim.running
+
+
+def test_when_nobody_waits_the_fill_is_interrupted() -> None:
+    sim = Simulation(slots=2)
+    first = ask(sim, 1)
+    sim.cancel(sim.requests[first])
+    assert sim.said["Interrupt"] == 1
+    sim.complete(sim.pending[0])
+    assert not sim.pending
+    assert [slot.state for slot in sim.scheduler.slots] == [SlotState.IDLE] * 2
+
+
+def test_a_second_fill_of_one_static_part_never_begins() -> None:
+    sim = Simulation(slots=2)
+    ask(sim, 1)
+    # This one holds nearly all of it by its estimate, so it doesn't wait.
+    other = request_of(
+        2,
+        {"messages": [RULES, {"role": "user", "content": "Another?"}]},
+        namespace="a",
+        shared_segments=0,
+        now_s=sim.now_s,
+    )
+    other.job.must_save, other.job.can_fill = True, False
+    other.job.static_tokens = other.static_tokens
+    sim.submit(other)
+    assert len(steps(sim, FillSlot)) == 1
+
+
+def test_the_queue_is_bounded_and_first_come_is_first_served() -> None:
+    sim = Simulation(slots=1, queue_limit=2)
+    for name in range(4):
+        ask(sim, name, rules=False)
+    assert sim.said["Fail"] == 1
+    for name in (0, 1, 2):
+        assert [r.id for r in sim.running] == [f"r{name}"]
+        sim.finish(sim.running[0], decoded=1, heard=True)
+        while sim.pending:
+            sim.complete(sim.pending[0])
+
+
+def test_who_waits_for_too_long_is_told() -> None:
+    sim = Simulation(slots=1)
+    ask(sim, 1, rules=False)
+    late = request_of(
+        2, {"messages": [USER]}, namespace="a", shared_segments=0, now_s=sim.now_s, wait_s=5
+    )
+    sim.submit(late)
+    sim.tick(4.9)
+    assert not sim.ended[late.id]
+    sim.tick(0.2)
+    assert sim.ended[late.id] == 1
+
+
+def test_a_batch_waits_behind_everyone_else() -> None:
+    sim = Simulation(slots=1)
+    ask(sim, 1, rules=False)
+    batch = request_of(2, {"messages": [USER]}, namespace="a", shared_segments=0, now_s=sim.now_s)
+    batch.job.priority = 1
+    sim.submit(batch)
+    ask(sim, 3, rules=False)
+    sim.finish(sim.running[0], decoded=1, heard=True)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    assert [r.id for r in sim.running] == ["r3"]
+
+
+@pytest.mark.parametrize("step", ["queued", "filling", "serving"])
+def test_a_request_survives_the_engines_death(step: str) -> None:
+    sim = Simulation(slots=1)
+    first = ask(sim, 1)
+    if step == "queued":
+        ask(sim, 2)
+    elif step == "serving":
+        sim.complete(sim.pending[0])
+        sim.complete(sim.pending[0])
+    sim.engine_down()
+    assert not any(slot.content for slot in sim.scheduler.slots)
+    if step == "serving":
+        sim.retry(sim.requests[first])
+    sim.settle()
+    assert sim.served[first] == 1
+
+
+def scheduler(*slots: Slot, lookup: Stored | None = None, pool: int | None = None) -> Scheduler:
+    machine = Machine(row_bytes=1000, cuttable=True, can_save=True, pool_tokens=pool)
+    return Scheduler(list(slots), machine, Rates(), lambda *_: lookup)
+
+
+def conversation(tokens: int, *, turns: int = 3) -> Content:
+    return Content("a", {b"x" * 16: Position(tokens, exact=True)}, tokens, turns=turns)
+
+
+def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
+    slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
+    made = scheduler(slot)
+    assert made.tick(100.0 + SAVE_AFTER_IDLE_S / 2) == []
+    (save,) = made.tick(100.0 + 2 * SAVE_AFTER_IDLE_S)
+    assert isinstance(save, SaveSlot)
+    assert made.tick(102.0) == []
+    made.step_done(save, SavedSlot("f", 2000, 2_000_000), 102.0)
+    assert made.tick(110.0) == []
+    # A save is no use of the slot: its conversation isn't younger for it.
+    assert slot.idle_since_s == 100.0
+
+
+def test_a_save_that_failed_isnt_tried_over_and_over() -> None:
+    slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
+    made = scheduler(slot)
+    (save,) = made.tick(101.0)
+    assert isinstance(save, SaveSlot)
+    made.step_done(save, StepFailed(emptied=False), 101.0)
+    assert slot.content
+    for now_s in (102.0, 103.0, 200.0):
+        assert made.tick(now_s) == []
+
+
+def test_nothing_is_saved_while_somebody_waits_or_the_engine_is_gone() -> None:
+    slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
+    made = scheduler(slot)
+    made.up = False
+    assert made.tick(200.0) == []
+
+
+def test_a_conversation_that_went_on_is_saved_when_its_reply_has_ended() -> None:
+    sim = Simulation(slots=2)
+    first = ask(sim, 1, text="A long question. " * 60, rules=False)
+    sim.finish(sim.requests[first], decoded=3, heard=True)
+    assert not sim.pending
+    body = sim.continued(sim.requests[first], trimmed=False)
+    second = request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(second)
+    sim.finish(second, decoded=3, heard=True)
+    assert len(steps(sim, SaveSlot)) == 1
+
+
+@pytest.mark.parametrize("failing", ["restore", "fill"])
+def test_a_step_that_lost_the_slots_content_leaves_no_promise(failing: str) -> None:
+    sim = Simulation(slots=1)
+    ask(sim, 1)
+    sim.complete(sim.pending[0])
+    sim.complete(sim.pending[0])
+    for name in list(sim.arriving):
+        sim.absorb(name)
+    sim.finish(sim.running[0], decoded=1, heard=True)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    sim.engine_down()
+    sim.engine_up()
+    request = request_of(
+        2,
+        {"messages": [RULES, {"role": "user", "content": "Another?"}]},
+        namespace="a",
+        shared_segments=0,
+        now_s=sim.now_s,
+    )
+    if failing == "fill":
+        # It restores what is known, and is to fill and save all the same.
+        request.job.must_save = True
+        request.job.static_tokens = request.static_tokens + 1
+    sim.submit(request)
+    (restore,) = sim.pending
+    assert isinstance(restore, RestoreSlot)
+    if failing == "restore":
+        sim.complete(restore, failure=StepFailed(emptied=True))
+    else:
+        sim.complete(restore)
+        (fill,) = sim.pending
+        assert isinstance(fill, FillSlot)
+        sim.complete(fill, failure=StepFailed(emptied=True))
+    assert request.plan
+    assert request.plan.promise_tokens == 0
+    # And no snapshot is blamed for it.
+    assert request.plan.restore is None
+    assert request.plan.source is Source.COLD
+
+
+def test_another_tenants_slot_is_emptied_before_it_is_given_out() -> None:
+    sim = Simulation(slots=1)
+    first = ask(sim, 1, rules=False, namespace="a")
+    sim.finish(sim.requests[first], decoded=2, heard=True)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    ask(sim, 2, rules=False, namespace="b")
+    (save,) = sim.pending
+    assert isinstance(save, SaveSlot)
+    sim.complete(save)
+    (erase,) = sim.pending
+    assert isinstance(erase, EraseSlot)
+    sim.complete(erase)
+    assert [r.namespace for r in sim.running] == ["b"]
+
+
+def test_a_granted_slot_comes_back_when_its_client_left_in_that_moment() -> None:
+    sim = Simulation(slots=1)
+    first = ask(sim, 1, rules=False)
+    assert sim.running
+    sim.cancel(sim.requests[first])
+    assert sim.scheduler.slots[0].state is SlotState.IDLE
+    assert not sim.scheduler.jobs
+
+
+def test_ending_twice_does_nothing() -> None:
+    sim = Simulation(slots=1)
+    first = ask(sim, 1, rules=False)
+    sim.finish(sim.requests[first], decoded=1, heard=True)
+    counts = Counts(0, 5, 1)
+    again = sim.scheduler.finished(first, sim.now_s, counts=counts, reply=Segment("assistant", ""))
+    assert again == []
+    assert sim.scheduler.cancelled(first, sim.now_s) == []
+    assert sim.scheduler.retry(first, sim.now_s) == []
+
+
+def test_a_step_of_an_engine_that_died_meanwhile_is_ignored() -> None:
+    sim = Simulation(slots=1)
+    ask(sim, 1)
+    (fill,) = sim.pending
+    sim.scheduler.engine_down(sim.now_s)
+    sim.pending.clear()
+    assert sim.scheduler.step_done(fill, StepFailed(emptied=True), sim.now_s) == []
+    assert sim.scheduler.queued == 1
+
+
+def test_effects_of_one_event_come_in_the_order_they_are_carried_out() -> None:
+    kinds = (SaveSlot, EraseSlot, RestoreSlot, FillSlot, Interrupt, Start, Fail)
+    made = scheduler(Slot(0))
+    request = request_of(1, {"messages": [USER]}, namespace="a", shared_segments=0, now_s=1.0)
+    effects = made.submit(request.job, 1.0)
+    assert all(isinstance(effect, kinds) for effect in effects)
+    assert isinstance(effects[-1], Start)
