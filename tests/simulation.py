@@ -29,11 +29,12 @@ from keepwarm.core.effects import (
     Step,
     StepFailed,
 )
+from keepwarm.core.job import Job
 from keepwarm.core.plan import Machine, Plan, Stored
 from keepwarm.core.prompt import Prompt, Segment, prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.core.scheduler import Job, Scheduler
+from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Position, Slot, SlotState
 
 ROW_BYTES = 1000
@@ -418,6 +419,8 @@ class Simulation:
         assert plan.slot not in [step.slot for step in self.pending]
         assert self.scheduler.up, "a request was started on an engine that is down"
         request.plan = plan
+        if plan.discard:
+            self.engine[plan.slot] = []  # what `cache_prompt: false` does
         reused = self.reusable(plan.slot, request.tokens)
         promised = min(plan.promise_tokens, len(request.tokens) - 1)
         assert reused >= promised, f"promised {promised} tokens, the slot has {reused}: {plan}"

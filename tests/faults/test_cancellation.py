@@ -12,7 +12,7 @@ from fakeengine import Fault, tokenize
 from rig import Keepwarm, until
 
 from keepwarm.core.effects import FillSlot, RestoreSlot, SaveSlot
-from keepwarm.core.scheduler import Job
+from keepwarm.core.job import Job
 from keepwarm.core.slots import SlotState
 from keepwarm.gateway.dispatcher import Dispatcher, Grant
 

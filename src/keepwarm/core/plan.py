@@ -78,7 +78,8 @@ class Plan:
     `reuse_tokens` is the estimate, `promise_tokens` the part of it that `cache_n` must show.
     `save_first`: the slot's content is saved before it is overwritten. `fill`: the static part is
     prefilled and saved on its own. `evict`: other slots to empty, so that a shared pool suffices;
-    True where their content is saved first.
+    True where their content is saved first. `discard`: the engine must not compare the prompt with
+    what the slot holds, since that may be another tenant's and couldn't be erased.
     """
 
     source: Source
@@ -92,6 +93,7 @@ class Plan:
     restore: Stored | None
     evict: tuple[tuple[int, bool], ...]
     considered: tuple[Option, ...]
+    discard: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from keepwarm.core.contents import after_fill, after_reply, after_restore, after_silence
 from keepwarm.core.effects import (
     Effect,
     EraseSlot,
@@ -41,9 +42,9 @@ from keepwarm.core.effects import (
     Step,
     StepFailed,
 )
+from keepwarm.core.job import Job
 from keepwarm.core.plan import (
     FILL_MIN_TOKENS,
-    Demand,
     Machine,
     Plan,
     Source,
@@ -54,7 +55,7 @@ from keepwarm.core.plan import (
 from keepwarm.core.prompt import Prompt, Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.core.slots import Content, Position, Slot, SlotState, loss, positions
+from keepwarm.core.slots import Content, Slot, SlotState, loss
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
@@ -63,46 +64,6 @@ SAVE_AFTER_IDLE_S = 0.3
 # and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
 # ten milliseconds. Slots in use by turns stay.
 ERASE_AFTER_IDLE_S = 2.0
-
-
-@dataclass(slots=True)
-class Job:
-    """One request in the scheduler. Lower `priority` goes first (0 interactive, 1 batch).
-
-    `is_final`: nothing is expected to continue its prompt, so its tail isn't worth saving.
-    `must_save`: it is here to have its static part filled and saved, even if a slot holds it.
-    `filled_tokens` is how many tokens its fill prefilled, once that has ended; `failed_restore` the
-    reason why its restore failed, if it did.
-    """
-
-    id: str
-    namespace: str
-    prompt: Prompt
-    arrived_s: float
-    deadline_s: float
-    reply_tokens: int = 512
-    priority: int = 0
-    can_fill: bool = False
-    static_tokens: int | None = None
-    static_shared: bool = False
-    waited_for_fill: bool = False
-    is_final: bool = False
-    must_save: bool = False
-    filled_tokens: int = 0
-    failed_restore: str | None = None
-    gone: bool = False
-    plan: Plan | None = None
-
-    def demand(self) -> Demand:
-        """What the plan needs to know of it."""
-        return Demand(
-            self.prompt,
-            self.reply_tokens,
-            self.can_fill,
-            self.namespace,
-            self.static_tokens,
-            self.waited_for_fill,
-        )
 
 
 # Finds the longest restorable prefix: marks' digests in order -> what is stored.
@@ -443,7 +404,7 @@ class Scheduler:
                     outcome.staged_name, outcome.tokens, outcome.size_bytes
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
-            slot.content = self._restored_content(job, step.stored, outcome.tokens)
+            slot.content = after_restore(job, step.stored, outcome.tokens)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
@@ -463,91 +424,36 @@ class Scheduler:
             job.plan = replace(
                 job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
             )
+        if isinstance(step, EraseSlot) and slot.is_foreign(job.namespace):
+            # A fill here would be measured against another tenant's tokens.
+            self._scripts.pop(slot.id, None)
+            job.plan = replace(job.plan, discard=True)
         if isinstance(step, RestoreSlot) and slot.is_foreign(job.namespace):
             self._scripts.setdefault(slot.id, deque()).appendleft(EraseSlot(slot.id))
 
     def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
-        static = job.prompt.static
-        assert static
         job.static_tokens = tokens
-        # What the slot held before and the prompt begins with keeps its exact places.
-        known = dict(slot.content.marks) if slot.content else {}
-        known[static.digest] = Position(tokens, exact=True)
-        marks = positions(
-            job.prompt.marks[: job.prompt.static_index + 1], known=known, total_tokens=tokens
-        )
-        namespace = "" if job.static_shared else job.namespace
-        slot.content = Content(namespace, marks, tokens)
-        slot.held_tokens = tokens
-        slot.owner = namespace
+        slot.content = after_fill(job, slot.content, tokens)
+        slot.held_tokens, slot.owner = tokens, slot.content.namespace
         if job.plan:
             job.plan = replace(job.plan, promise_tokens=tokens)
         if self.machine.can_save:
             save = replace(self._save_step(slot), static=True)
             self._scripts.setdefault(slot.id, deque()).appendleft(save)
 
-    def _restored_content(self, job: Job, stored: Stored, tokens: int) -> Content:
-        marks: dict[bytes, Position] = {}
-        prompt = job.prompt
-        static = prompt.static
-        matched = prompt.marks[: stored.mark_index + 1]
-        exact = stored.promise_tokens == stored.tokens
-        if static and stored.mark_index >= prompt.static_index and stored.promise_tokens:
-            # The promise is of the matched mark if that is exact, else of the static end.
-            own = job.static_tokens if exact else stored.promise_tokens
-            if own:
-                marks[static.digest] = Position(own, exact=True)
-        if matched and exact:
-            marks[matched[-1].digest] = Position(stored.tokens, exact=True)
-        marks |= positions(matched, known=marks, total_tokens=stored.tokens)
-        shared = job.static_shared and stored.mark_index <= prompt.static_index
-        return Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens)
-
     def _learn(self, job: Job, slot: Slot, counts: Counts, reply: Segment | None) -> None:
         """A slot's new content after a request, and the rates that its reply taught."""
-        prompt = job.prompt
-        known = dict(slot.content.marks) if slot.content else {}
-        if job.static_tokens is not None and prompt.static:
-            known[prompt.static.digest] = Position(job.static_tokens, exact=True)
-        marks: dict[bytes, Position] = positions(
-            prompt.marks, known=known, total_tokens=counts.prompt
-        )
-        saved = 0
-        if slot.content:
-            saved = min(slot.content.saved_tokens, counts.cached)
-        total = counts.prompt + max(counts.decoded - 1, 0)
-        turns = prompt.turns
-        if reply is not None:
-            marks[prompt.continued(reply).digest] = Position(total, exact=False)
-        slot.content = Content(job.namespace, marks, total, saved, turns, job.is_final)
-        slot.held_tokens = total
+        slot.content = after_reply(job, slot.content, counts, reply)
+        slot.held_tokens = slot.content.tokens
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
-        if counts.prompt >= 64 and prompt.marks[-1].tokens is None:
-            self.rates.tokens_per_char.learn(counts.prompt / max(prompt.chars, 1))
+        if counts.prompt >= 64 and job.prompt.marks[-1].tokens is None:
+            self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))
 
     def _unsure(self, job: Job, slot: Slot) -> None:
-        """A reply ended without counts (a hang-up, an error): keep only what was there before.
-
-        The engine may have cut the slot or gone on from it; what the plan reused is still its
-        beginning. Nothing in it is promised.
-        """
-        plan = job.plan
-        content = slot.content
+        """A reply ended without counts: the slot may hold all that was granted."""
         slot.held_tokens = slot.most_tokens
-        if content is None or plan is None:
-            return
-        marks = {
-            d: Position(p.tokens, exact=False)
-            for d, p in content.marks.items()
-            if p.tokens <= plan.reuse_tokens
-        }
-        tokens = max((p.tokens for p in marks.values()), default=0)
-        saved = min(content.saved_tokens, tokens)
-        slot.content = Content(
-            content.namespace, marks, tokens, saved, content.turns, content.is_final
-        )
-        if not marks:
-            slot.content = None
+        if slot.content and job.plan:
+            slot.content = after_silence(slot.content, job.plan.reuse_tokens)
 
     def _worth_saving(self, slot: Slot, now_s: float) -> bool:
         content = slot.content

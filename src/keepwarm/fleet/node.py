@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keepwarm.core.job import Job
 from keepwarm.core.plan import prompt_tokens
 from keepwarm.core.prompt import prompt_of
-from keepwarm.core.scheduler import Job
 from keepwarm.core.slots import SlotState
 from keepwarm.core.tiers import compose
 from keepwarm.errors import ConfigError

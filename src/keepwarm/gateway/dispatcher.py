@@ -31,11 +31,12 @@ from keepwarm.core.effects import (
     Step,
     StepFailed,
 )
+from keepwarm.core.job import Job
 from keepwarm.core.plan import Plan
 from keepwarm.core.prompt import Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.core.scheduler import Job, Scheduler
+from keepwarm.core.scheduler import Scheduler
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import (

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
-from keepwarm.core.scheduler import Job
 from keepwarm.errors import EngineError, SnapshotError, TierError
 from keepwarm.gateway.rebuild import rebuild
 from keepwarm.gateway.tiering import Tiered

@@ -20,9 +20,9 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.core.anthropic import chat_request
+from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
-from keepwarm.core.scheduler import Job
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked
@@ -236,6 +236,8 @@ class Proxy:
         assert exchange.grant
         body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
         body.setdefault("cache_prompt", True)
+        if exchange.grant.plan.discard:
+            body["cache_prompt"] = False
         asked = exchange.asked
         gathers = asked.api == "chat" and not body.get("stream")
         if gathers:

@@ -12,7 +12,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from keepwarm.core.scheduler import Job
+from keepwarm.core.job import Job
 from keepwarm.errors import KeepwarmError
 from keepwarm.gateway.warm import Target, keep
 

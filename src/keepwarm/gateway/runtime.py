@@ -21,10 +21,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from keepwarm.core.job import Job
 from keepwarm.core.plan import Machine, Plan
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.core.scheduler import Job, Scheduler
+from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slotfile import MemoryKind
 from keepwarm.core.slots import Content, Slot
 from keepwarm.core.tiers import TierSet

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepwarm.core.hints import SHARED_HEADER
+from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
-from keepwarm.core.scheduler import Job
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError
