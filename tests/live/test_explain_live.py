@@ -345,7 +345,7 @@ def test_top_follows_what_happens_until_it_is_interrupted(served: Served) -> Non
         stderr=slave,
         env={**os.environ, "TERM": "xterm"},
         # A shell that runs the tests in the background has them ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads
     )
     os.close(slave)
     screen: list[str] = []
