@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from keepwarm.cli.main import app
@@ -104,8 +105,10 @@ def commands() -> str:
 
 def _walk(command: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
     found = [path]
-    for name, child in getattr(command, "commands", {}).items():
-        found += _walk(child, (*path, name))
+    if isinstance(command, TyperGroup):
+        context = command.make_context(path[-1], [], resilient_parsing=True)
+        for name in command.list_commands(context):
+            found += _walk(command.get_command(context, name), (*path, name))
     return found
 
 

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from keepwarm import __version__
-from keepwarm.cli import (
-    batch,
-    bench,
-    demo,
-    doctor,
-    explain,
-    fleet,
-    route,
-    serve,
-    service,
-    simulate,
-    store,
-    tiers,
-    top,
-    warmup,
-)
 from keepwarm.cli.output import fail
 from keepwarm.errors import KeepwarmError
 
+# Each is a module of this package: a group of commands is its `app`, a single one a function.
+_COMMANDS = (
+    *("serve", "warmup", "tiers", "bench", "demo", "explain", "top", "doctor", "simulate"),
+    *("batch", "fleet", "store", "route", "service"),
+)
+
+
+class _Commands(TyperGroup):
+    """Imports a command's module when it is asked for: all of them take as long as an engine."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the help."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name; None if there is none."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"keepwarm.cli.{cmd_name}")
+        parent = typer.Typer(add_completion=False, rich_markup_mode=None)
+        if hasattr(module, "app"):
+            parent.add_typer(module.app, name=cmd_name)
+        else:
+            # A function whose name the module needs for something else ends in `_command`.
+            function = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
+            parent.command(cmd_name)(function)
+        return typer.main.get_group(parent).commands[cmd_name]
+
+
 app = typer.Typer(
     name="keepwarm",
+    cls=_Commands,
     help="Keeps llama-server's prompt prefixes warm: no prompt token is prefilled twice, and what "
     "was warm is warm again before the first request after a restart.",
     no_args_is_help=True,
@@ -35,20 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("serve")(serve.serve)
-app.command("warmup")(warmup.warmup)
-app.command("tiers")(tiers.tiers_command)
-app.command("bench")(bench.bench)
-app.command("demo")(demo.demo)
-app.command("explain")(explain.explain)
-app.command("top")(top.top)
-app.command("doctor")(doctor.doctor)
-app.command("simulate")(simulate.simulate_command)
-app.add_typer(batch.app, name="batch")
-app.add_typer(fleet.app, name="fleet")
-app.add_typer(store.app, name="store")
-app.add_typer(route.app, name="route")
-app.add_typer(service.app, name="service")
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,10 +7,11 @@ another shape than it should is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from keepwarm.core.prompt import Segment, segment_of
 
@@ -62,7 +63,7 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
     for event in events:
         counts = counts_of(event) or counts
         if event.get("error"):
-            error = json.dumps(event["error"])[:500]
+            error = msgspec.json.encode(event["error"]).decode()[:500]
         finish = _finish(event) or finish
         _add_chat(event, said)
         _add_responses(event, said)
@@ -173,8 +174,8 @@ def _add_responses(event: dict[str, Any], said: _Said) -> None:
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        return _dict(json.loads(raw))
-    except (ValueError, RecursionError):
+        return _dict(msgspec.json.decode(raw))
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return {}
 
 
