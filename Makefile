@@ -5,6 +5,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TEMPLATE := configs/chat-templates/chatml-tools.jinja
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
+MINUTES ?= 10
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark), needs more than Python (a browser, Ray, systemd), or looks at several requests of one
 # moment (explanations) and so now and then at another order of them.
@@ -20,7 +21,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-fast lint format bench clean
+.PHONY: help setup demo test test-all test-fast lint format bench soak clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
@@ -31,6 +32,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make bench      measure everything, $(RUNS) runs (RUNS=1 for one); Markdown on stdout"
+	@echo "make soak       an agent's low load for $(MINUTES) minutes: does anything grow or get lost?"
 	@echo "make clean      remove .venv and caches; the fetched model stays"
 
 demo: $(VENV)/.installed $(MODEL)
@@ -59,6 +61,10 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed $(MODEL)
 	@$(BIN)/keepwarm bench all --runs $(RUNS) --markdown --model $(MODEL) \
 		--chat-template $(TEMPLATE) $(BENCH_FLAGS)
+
+soak: $(VENV)/.installed $(MODEL)
+	@$(BIN)/python -m keepwarm.bench.soak --model $(MODEL) --chat-template $(TEMPLATE) \
+		--minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -130,6 +130,13 @@ class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
     warm: Annotated[
         tuple[str, ...], Meta(description="tiers to warm at start; empty: all of them")
     ] = ()
+    wait: Annotated[
+        bool,
+        Meta(
+            description="serve only when every tier is warm; false: serve as soon as what is saved "
+            "is restored, and prefill the rest whenever nobody asks for anything"
+        ),
+    ] = True
     untiered: Annotated[
         Literal["pass", "auto"],
         Meta(

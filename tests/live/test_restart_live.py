@@ -172,3 +172,21 @@ def test_stopping_lets_a_running_reply_end_and_saves_what_only_slots_hold(serve:
     assert answer.plan == "snapshot"
     assert answer.cached >= last["timings"]["cache_n"] + last["timings"]["prompt_n"]
     again.stop()
+
+
+def test_who_prefers_availability_is_served_before_the_tiers_are_warm(serve: Serve) -> None:
+    """Nothing is saved: ready at once, served cold, and the tiers warm behind the requests."""
+    served = serve(model=str(small_model()), slots=3, context=6144, tiers={"wait": False})
+    assert "still cold" in served.get("/keepwarm/status")["status"]
+    assert served.metric("keepwarm_warm") == 0
+    first = served.ask("Is the disk there?", model="standard")
+    assert first.status == 200
+    served.until(lambda: served.metric("keepwarm_warm") == 1)
+    assert set(warmed_tokens(served)) >= {"minimal", "standard"}
+    served.settled()
+    assert_tiers_warm(served)
+    served.stop()
+    again = serve(model=str(small_model()), slots=3, context=6144, tiers={"wait": False})
+    assert again.metric("keepwarm_warm") == 1
+    assert {w["how"] for w in again.get("/keepwarm/status")["warmed"]} == {"restored"}
+    again.stop()

@@ -184,7 +184,11 @@ def entry(number: int, namespace: str = "ada", **changes: Any) -> Entry:
         "fingerprint": "f",
         "opening": b"o",
         "has_text": False,
-        "record": {"id": f"request{number:05}", "number": number},
+        "record": {
+            "id": f"request{number:05}",
+            "number": number,
+            "timing": {"total_s": 0.8},
+        },
         "warm_tokens": 90,
         "cold_tokens": 10,
         "decoded_tokens": 5,
@@ -201,7 +205,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_record_is_found_by_its_id_by_its_owner_alone(path: Path) -> None:
     history = History(path, keeps_text=False)
     history.add(entry(1, "ada"))
-    assert history.get("request00001", namespace="ada") == {"id": "request00001", "number": 1}
+    assert history.get("request00001", namespace="ada") == entry(1).record
     assert history.get("request00001", namespace="bob") is None
     assert history.get("request00002", namespace="ada") is None
     assert history.latest(namespace="bob", limit=9) == []
@@ -259,9 +263,11 @@ def test_the_fingerprint_that_an_opening_was_last_asked_under_is_known(path: Pat
     history = History(path, keeps_text=False)
     history.describe("old", {"engine build": "1"})
     history.add(entry(1, fingerprint="old"))
-    assert history.last_opened(b"o", namespace="ada") == ("old", 1001.0)
-    assert history.last_opened(b"other", namespace="ada") is None
-    assert history.last_opened(b"o", namespace="bob") is None
+    later = 2000.0
+    assert history.last_opened(b"o", namespace="ada", before_s=later) == ("old", 1001.0)
+    assert history.last_opened(b"o", namespace="ada", before_s=1001.5) is None  # not over yet
+    assert history.last_opened(b"other", namespace="ada", before_s=later) is None
+    assert history.last_opened(b"o", namespace="bob", before_s=later) is None
     assert history.described("old") == {"engine build": "1"}
     assert history.described("never") == {}
 

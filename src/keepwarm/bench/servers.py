@@ -85,6 +85,11 @@ class Server:
         """Whether its process lives."""
         return self._process is not None and not self._process.exited.is_set()
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it runs."""
+        return self._process.pid if self._process else None
+
     async def start(self, tell: Tell | None = None) -> float:
         """Start it and wait until `/health` answers 200.
 

@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import signal
+import sys
 from contextlib import suppress
 from typing import Annotated
 
@@ -115,6 +116,8 @@ async def run(settings: Settings, places: Places) -> None:
             # collection in the middle of a stream takes microseconds.
             gc.collect()
             gc.freeze()
+            # Threads that explain and save must not hold up a token for the default 5 ms.
+            sys.setswitchinterval(0.0005)
             for warmed in runtime.warmed:
                 err.print(
                     f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "

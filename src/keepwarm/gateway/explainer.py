@@ -261,7 +261,9 @@ class Explainer:
         static = ended.prompt.static
         if ended.tier != "none" or static is None or 2 * static.chars < ended.prompt.chars:
             return None, None  # tiers are warmed before anyone asks, and short openings are cheap
-        last = history.last_opened(opening, namespace=ended.namespace)
+        last = history.last_opened(
+            opening, namespace=ended.namespace, before_s=ended.at_s + _GRACE_S
+        )
         if last is None:
             return None, None
         fingerprint, at_s = last

@@ -179,12 +179,18 @@ class History:
         """Whether this namespace has asked anything before."""
         return bool(self._read("SELECT 1 FROM totals WHERE namespace = ? LIMIT 1", namespace))
 
-    def last_opened(self, opening: bytes, *, namespace: str) -> tuple[str, float] | None:
-        """The fingerprint and time of the last prompt that began like this; None if none did."""
+    def last_opened(
+        self, opening: bytes, *, namespace: str, before_s: float
+    ) -> tuple[str, float] | None:
+        """The fingerprint and time of the last prompt that began like this; None if none did.
+
+        What ended after `before_s` was asked at the same time, and had nothing warm to leave.
+        """
         found = self._read(
             "SELECT fingerprint, at_s FROM requests WHERE namespace = ? AND opening = ?"
+            " AND at_s + json_extract(CAST(record AS TEXT), '$.timing.total_s') <= ?"
             " ORDER BY number DESC LIMIT 1",
-            *(namespace, opening),
+            *(namespace, opening, before_s),
         )
         return found[0] if found else None
 

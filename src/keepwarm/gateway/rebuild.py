@@ -1,4 +1,4 @@
-"""Make a tier's snapshot anew while requests are served, when the old one turned out useless.
+"""Make a tier's snapshot while requests are served: there is none, or it turned out useless.
 
 It is a job like any request, of the lowest priority: granted a slot when nobody else wants one,
 filled, saved, and ended without anything being forwarded.
@@ -13,6 +13,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from keepwarm.core.job import Job
+from keepwarm.core.plan import Stored
 from keepwarm.errors import KeepwarmError
 from keepwarm.gateway.warm import Target, keep
 
@@ -25,8 +26,8 @@ log = logging.getLogger("keepwarm")
 _PRIORITY = 2
 
 
-async def rebuild(runtime: Runtime, target: Target) -> bool:
-    """Fill, save and pin a tier's prefix again; False, and a line in the log, if that failed."""
+async def rebuild(runtime: Runtime, target: Target) -> Stored | None:
+    """Fill, save and pin a tier's prefix; None, and a line in the log, if that failed."""
     assert target.prompt
     job = Job(
         id=uuid.uuid4().hex[:16],
@@ -45,11 +46,11 @@ async def rebuild(runtime: Runtime, target: Target) -> bool:
         # The store works in the order of the calls, so the save has been taken in before this.
         stored = await runtime.slot_store.match(target.tokens, target.namespace)
         if stored is None or stored.tokens != len(target.tokens):
-            log.warning("%s was filled again but couldn't be kept", target.name)
-            return False
+            log.warning("%s was filled but couldn't be kept", target.name)
+            return None
         await keep(runtime.slot_store, target, stored, rates=runtime.dispatcher.rates)
     except KeepwarmError as error:
-        log.warning("%s couldn't be made anew: %s", target.name, error)
-        return False
-    log.info("%s is warm again (%d tokens)", target.name, len(target.tokens))
-    return True
+        log.warning("%s couldn't be warmed: %s", target.name, error)
+        return None
+    log.info("%s is warm (%d tokens)", target.name, len(target.tokens))
+    return stored

@@ -7,7 +7,8 @@ started, the pinned prefixes are warmed again, and what waits in the queue goes 
 running requests end, saves what is worth it, and ends the engine.
 
 States: starting -> warming -> ready <-> down, and stopping at the end. Requests are admitted when
-ready (or while warming, if the owner prefers availability).
+ready. Where the owner prefers availability (`tiers.wait = false`), only what the store holds is
+warmed before that; `lacking` counts the tiers that are made warm behind the requests.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.probe import probe
 from keepwarm.gateway.proof import Prover
+from keepwarm.gateway.rebuild import rebuild
 from keepwarm.gateway.routing import TierRouter
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
@@ -135,6 +137,7 @@ class Runtime:
         self.started_s = time.time()
         self.warmed: list[Warmed] = []
         self.targets: list[Target] = []
+        self.lacking = 0
         self.failure: KeepwarmError | None = None
         self._on_status = on_status
         self._leaves = leaves
@@ -222,9 +225,13 @@ class Runtime:
 
     def _set_ready(self) -> None:
         self.state = State.READY
-        self.metrics.warm.set(1)
-        self._tell(f"ready: {len(self.warmed)} prefixes warm")
+        self._tell_ready()
         self._open.set()
+
+    def _tell_ready(self) -> None:
+        self.metrics.warm.set(not self.lacking)
+        lacking = f", {self.lacking} still cold" if self.lacking else ""
+        self._tell(f"ready: {len(self.warmed)} prefixes warm{lacking}")
 
     async def _start_engine(self) -> None:
         """Start a process and wait until its model is loaded."""
@@ -347,11 +354,42 @@ class Runtime:
             leaves=self._leaves,
         )
         targets = [*self.targets, *await self.prover.learned_targets()]
-        self.warmed, contents = await warmer.warm(targets)
+        later = [] if self.settings.tiers.wait or self._leaves else await self._unsaved()
+        self.warmed, contents = await warmer.warm([t for t in targets if t not in later])
         self._check_proofs()
         now_s = time.monotonic()
         for slot, content in contents.items():
             self.dispatcher.scheduler.set_content(slot, content, now_s)
+        self.lacking = len(later)
+        if later:
+            self.supervise(self._warm_later(later))
+
+    async def _unsaved(self) -> list[Target]:
+        """The tiers that would have to be prefilled: new, or changed, or under another engine."""
+        out = []
+        for target in self.targets:
+            stored = await self.slot_store.match(target.tokens, target.namespace)
+            if stored is None or stored.tokens < len(target.tokens):
+                out.append(target)
+        return sorted(out, key=lambda target: len(target.tokens))
+
+    async def _warm_later(self, targets: Sequence[Target]) -> None:
+        """Warm tiers behind all requests, which are served cold meanwhile; the smallest first."""
+        for target in targets:
+            began_s, tokens = time.monotonic(), len(target.tokens)
+            stored = await rebuild(self, target)
+            if stored is None:
+                continue
+            self.lacking -= 1
+            seconds = time.monotonic() - began_s
+            self.warmed.append(
+                Warmed(
+                    *(target.name, tokens, "prefilled", tokens, seconds, stored.size_bytes),
+                    slot=None,
+                    proved=False,  # by the first request that starts from it
+                )
+            )
+            self._tell_ready()
 
     def _check_fits(self, target: Target) -> None:
         """A tier that fills a slot leaves no room for a task.
