@@ -7,11 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
 MINUTES ?= 10
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
-# benchmark), needs more than Python (a browser, Ray, systemd), or looks at several requests of one
-# moment (explanations) and so now and then at another order of them.
+# benchmark) or needs more than Python (a browser, Ray, systemd).
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
 	--ignore tests/live/test_page_live.py --ignore tests/live/test_fleet_live.py \
-	--ignore tests/live/test_systemd_live.py --ignore tests/live/test_explain_live.py
+	--ignore tests/live/test_systemd_live.py
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON
