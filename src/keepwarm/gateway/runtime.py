@@ -55,7 +55,14 @@ from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
 from keepwarm.gateway.tiering import Tiered
 from keepwarm.gateway.tracing import start_tracing
-from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, tier_targets
+from keepwarm.gateway.warm import (
+    Progress,
+    Target,
+    Warmed,
+    Warmer,
+    last_used_s,
+    tier_targets,
+)
 from keepwarm.router import DEFAULT_COSTS, TierCost
 from keepwarm.router_files import load_router
 from keepwarm.router_outcomes import OutcomeLog
@@ -365,16 +372,21 @@ class Runtime:
             self.supervise(self._warm_later(later))
 
     async def _unsaved(self) -> list[Target]:
-        """The tiers that would have to be prefilled: new, or changed, or under another engine."""
+        """The tiers that would have to be prefilled (new, changed, or under another engine).
+
+        What was used last comes first, then the smallest.
+        """
         out = []
         for target in self.targets:
             stored = await self.slot_store.match(target.tokens, target.namespace)
             if stored is None or stored.tokens < len(target.tokens):
                 out.append(target)
-        return sorted(out, key=lambda target: len(target.tokens))
+        return sorted(
+            out, key=lambda target: (-last_used_s(self.store, target), len(target.tokens))
+        )
 
     async def _warm_later(self, targets: Sequence[Target]) -> None:
-        """Warm tiers behind all requests, which are served cold meanwhile; the smallest first."""
+        """Warm tiers behind all requests, which are served cold meanwhile."""
         for target in targets:
             began_s, tokens = time.monotonic(), len(target.tokens)
             stored = await rebuild(self, target)

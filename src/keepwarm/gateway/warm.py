@@ -24,6 +24,7 @@ from keepwarm.engine.static_end import common_length, static_tokens
 from keepwarm.errors import SnapshotError, TierError
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.files import UNTRUSTED
+from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin
 
 log = logging.getLogger("keepwarm")
@@ -181,16 +182,13 @@ class Warmer:
         all_wait = pool_tokens is None or self._leaves
         spare = max(self._slots - 1, 1) if all_wait else 1
         chosen: list[int] = []
-        for index in sorted(range(len(targets)), key=lambda i: -self._used_s(targets[i])):
+        for index in sorted(
+            range(len(targets)), key=lambda i: -last_used_s(self._snapshots.store, targets[i])
+        ):
             fits = pool_tokens is None or len(targets[index].tokens) <= pool_tokens // 2
             if fits and len(chosen) < spare:
                 chosen.append(index)
         return {index: slot for slot, index in enumerate(chosen)}
-
-    def _used_s(self, target: Target) -> float:
-        """When a prefix was last of use, 0 if it is new."""
-        pin = self._snapshots.store.pin_named(target.name)
-        return (pin.used_s or pin.created_s) if pin else 0.0
 
     async def _warm_one(
         self, target: Target, slot: int | None, workbench: int, contents: dict[int, Content]
@@ -285,6 +283,12 @@ async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: R
         digest=target.digest,
         prefill_s=rates.prefill_s(tokens),
     )
+
+
+def last_used_s(store: Store, target: Target) -> float:
+    """When a prefix, or what it was before a change, was last of use; 0 if it is new."""
+    pin = store.pin_named(target.name)
+    return (pin.used_s or pin.created_s) if pin else 0.0
 
 
 def content_of(target: Target) -> Content:
