@@ -190,3 +190,16 @@ def test_who_prefers_availability_is_served_before_the_tiers_are_warm(serve: Ser
     assert again.metric("keepwarm_warm") == 1
     assert {w["how"] for w in again.get("/keepwarm/status")["warmed"]} == {"restored"}
     again.stop()
+
+
+def test_an_engine_killed_while_tiers_are_warmed_behind_requests_ends_with_all_of_them_warm(
+    serve: Serve,
+) -> None:
+    served = serve(model=str(small_model()), slots=3, context=6144, tiers={"wait": False})
+    os.kill(served.engine_pid, signal.SIGKILL)
+    served.until(lambda: served.metric("keepwarm_engine_restarts_total") == 1)
+    served.wait_ready()
+    served.until(lambda: served.metric("keepwarm_warm") == 1)
+    served.settled()
+    assert_tiers_warm(served)
+    served.stop()

@@ -90,6 +90,10 @@ class Server:
         """Its process id while it runs."""
         return self._process.pid if self._process else None
 
+    def resident_bytes(self) -> int | None:
+        """See `EngineProcess.resident_bytes`."""
+        return self._process.resident_bytes() if self._process else None
+
     async def start(self, tell: Tell | None = None) -> float:
         """Start it and wait until `/health` answers 200.
 

@@ -48,11 +48,12 @@ class Samples:
     resident: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
 
-    def take(self, pid: int) -> None:
+    def take(self, server: KeepwarmServer) -> None:
         """One more of each."""
-        statm = Path(f"/proc/{pid}/statm").read_text(encoding="ascii")
-        self.resident.append(int(statm.split()[1]) * 4096)
-        self.descriptors.append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
+        resident = server.resident_bytes()
+        assert resident
+        self.resident.append(resident)
+        self.descriptors.append(len(list(Path(f"/proc/{server.pid}/fd").iterdir())))
 
 
 def grown(samples: Samples) -> list[str]:
@@ -126,12 +127,10 @@ async def soak(settings: Settings, tiers: TierSet, *, minutes: float) -> dict[st
             await server.start()
             load, samples = _Load(server, client, tiers), Samples()
             began = time.monotonic()
-            pid = server.pid
-            assert pid
             while (elapsed := time.monotonic() - began) < minutes * 60:
                 await load.one()
                 if elapsed > minutes * 12:
-                    samples.take(pid)
+                    samples.take(server)
                 await asyncio.sleep(_PAUSE_S)
             await asyncio.sleep(2.0)
             slots = (await server.status())["slots"]

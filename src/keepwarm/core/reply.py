@@ -175,7 +175,7 @@ def _add_responses(event: dict[str, Any], said: _Said) -> None:
 def _json(raw: bytes) -> dict[str, Any]:
     try:
         return _dict(msgspec.json.decode(raw))
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
 
 

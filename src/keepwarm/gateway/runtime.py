@@ -8,7 +8,7 @@ running requests end, saves what is worth it, and ends the engine.
 
 States: starting -> warming -> ready <-> down, and stopping at the end. Requests are admitted when
 ready. Where the owner prefers availability (`tiers.wait = false`), only what the store holds is
-warmed before that; `lacking` counts the tiers that are made warm behind the requests.
+warmed before that; `lacking` names the tiers that are made warm behind the requests.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class Runtime:
         self.started_s = time.time()
         self.warmed: list[Warmed] = []
         self.targets: list[Target] = []
-        self.lacking = 0
+        self.lacking: set[str] = set()
+        self._warming_later: asyncio.Task[None] | None = None
         self.failure: KeepwarmError | None = None
         self._on_status = on_status
         self._leaves = leaves
@@ -237,7 +238,7 @@ class Runtime:
 
     def _tell_ready(self) -> None:
         self.metrics.warm.set(not self.lacking)
-        lacking = f", {self.lacking} still cold" if self.lacking else ""
+        lacking = f", {len(self.lacking)} still cold" if self.lacking else ""
         self._tell(f"ready: {len(self.warmed)} prefixes warm{lacking}")
 
     async def _start_engine(self) -> None:
@@ -367,9 +368,10 @@ class Runtime:
         now_s = time.monotonic()
         for slot, content in contents.items():
             self.dispatcher.scheduler.set_content(slot, content, now_s)
-        self.lacking = len(later)
-        if later:
-            self.supervise(self._warm_later(later))
+        self.lacking = {target.name for target in later}
+        # After a restart of the engine the task that was begun before it goes on.
+        if later and (self._warming_later is None or self._warming_later.done()):
+            self._warming_later = self.supervise(self._warm_later(later))
 
     async def _unsaved(self) -> list[Target]:
         """The tiers that would have to be prefilled (new, changed, or under another engine).
@@ -387,12 +389,14 @@ class Runtime:
 
     async def _warm_later(self, targets: Sequence[Target]) -> None:
         """Warm tiers behind all requests, which are served cold meanwhile."""
-        for target in targets:
+        for target in [*targets, *targets]:  # again, if the engine died meanwhile
+            if target.name not in self.lacking:
+                continue
             began_s, tokens = time.monotonic(), len(target.tokens)
             stored = await rebuild(self, target)
             if stored is None:
                 continue
-            self.lacking -= 1
+            self.lacking.discard(target.name)
             seconds = time.monotonic() - began_s
             self.warmed.append(
                 Warmed(
@@ -401,7 +405,8 @@ class Runtime:
                     proved=False,  # by the first request that starts from it
                 )
             )
-            self._tell_ready()
+            if self.state is State.READY:  # otherwise it is told when it is
+                self._tell_ready()
 
     def _check_fits(self, target: Target) -> None:
         """A tier that fills a slot leaves no room for a task.
