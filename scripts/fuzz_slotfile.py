@@ -20,8 +20,8 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
-    MemoryKind,
     RowsPart,
     SlotFile,
     SlotFileError,

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
     CacheLayout,
     Layout,
-    MemoryKind,
     RowsPart,
     TensorLayout,
     assemble,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from bareengine import BareEngine, Reply, StartEngine
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
-    MemoryKind,
     RowsPart,
     SlotFile,
     assemble,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bareengine import BareEngine, StartEngine
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.client import EngineClient
 from keepwarm.gateway import runtime as runtime_module
 from keepwarm.gateway.probe import Probed, probe

@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.volatile import Volatile
 from keepwarm.doctor import machine, prompts, server
 from keepwarm.doctor.diagnose import RULES, diagnose

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.gguf_header import TENSOR_TYPES, read_model
 from keepwarm.errors import ModelError
 

@@ -14,9 +14,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
     Layout,
-    MemoryKind,
     RowsPart,
     SlotFile,
     SlotFileError,

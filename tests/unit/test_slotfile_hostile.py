@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
-    MemoryKind,
     RowsPart,
     SlotFile,
     SlotFileError,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.core.slotfile import CacheLayout, Layout, MemoryKind, TensorLayout
+from keepwarm.core.memory import MemoryKind
+from keepwarm.core.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.errors import ConfigError
 from keepwarm.store.checks import integrity
 from keepwarm.store.intake import Why

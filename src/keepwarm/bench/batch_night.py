@@ -37,8 +37,8 @@ from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
 from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
 from keepwarm.core.tiers import Tier, TierSet, compose
+from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.launch import plan_launch
 from keepwarm.errors import ConfigError
 from keepwarm.settings import (
     BatchSettings,

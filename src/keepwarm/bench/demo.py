@@ -33,7 +33,7 @@ from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.bench.stats import median, rotated, times_faster
 from keepwarm.bench.svg import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 from keepwarm.core.tiers import TierSet
-from keepwarm.engine.launch import plan_launch
+from keepwarm.engine.attach import plan_launch
 from keepwarm.settings import Settings
 
 IDENTICAL, NEW = "identical", "new conversation"

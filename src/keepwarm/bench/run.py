@@ -20,7 +20,7 @@ from keepwarm.bench.results import Prefix, Report
 from keepwarm.bench.scenarios import Bench, Watcher
 from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.core.tiers import TierSet
-from keepwarm.engine.launch import plan_launch
+from keepwarm.engine.attach import plan_launch
 from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import gc
-import logging
-import signal
-import sys
-from contextlib import suppress
 from typing import Annotated
 
 import typer
-from aiohttp import web
 
 from keepwarm.cli import options as opt
-from keepwarm.cli.output import err
-from keepwarm.cli.progress import WarmProgress
-from keepwarm.errors import ConfigError
-from keepwarm.gateway.app import make_app
-from keepwarm.gateway.keys import is_loopback
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.engine.early import begin
 from keepwarm.logs import set_up_logging
-from keepwarm.sdnotify import Notifier
-from keepwarm.service.presence import Presence, stop_timeout_s
-from keepwarm.settings import Places, Settings, service_manager
+from keepwarm.settings import Places, Settings
 
 
 def serve(
@@ -73,102 +59,15 @@ def serve(
     flags |= {"server.host": host, "server.port": port, "engine.extra": extra or None}
     settings, places = opt.settings_from(config, flags)
     set_up_logging(settings.log)
-    asyncio.run(run(settings, places))
+    asyncio.run(_begin_and_run(settings, places))
 
 
-async def run(settings: Settings, places: Places) -> None:
-    """Serve until SIGTERM or SIGINT.
-
-    Raises:
-        ConfigError: the address can't be listened on.
-        KeepwarmError: the engine or the tiers can't be used; everything begun was ended.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    presence = _presence(settings)
-
-    def tell(status: str) -> None:
-        progress.status(status)
-        presence.status(status)
-
-    with WarmProgress() as progress:
-        runtime = Runtime(settings, places, on_status=tell, on_progress=progress.tokens)
-        _refuse_open_door(settings, has_keys=bool(runtime.keys))
-        app = make_app(runtime)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await runner.setup()
-        try:
-            address = await _listen(runner, settings)
-            starting = asyncio.create_task(runtime.start())
-            pinging = asyncio.create_task(presence.ping(lambda: runtime.is_alive))
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                with suppress(asyncio.CancelledError):
-                    await starting
-                return
-            starting.result()
-            progress.stop()
-            # Start-up leaves some hundred thousand objects that never die; without them a
-            # collection in the middle of a stream takes microseconds.
-            gc.collect()
-            gc.freeze()
-            # Threads that explain and save must not hold up a token for the default 5 ms.
-            sys.setswitchinterval(0.0005)
-            for warmed in runtime.warmed:
-                err.print(
-                    f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "
-                    f"{warmed.how} in {warmed.seconds:.2f} s"
-                )
-            err.print(f"keepwarm is ready on {address}")
-            presence.ready()
-            await stopping
-            err.print("stopping")
-            presence.stopping()
-            await runtime.stop()
-            pinging.cancel()
-        finally:
-            await runner.cleanup()
-            presence.close()
-
-
-def _presence(settings: Settings) -> Presence:
-    systemd = service_manager()
-    return Presence(
-        Notifier(systemd.notify_socket),
-        watchdog_s=systemd.watchdog_s,
-        load_s=settings.engine.start_timeout_s,
-        stop_s=stop_timeout_s(settings),
-    )
-
-
-async def _listen(runner: web.AppRunner, settings: Settings) -> str:
-    server = settings.server
-    site = web.TCPSite(runner, server.host, server.port, backlog=1024)
+async def _begin_and_run(settings: Settings, places: Places) -> None:
+    beginning = await begin(settings, places)
     try:
-        await site.start()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {server.port} on {server.host} is in use by another program. Stop it, or "
-                "choose another port with --port."
-            ) from error
-        raise ConfigError(
-            f"Can't listen on {server.host}:{server.port}: {error.strerror}."
-        ) from error
-    host, port = runner.addresses[0][:2]
-    logging.getLogger("keepwarm").debug("listening on %s:%s", host, port)
-    return f"http://{host}:{port}"
+        # Imported while the engine loads: both take about as long, for a small model.
+        from keepwarm.cli.serving import run  # noqa: PLC0415
 
-
-def _refuse_open_door(settings: Settings, *, has_keys: bool) -> None:
-    host = settings.server.host
-    if not is_loopback(host) and not has_keys:
-        raise ConfigError(
-            f"Listening on {host} would let everyone on the network use this model and see by "
-            "timing what others asked it. Set an API key (server.api_keys or "
-            "server.api_key_file), or listen on 127.0.0.1."
-        )
+        await run(settings, places, beginning)
+    finally:
+        await beginning.stop()

@@ -10,7 +10,7 @@ from rich.tree import Tree
 
 from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.core.volatile import find_volatile
 from keepwarm.engine.client import EngineClient

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError, EngineRefusedError
 

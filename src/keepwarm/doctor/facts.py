@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.volatile import Volatile
 from keepwarm.doctor.flags import ServerFlags
 

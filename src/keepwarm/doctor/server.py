@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.doctor.facts import Facts
 from keepwarm.doctor.finding import Finding, Severity
 

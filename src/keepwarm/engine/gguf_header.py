@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from keepwarm.core.slotfile import MemoryKind
+from keepwarm.core.memory import MemoryKind
 from keepwarm.errors import ModelError
 
 _SCALARS = {

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.launch import Launch, plan_launch
+from keepwarm.engine.launch import Launch
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import EngineStartError
 from keepwarm.settings import EngineSettings

@@ -11,7 +11,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.core.slotfile import Layout, MemoryKind, SlotFileError, parse, round_trip_ok
+from keepwarm.core.memory import MemoryKind
+from keepwarm.core.slotfile import Layout, SlotFileError, parse, round_trip_ok
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineDownError, EngineError, EngineStartError
 

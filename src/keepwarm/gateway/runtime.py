@@ -19,27 +19,28 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from keepwarm.core.job import Job
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.plan import Machine, Plan
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
-from keepwarm.core.slotfile import MemoryKind
 from keepwarm.core.slots import Content, Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.engine.attach import plan_launch, seen_again
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.launch import fingerprint, memory_kind, plan_launch, seen_again
+from keepwarm.engine.early import Beginning, prepare, start_process
+from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
+from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
     DeadlineError,
     EngineDownError,
     EngineError,
     EngineReplacedError,
-    EngineStartError,
     KeepwarmError,
 )
 from keepwarm.gateway.dispatcher import Dispatcher
@@ -66,14 +67,12 @@ from keepwarm.gateway.warm import (
 from keepwarm.router import DEFAULT_COSTS, TierCost
 from keepwarm.router_files import load_router
 from keepwarm.router_outcomes import OutcomeLog
-from keepwarm.settings import Places, Settings, default_staging, trace_export
+from keepwarm.settings import Places, Settings, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
 
 log = logging.getLogger("keepwarm")
 
-_POLL_S = 0.03
 # Losing half a minute of routing outcomes in a crash costs a little evidence.
 _OUTCOMES_EVERY_S = 30.0
 
@@ -105,8 +104,9 @@ class Runtime:
         on_status: Callable[[str], None] | None = None,
         on_progress: Progress | None = None,
         leaves: bool = False,
+        beginning: Beginning | None = None,
     ) -> None:
-        """Read keys and tiers.
+        """Read keys, tiers and the router's rules.
 
         Args:
             settings: all of them.
@@ -114,6 +114,7 @@ class Runtime:
             on_status: told in a line what is being done.
             on_progress: told how far a prefix is.
             leaves: an attached server is warmed and then left to itself.
+            beginning: what was begun before; its engine is this one's from `start` on.
 
         Raises:
             ConfigError, TierError: nothing was started.
@@ -121,9 +122,9 @@ class Runtime:
         self.settings = settings
         self.places = places
         self.keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
-        explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-        self.tiers_dir = find_tiers_directory(explicit, places.config_home)
-        self.tiers: TierSet = load_tiers(self.tiers_dir, settings.tiers.agent_name)
+        self._beginning = beginning or prepare(settings, places)
+        self.tiers_dir = self._beginning.tiers_dir
+        self.tiers: TierSet = self._beginning.tiers
         self.router = TierRouter(
             self.tiers,
             load_router(
@@ -180,19 +181,11 @@ class Runtime:
 
     async def _start(self) -> None:
         settings = self.settings
-        store_dir = Path(settings.store.dir).expanduser() if settings.store.dir else None
-        self._store_dir = store_dir or self.places.store
-        if settings.store.staging_dir:
-            staging = Path(settings.store.staging_dir).expanduser()
-        else:
-            staging = default_staging(self._store_dir, need_bytes=settings.store.staging_bytes)
-        self.launch = await plan_launch(
-            settings.engine,
-            slot_dir=staging,
-            tier_chars=max(tier.static_chars for tier in self.tiers),
+        begun = self._beginning
+        self._process = begun.process
+        self.launch = begun.launch or await plan_launch(
+            settings.engine, slot_dir=begun.staging, tier_chars=begun.tier_chars
         )
-        if not settings.engine.upstream:
-            staging.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.client = EngineClient(
             self.launch.base_url, api_key=settings.engine.upstream_key or None
         )
@@ -242,24 +235,11 @@ class Runtime:
         self._tell(f"ready: {len(self.warmed)} prefixes warm{lacking}")
 
     async def _start_engine(self) -> None:
-        """Start a process and wait until its model is loaded."""
+        """Start a process, unless one was begun, and wait until its model is loaded."""
         self._tell("loading the model")
-        self._process = self.launch.process()
-        if self._process:
-            await self._process.start(lambda line: log.debug("engine: %s", line))
-        deadline = time.monotonic() + self.settings.engine.start_timeout_s
-        while True:
-            if await self.client.health():
-                return
-            if self._process and self._process.exited.is_set():
-                raise self._process.failure()
-            if time.monotonic() > deadline:
-                raise EngineStartError(
-                    "The engine's model was not loaded within "
-                    f"{self.settings.engine.start_timeout_s:.0f} s (engine.start_timeout_s). Its "
-                    f"last lines:\n{self._process.last_lines if self._process else ''}"
-                )
-            await asyncio.sleep(_POLL_S)
+        if self._process is None:
+            self._process = await start_process(self.launch)
+        await wait_ready(self.client, self._process, timeout_s=self.settings.engine.start_timeout_s)
 
     async def _stop_engine(self) -> None:
         if self._process:
@@ -291,7 +271,7 @@ class Runtime:
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
             StoreSettings(
-                root=self._store_dir,
+                root=self._beginning.store_dir,
                 fingerprint=self.fingerprint,
                 layout=self.probed.layout,
                 quota_bytes=self.settings.store.quota_bytes,

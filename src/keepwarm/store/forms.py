@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile import (
     Buffer,
     Layout,
-    MemoryKind,
     RowsPart,
     SlotFileError,
     assemble,

@@ -14,7 +14,6 @@ from keepwarm.core.slotfile.layout import (
     Buffer,
     CacheLayout,
     Layout,
-    MemoryKind,
     SlotFileError,
     TensorLayout,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "CacheLayout",
     "Checkpoint",
     "Layout",
-    "MemoryKind",
     "RowsPart",
     "SlotFile",
     "SlotFileError",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile.boundary import (
     APPENDIX_MAGIC,
     APPENDIX_VERSION,
@@ -22,7 +23,6 @@ from keepwarm.core.slotfile.layout import (
     CacheLayout,
     Ints,
     Layout,
-    MemoryKind,
     SlotFileError,
 )
 from keepwarm.core.slotfile.parse import MAGIC, MAX_POSITION, VERSION, parse

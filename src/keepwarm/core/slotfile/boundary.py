@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile.cells import (
     MAX_LAYERS,
     CellBlock,
@@ -25,7 +26,6 @@ from keepwarm.core.slotfile.layout import (
     Buffer,
     CacheLayout,
     Layout,
-    MemoryKind,
     SlotFileError,
     TensorLayout,
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import mmap
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from keepwarm.core.memory import MemoryKind
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Ints: TypeAlias = NDArray[np.int32]
@@ -43,17 +44,6 @@ class SlotFileError(ValueError):
     def __init__(self, message: str, *, reason: Reason) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-
-
-class MemoryKind(StrEnum):
-    """How the model remembers, which decides what a slot file holds. From the model's header."""
-
-    PLAIN = "plain"
-    """Every layer attends to every token: rows only."""
-    SLIDING_WINDOW = "sliding_window"
-    """Some layers attend to the last tokens only: rows, then a cache of the window."""
-    HYBRID = "hybrid"
-    """Some layers keep a recurrent state: rows, then that state."""
 
 
 @dataclass(frozen=True, slots=True)

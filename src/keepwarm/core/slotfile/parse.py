@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from keepwarm.core.memory import MemoryKind
 from keepwarm.core.slotfile.boundary import (
     APPENDIX_MAGIC,
     Boundary,
@@ -18,7 +19,6 @@ from keepwarm.core.slotfile.layout import (
     Buffer,
     Ints,
     Layout,
-    MemoryKind,
     SlotFileError,
 )
 

@@ -1,0 +1,90 @@
+"""What a start does first, with little imported: tiers are read and the engine begins to load.
+
+Importing the gateway takes as long as the engine takes to load a small model, so the one is done
+while the other goes on. This module and what it imports therefore know neither the gateway nor an
+HTTP client.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepwarm.core.tiers import TierSet
+from keepwarm.engine.launch import Launch, plan_own
+from keepwarm.engine.process import EngineProcess
+from keepwarm.settings import Places, Settings, default_staging
+from keepwarm.tierfiles import find_tiers_directory, load_tiers
+
+log = logging.getLogger("keepwarm")
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What every start needs first. `staging`: where slot files of an engine of ours pass through.
+
+    `launch` and `process` None: the engine is an attached one, or wasn't begun yet.
+    """
+
+    tiers_dir: Path
+    tiers: TierSet
+    store_dir: Path
+    staging: Path
+    launch: Launch | None = None
+    process: EngineProcess | None = None
+
+    @property
+    def tier_chars(self) -> int:
+        """Characters of the largest tier."""
+        return max(tier.static_chars for tier in self.tiers)
+
+    async def stop(self) -> None:
+        """End an engine that was begun."""
+        if self.process:
+            await self.process.stop()
+
+
+def prepare(settings: Settings, places: Places) -> Beginning:
+    """Read the tiers and choose the directories; nothing is started.
+
+    Raises:
+        TierError: a tier can't be used.
+    """
+    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
+    tiers_dir = find_tiers_directory(explicit, places.config_home)
+    tiers = load_tiers(tiers_dir, settings.tiers.agent_name)
+    store_dir = Path(settings.store.dir).expanduser() if settings.store.dir else places.store
+    if settings.store.staging_dir:
+        staging = Path(settings.store.staging_dir).expanduser()
+    else:
+        staging = default_staging(store_dir, need_bytes=settings.store.staging_bytes)
+    return Beginning(tiers_dir, tiers, store_dir, staging)
+
+
+async def begin(settings: Settings, places: Places) -> Beginning:
+    """`prepare`, and let an engine of ours begin to load. Who calls it stops it, whatever comes.
+
+    Raises:
+        TierError, ConfigError, ModelError, EngineStartError: nothing runs.
+    """
+    ready = prepare(settings, places)
+    if settings.engine.upstream:
+        return ready
+    launch = await plan_own(settings.engine, slot_dir=ready.staging, tier_chars=ready.tier_chars)
+    process = await start_process(launch)
+    return Beginning(ready.tiers_dir, ready.tiers, ready.store_dir, ready.staging, launch, process)
+
+
+async def start_process(launch: Launch) -> EngineProcess | None:
+    """Start an engine of ours, which loads its model from then on; None for an attached one.
+
+    Raises:
+        EngineStartError: it can't be executed.
+    """
+    process = launch.process()
+    if process is None:
+        return None
+    launch.slot_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    await process.start(lambda line: log.debug("engine: %s", line))
+    return process
