@@ -109,10 +109,11 @@ def digest_of(tokens: Tokens) -> bytes:
 class Workload:
     """Conversations that continue one of three tiers, turn by turn, from ten tenants."""
 
-    def __init__(self, layout: Layout, *, seed: int = 0) -> None:
+    def __init__(self, layout: Layout, *, seed: int = 0, largest_bytes: int = 48 << 20) -> None:
         self.layout = layout
         self._random = random.Random(seed)  # noqa: S311
-        self._bytes = np.random.default_rng(seed).integers(0, 256, 64 << 20, np.uint8)
+        size = largest_bytes + (16 << 20)
+        self._bytes = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
     def tokens(self, count: int) -> Tokens:
         """Random token ids."""
