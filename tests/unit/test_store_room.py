@@ -270,6 +270,46 @@ def test_a_file_that_staging_can_never_hold_is_refused(tmp_path: Path) -> None:
     store.staging.expect(1)
 
 
+def test_a_file_that_is_assembled_is_written_over_the_one_that_made_room(tmp_path: Path) -> None:
+    size = len(slot_file(run(0)))
+    store = opened(settings_in(tmp_path, staging_bytes=2 * size), NoSyncDisk())
+    ids = [save(store, run(i * 100)).extent_id for i in range(3)]
+
+    def assembled(extent_id: int | None, at: int) -> tuple[int, int]:
+        assert extent_id is not None
+        ready = store.materialize(extent_id, at)
+        path = store.staging.path(ready.name)
+        assert path.read_bytes() == slot_file(run(100 * ids.index(extent_id))[:at])
+        store.staging.release(ready.name)
+        return path.stat().st_ino, path.stat().st_size
+
+    store.staging.forget()
+    first, _ = assembled(ids[0], 10)
+    longer, _ = assembled(ids[1], 10)
+    shorter = assembled(ids[2], 4)
+    assert shorter == (first, len(slot_file(run(200)[:4]))), "cut to its own length"
+    assert assembled(ids[0], 9)[0] == longer
+    assert len(list((tmp_path / "staging").iterdir())) == len(store.staging)
+
+
+@pytest.mark.parametrize("why", ["the engine saved it", "it may still be read"])
+def test_what_the_engine_may_be_reading_is_never_written_over(tmp_path: Path, why: str) -> None:
+    size = len(slot_file(run(0)))
+    store = opened(settings_in(tmp_path, staging_bytes=size), NoSyncDisk())
+    other = save(store, run(100)).extent_id
+    saved = save(store, run(0)).extent_id
+    assert saved is not None
+    assert other is not None
+    if why == "it may still be read":
+        store.staging.forget()
+    ready = store.materialize(saved, 10)
+    with store.staging.path(ready.name).open("rb") as reading:
+        store.staging.release(ready.name, is_read=why == "the engine saved it")
+        store.staging.release(store.materialize(other, 10).name)
+        assert not store.staging.path(ready.name).exists()
+        assert reading.read() == slot_file(run(0))
+
+
 def test_a_held_file_is_removed_with_its_last_hold(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path), NoSyncDisk())
     saved = save(store, run(0))

@@ -36,7 +36,7 @@ from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.session import wait_ready
 from keepwarm.gateway.probe import probe
-from keepwarm.settings import EngineSettings
+from keepwarm.settings import EngineSettings, StoreSettings
 from keepwarm.store.disk import Disk
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.store import Store
@@ -127,7 +127,7 @@ async def measure_restores(
             replace(
                 settings_in(base, staging, probed.layout),
                 streams=probed.streams,
-                staging_bytes=4 << 30,
+                staging_bytes=StoreSettings().staging_bytes,
             )
         )
         return await _restored(client, store, rounds=rounds)

@@ -102,10 +102,13 @@ class SlotStore:
             return
         assert stored.extent_id is not None
         file = await self.store.materialize(stored.extent_id, stored.tokens)
+        is_read = False
         try:
             yield SlotFile(file.name, file.at_tokens)
+            is_read = True
         finally:
-            self.store.release(file.name)
+            # Cancelled or failed, the engine may not be through with it.
+            self.store.release(file.name, is_read=is_read)
         self.store.touch(stored.extent_id, stored.tokens)
 
     async def quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:

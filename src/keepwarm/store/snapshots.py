@@ -157,14 +157,15 @@ class Snapshots:
             return Ready(ready.name, extent_id, at, ready.size_bytes)
         _, buffers = self._assemble(extent_id, at, for_engine=True)
         size = sum(len(as_view(buffer)) for buffer in buffers)
-        name = self.staging.expect(size)
-        try:
-            self.staging.write(name, buffers)
-        except SnapshotError:
-            self.staging.discard(name)
-            raise
-        is_pinned = self._is_pinned_end(extent_id, at)
-        self.staging.keep(name, extent_id=extent_id, at=at, size_bytes=size, is_pinned=is_pinned)
+        name = self.staging.write(size, buffers)
+        self.staging.keep(
+            name,
+            extent_id=extent_id,
+            at=at,
+            size_bytes=size,
+            is_pinned=self._is_pinned_end(extent_id, at),
+            is_written_here=True,
+        )
         self.staging.hold(extent_id, at)
         self.shelf.counts.materialized += 1
         return Ready(name, extent_id, at, size)

@@ -7,6 +7,10 @@ either removed or kept as a *ready* file: what a restore of some (extent, at) ne
 Ready files are a cache: the least recently used goes first, pinned ones last. One that was given
 out is held until it is released, since the engine opens it by name.
 
+A file that we assembled and that makes room for another is written over instead of removed: memory
+that a directory has already is filled three times as fast as new memory (46 MB in 8 ms against 24).
+Never one that the engine may still be reading: it would restore a mixture.
+
 Invariants:
 - Expected and ready bytes together stay within `bound_bytes`, but for held files.
 - A ready file is complete: it was renamed into place after its last byte was written.
@@ -20,7 +24,8 @@ import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +40,17 @@ _OURS = re.compile(r"kw-[0-9a-f]{8}-[0-9]{1,12}\.slot(?:\.new)?")
 
 @dataclass(slots=True)
 class ReadyFile:
-    """A complete slot file for one end. `holds` counts who may be about to open it."""
+    """A complete slot file for one end. `holds` counts who may be about to open it.
+
+    `is_spent`: nobody reads it any more once it isn't held, so it may be written over. Not so for
+    what the engine saved, which is restored by its name before the store has taken it in.
+    """
 
     name: str
     size_bytes: int
     is_pinned: bool
     holds: int = 0
+    is_spent: bool = False
 
 
 class Staging:
@@ -96,6 +106,9 @@ class Staging:
         Raises: SnapshotError('no_space') if it can't fit.
         """
         self.make_room(size_bytes)
+        return self._named(size_bytes)
+
+    def _named(self, size_bytes: int) -> str:
         self._count += 1
         name = f"kw-{self._life}-{self._count}.slot"
         self._expected[name] = size_bytes
@@ -114,12 +127,22 @@ class Staging:
         except OSError as error:
             log.warning("%s stays in the staging directory: %s", name, error)
 
-    def keep(self, name: str, *, extent_id: int, at: int, size_bytes: int, is_pinned: bool) -> None:
+    def keep(
+        self,
+        name: str,
+        *,
+        extent_id: int,
+        at: int,
+        size_bytes: int,
+        is_pinned: bool,
+        is_written_here: bool = False,
+    ) -> None:
         """Make an expected file that has come the ready one for this end."""
         if (extent_id, at) in self._ready:
             self._drop((extent_id, at))
         self._used_bytes += size_bytes - self._expected.pop(name)
-        self._ready[extent_id, at] = ReadyFile(name, size_bytes, is_pinned)
+        file = ReadyFile(name, size_bytes, is_pinned, is_spent=is_written_here)
+        self._ready[extent_id, at] = file
         self.make_room(0)
 
     def hold(self, extent_id: int, at: int) -> ReadyFile | None:
@@ -137,8 +160,11 @@ class Staging:
         file.holds += 1
         return file
 
-    def release(self, name: str) -> None:
-        """Undo one `hold`; a file forgotten meanwhile is removed with its last hold."""
+    def release(self, name: str, *, is_read: bool = True) -> None:
+        """Undo one `hold`; a file forgotten meanwhile is removed with its last hold.
+
+        `is_read` False: whoever held it may be reading it still.
+        """
         later = self._unlinked_later.get(name)
         if later is not None:
             later.holds -= 1
@@ -149,27 +175,54 @@ class Staging:
         for file in self._ready.values():
             if file.name == name:
                 file.holds = max(0, file.holds - 1)
+                file.is_spent = file.is_spent and is_read
         self.make_room(0)
 
-    def write(self, name: str, buffers: Iterable[Buffer]) -> int:
-        """Write an expected file; it appears under its name when it is complete.
+    def write(self, size_bytes: int, buffers: Iterable[Buffer]) -> str:
+        """Write a file of ours; returns its name. It is expected until `keep` or `discard`.
 
-        Not flushed: what is staged is worth nothing after a restart. Returns its size. Raises:
-        SnapshotError('no_space', 'io'); no file is left.
+        It appears under its name when it is complete. Not flushed: what is staged is worth nothing
+        after a restart. Raises: SnapshotError('no_space', 'io'); no file is left.
         """
+        spare = self._take_room(size_bytes)
+        name = self._named(size_bytes)
         path = self.path(name)
         temporary = path.with_name(path.name + ".new")
-        with disk_errors(f"writing {name}"):
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                size = self._disk.write_unchecked(fd, buffers)
+        try:
+            with disk_errors(f"writing {name}"):
+                self._fill(temporary, buffers, over=self.path(spare) if spare else None)
                 self._disk.rename(temporary, path)
-            except OSError:
-                self._disk.unlink(temporary)
-                raise
-            finally:
-                os.close(fd)
-        return size
+        except SnapshotError:
+            self._disk.unlink(temporary)
+            self.discard(name)
+            raise
+        return name
+
+    def _take_room(self, size_bytes: int) -> str | None:
+        """As `make_room`; returns a removed file that is still there, to be written over."""
+        spare: str | None = None
+        try:
+            for file in self._leaving(size_bytes):
+                if spare is None and file.is_spent:
+                    spare = file.name
+                else:
+                    self.discard(file.name)
+        except SnapshotError:
+            if spare is not None:
+                self.discard(spare)
+            raise
+        return spare
+
+    def _fill(self, path: Path, buffers: Iterable[Buffer], *, over: Path | None) -> None:
+        if over is not None:
+            with suppress(FileNotFoundError):  # somebody else has removed it
+                self._disk.rename(over, path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            size = self._disk.write_unchecked(fd, buffers)
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
 
     def mark_pinned(self, is_pinned: Callable[[int, int], bool]) -> None:
         """Tell which ends are pinned now."""
@@ -189,6 +242,14 @@ class Staging:
 
     def make_room(self, size_bytes: int) -> None:
         """Remove ready files until this much fits. Raises: SnapshotError('no_space')."""
+        for file in self._leaving(size_bytes):
+            self.discard(file.name)
+
+    def _leaving(self, size_bytes: int) -> Iterator[ReadyFile]:
+        """Forget ready files until this much fits; the caller removes them.
+
+        Raises: SnapshotError('no_space').
+        """
         if size_bytes > self.bound_bytes:
             raise SnapshotError(
                 f"A slot file of {size_bytes:,} bytes doesn't fit into {self.bound_bytes:,} bytes "
@@ -198,7 +259,9 @@ class Staging:
         while self.used_bytes + size_bytes > self.bound_bytes:
             key = self._least_needed()
             if key is not None:
-                self._drop(key)
+                file = self._ready.pop(key)
+                self._used_bytes -= file.size_bytes
+                yield file
             elif size_bytes:
                 raise SnapshotError("all of staging is in use", reason="no_space")
             else:

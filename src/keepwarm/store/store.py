@@ -178,9 +178,9 @@ class Store:
             future.add_done_callback(self._let_go)
             raise
 
-    def release(self, name: str) -> None:
-        """End the hold of one `materialize`. Returns at once."""
-        self._submit_quietly(self._snapshots.staging.release, name)
+    def release(self, name: str, *, is_read: bool = True) -> None:
+        """The engine has restored it. `is_read` False: it may be reading it still."""
+        self._submit_quietly(self._snapshots.staging.release, name, is_read=is_read)
 
     def touch(self, extent_id: int, at_tokens: int) -> None:
         """Note that a prefix was of use. Returns at once; written to the index now and then."""
