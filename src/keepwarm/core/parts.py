@@ -129,10 +129,14 @@ def common_tail_chars(first: str, second: str) -> int:
 
 def likeness_chars(before: Parts, after: Parts) -> int:
     """How many characters two prompts have in common, wherever: to find the nearest of several."""
-    chars = sum(len(tool.text) for tool in after.tools if tool in before.tools)
+    is_same = before.tools == after.tools  # as nearly always: then none is looked for by itself
+    chars = sum(len(tool.text) for tool in after.tools if is_same or tool in before.tools)
     old, new = before.segments, after.segments
     pairs = enumerate(zip(old, new, strict=False))
-    index = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    index = next(
+        (i for i, (a, b) in pairs if a is not b and a != b),
+        min(len(old), len(new)),
+    )
     chars += sum(len(s.text) for s in new[:index])
     if index < min(len(old), len(new)):
         a, b = old[index].text, new[index].text

@@ -99,7 +99,8 @@ class Recent:
             if any(digest in shelf.digests for shelf in shelves):
                 sharing = [r for r in known if digest in r.digests]
                 if sharing:
-                    return _most_alike(sharing, parts)[0]
+                    is_whole = digest == marks[-1]  # nothing else can be more alike
+                    return sharing[0] if is_whole else _most_alike(sharing, parts)[0]
         if not known:
             return None
         best, chars = _most_alike(known, parts)
