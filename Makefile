@@ -9,8 +9,7 @@ MINUTES ?= 10
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark) or needs more than Python (Ray, systemd). Without a browser the page's tests skip.
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
-	--ignore tests/live/test_fleet_live.py \
-	--ignore tests/live/test_systemd_live.py
+	--ignore tests/live/test_fleet_live.py --ignore tests/live/test_systemd_live.py
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON
