@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from keepwarm.core import hygiene, volatile
 from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import (
     MOST_EXPRESSION_CHARS,
@@ -29,12 +30,12 @@ RULE = "You look after a house. Name what you saw."
 def clean(
     body: dict[str, Any], *rules: str, kind: Kind = "chat", lines: tuple[str, ...] = ()
 ) -> Cleaned:
-    hygiene = hygiene_of(rules, lines)
-    assert hygiene is not None
+    cleaner = hygiene_of(rules, lines)
+    assert cleaner is not None
     before = copy.deepcopy(body)
-    out = hygiene.clean(kind, body)
+    out = cleaner.clean(kind, body)
     assert body == before, "the client's body was changed in place"
-    assert hygiene.clean(kind, out.body) == (out.body, {}), "cleaning twice isn't cleaning once"
+    assert cleaner.clean(kind, out.body) == (out.body, {}), "cleaning twice isn't cleaning once"
     return out
 
 
@@ -327,9 +328,9 @@ def test_a_schema_of_any_depth_is_survived() -> None:
     deep: Any = {"b": 1, "a": 2}
     for _ in range(800):
         deep = {"z": deep, "a": 1}
-    hygiene = hygiene_of(["sort-tools"], ())
-    assert hygiene
-    out = hygiene.clean("chat", {"tools": [{"name": "x", "input_schema": deep}]}).body
+    cleaner = hygiene_of(["sort-tools"], ())
+    assert cleaner
+    out = cleaner.clean("chat", {"tools": [{"name": "x", "input_schema": deep}]}).body
     assert list(out["tools"][0]["input_schema"]) == ["a", "z"]
 
 
@@ -405,11 +406,30 @@ def test_moving_loses_no_line(body: dict[str, Any], kind: Kind) -> None:
     def lines(value: Any) -> list[str]:
         if isinstance(value, str):
             return [line.strip() for line in value.split("\n") if line.strip()]
-        items = value.values() if isinstance(value, dict) else value
-        return [x for item in items for x in lines(item)] if isinstance(value, list | dict) else []
+        if isinstance(value, dict):
+            # A part that becomes empty goes, with its type.
+            value = [inner for key, inner in value.items() if key not in ("type", "role")]
+        return [x for item in value for x in lines(item)] if isinstance(value, list) else []
 
     out = clean(body, "move-volatile", kind=kind)
     assert sorted(lines(out.body)) == sorted(lines(body))
+
+
+VOLATILE = st.one_of(
+    *(
+        st.from_regex(pattern)
+        for kind, pattern in volatile._PATTERNS
+        if kind in hygiene._MOVED_KINDS and not pattern.pattern.startswith("(?m:^)")
+    )
+)
+
+
+@given(VOLATILE)
+def test_the_quick_look_at_a_line_misses_nothing_that_is_volatile(line: str) -> None:
+    found = [one.kind for one in volatile.find_volatile(line)]
+    assume(hygiene._MOVED_KINDS.intersection(found))
+    assert hygiene._GLANCE.search(line)
+    assert hygiene._HINT.search(line)
 
 
 PLAIN = st.text(alphabet=st.characters(exclude_categories=["Nd"]), max_size=40).filter(
@@ -424,9 +444,9 @@ def test_a_text_with_nothing_volatile_is_untouched(system: str, question: str) -
 
 
 def test_texts_are_left_alone_where_somebody_counts_their_characters() -> None:
-    hygiene = hygiene_of(RULES, ())
-    assert hygiene
+    cleaner = hygiene_of(RULES, ())
+    assert cleaner
     body = chat(f"{BILLING}\n{RULE}\nIt is 10:22 now.", "One?", tools=[tool("b"), tool("a")])
-    out = hygiene.clean("chat", body, keeps_text=True)
+    out = cleaner.clean("chat", body, keeps_text=True)
     assert out.body["messages"] is body["messages"]
     assert out.rewrites == {"sort-tools": 2}

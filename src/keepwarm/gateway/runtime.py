@@ -22,6 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Machine, Plan
 from keepwarm.core.rates import Rates
@@ -135,6 +136,7 @@ class Runtime:
             costs=self.tier_costs,
             untiered=settings.tiers.untiered,
         )
+        self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
         sinks: list[Sink] = [self.metrics, *([self.tracing] if self.tracing else [])]
