@@ -61,9 +61,9 @@ _MOST_MOVED = 8
 _MOVED_KINDS = frozenset(("date", "time", "id"))
 # A prompt with more lines that may be volatile is a document; trying them would hold everybody up.
 _MOST_TRIED = 1000
-# Whatever `find_volatile` finds of these kinds has one of the first and one of the second. The first
-# is quick and tried on each line of each request; the second is one search instead of two dozen, and
-# few other lines have it.
+# Whatever `find_volatile` finds of these kinds has one of the first and one of the second. The
+# first is quick and tried on each line of each request; the second is one search instead of two
+# dozen, and few other lines have it.
 _GLANCE = re.compile(r"\d|day|\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b")
 _HINT = re.compile(
     r"\d[-/.:]\d|\d{4}|\d\s?[apAP]\.?[mM]|[0-9a-fA-F]{7}|[_-][0-9A-Za-z]{8}|day"
