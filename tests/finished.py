@@ -51,6 +51,7 @@ def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
         "prefill_s_per_token": 0.005,
         "engine": 1,
         "traceparent": "",
+        "rewrites": {},
     }
     return Ended(**(values | changes))
 

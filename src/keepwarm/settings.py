@@ -21,6 +21,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
+from keepwarm.core.hygiene import MOST_EXPRESSIONS, RULES, check_rules, compile_lines
 from keepwarm.errors import ConfigError
 
 _GIB = 1 << 30
@@ -149,6 +150,25 @@ class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
     ] = True
 
 
+class HygieneSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """What is changed in requests so that prompts begin alike: nothing, unless it is named."""
+
+    rules: Annotated[
+        tuple[str, ...],
+        Meta(
+            description=f"rules to apply, of {', '.join(f'`{rule}`' for rule in RULES)}; empty: "
+            "requests go on as they came; see docs/use-with.md"
+        ),
+    ] = ()
+    drop_lines: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="further lines of system prompts that `drop-billing` drops: at most "
+            f"{MOST_EXPRESSIONS} regular expressions, each of a whole line (Python's `re`)"
+        ),
+    ] = ()
+
+
 class StoreSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """Where snapshots live."""
 
@@ -231,6 +251,7 @@ class Settings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
     tiers: TierSettings = TierSettings()
+    hygiene: HygieneSettings = HygieneSettings()
     store: StoreSettings = StoreSettings()
     batch: BatchSettings = BatchSettings()
     log: LogSettings = LogSettings()
@@ -334,7 +355,28 @@ def load_settings(
         settings = msgspec.convert(tree, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), origin)) from error
+    _check_hygiene(settings.hygiene, origin)
     return settings, Places(places.config_home, places.state_home, places.runtime_dir, path)
+
+
+def _check_hygiene(hygiene: HygieneSettings, origin: Mapping[str, str]) -> None:
+    """Say now what would otherwise be found when the gateway is made.
+
+    Raises:
+        ConfigError: names the key and where its value came from.
+    """
+    key = "rules"
+    try:
+        check_rules(hygiene.rules)
+        key = "drop_lines"
+        compile_lines(hygiene.drop_lines)
+        if hygiene.drop_lines and "drop-billing" not in hygiene.rules:
+            raise ValueError("it belongs to the rule drop-billing, which hygiene.rules lacks")
+    except ValueError as error:
+        source = origin.get(f"hygiene.{key}", "the defaults")
+        raise ConfigError(
+            f"The setting hygiene.{key} (from {source}) can't be used: {error}."
+        ) from error
 
 
 def _places(environment: Mapping[str, str]) -> Places:

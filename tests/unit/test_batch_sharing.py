@@ -17,6 +17,7 @@ from keepwarm.core.effects import (
     Start,
 )
 from keepwarm.core.hints import format_ends, parse_ends, parse_priority
+from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.plan import Machine, Source, Stored
 from keepwarm.core.prompt import Prompt, SharedEnd, prefix_of, prompt_of, segments_of
 from keepwarm.core.rates import Rates
@@ -24,7 +25,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.asked import Asked, cleaned
 from keepwarm.gateway.tiering import Tiered
 
 SHARED = document(1)
@@ -105,6 +106,29 @@ def test_places_are_the_senders_own_whatever_a_tier_puts_before_them() -> None:
     beyond = Asked("chat", sent, "n", "/", {"X-Keepwarm-Shared": "1:1"})
     with pytest.raises(RequestError):
         beyond.ends(Tiered(composed, None, "x"))
+
+
+def test_hygiene_keeps_the_text_whose_characters_a_planner_has_counted() -> None:
+    hygiene = hygiene_of(["sort-tools", "move-volatile"], ())
+    sent = {
+        "messages": [
+            {"role": "system", "content": f"It is 10:22 now.\n{SHARED}"},
+            {"role": "user", "content": "Go on."},
+        ],
+        "tools": [{"name": "b"}, {"name": "a"}],
+    }
+
+    def rewrites(**headers: str) -> dict[str, int]:
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        return dict(cleaned(Asked("chat", sent, "n", "/", named), hygiene).rewrites)
+
+    both = {"sort-tools": 2, "move-volatile": 1}
+    assert rewrites() == rewrites(X_Keepwarm_Priority="interactive") == both
+    assert rewrites(x_keepwarm_priority="Batch") == {"sort-tools": 2}
+    assert rewrites(X_Keepwarm_Shared="0:40") == {"sort-tools": 2}
+    plain = Asked("completion", sent, "n", "/", {})
+    assert cleaned(plain, hygiene) is plain
+    assert cleaned(plain, None) is plain
 
 
 class Desk:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from keepwarm.cli.main import app
+from keepwarm.core.hygiene import hygiene_of
 from keepwarm.errors import ConfigError
 from keepwarm.fleet import status
 from keepwarm.fleet.config import fleet_of, load_fleet
@@ -58,6 +59,26 @@ def test_other_credentials_or_tiers_are_other_prefixes(header: tuple[str, str]) 
 def test_a_virtual_model_is_another_prefix() -> None:
     one, two = asked(chat("s", "q", model="standard")), asked(chat("s", "q", model="full"))
     assert not set(one.prefixes) & set(two.prefixes)
+
+
+def test_a_prefix_is_what_the_nodes_make_of_the_request() -> None:
+    hygiene = hygiene_of(["drop-billing"], ())
+
+    def told(stamp: str, path: str, *headers: tuple[str, str]) -> Ask:
+        rules = f"x-anthropic-billing-header: cc_version=2.1; cch={stamp};\nBe terse."
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+        if path == "/v1/messages":
+            body["system"] = rules
+        else:
+            body["messages"] = [{"role": "system", "content": rules}, *body["messages"]]
+        return ask_of("POST", path, [*JSON, *headers], json.dumps(body).encode(), hygiene)
+
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        one, two = told("36ee5", path), told("0aaa9", path)
+        assert one.prefixes == two.prefixes
+        assert one.body != two.body
+    batch = ("X-Keepwarm-Priority", "batch")
+    assert not set(told("36ee5", "/v1/messages", batch).prefixes) & set(one.prefixes)
 
 
 def test_a_message_of_either_api_is_read() -> None:

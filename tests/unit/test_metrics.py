@@ -75,6 +75,15 @@ def test_a_fill_ahead_of_a_request_is_not_counted_twice(metrics: Metrics) -> Non
     assert value(metrics, "keepwarm_prompt_tokens_total", source="cold") == 400
 
 
+def test_what_hygiene_changed_is_counted_by_rule(metrics: Metrics) -> None:
+    assert value(metrics, "keepwarm_hygiene_rewrites_total", rule="sort-tools") == 0
+    assert b'keepwarm_hygiene_rewrites_total{rule="move-volatile"} 0.0' in metrics.text()
+    metrics.rewritten({"sort-tools": 3, "drop-billing": 1})
+    metrics.rewritten({"sort-tools": 2})
+    assert value(metrics, "keepwarm_hygiene_rewrites_total", rule="sort-tools") == 5
+    assert value(metrics, "keepwarm_hygiene_rewrites_total", rule="drop-billing") == 1
+
+
 def test_labels_are_known_from_the_start_and_stay_few(metrics: Metrics) -> None:
     def series() -> set[str]:
         return {

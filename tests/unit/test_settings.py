@@ -76,7 +76,9 @@ def test_every_setting_can_be_given_by_the_environment(monkeypatch: pytest.Monke
         default = defaults[section][name]
         if default is None:
             continue
-        if isinstance(default, list | tuple):
+        if key == "hygiene.rules":
+            text = "sort-tools,drop-billing"
+        elif isinstance(default, list | tuple):
             text = "one,two"
         elif isinstance(default, bool):
             text = "false" if default else "true"
@@ -87,6 +89,7 @@ def test_every_setting_can_be_given_by_the_environment(monkeypatch: pytest.Monke
     assert settings.server.api_keys == ("one", "two")
     assert settings.engine.slots == defaults["engine"]["slots"]
     assert settings.tiers.escalate is not Settings().tiers.escalate
+    assert settings.hygiene.rules == ("sort-tools", "drop-billing")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,10 @@ def test_every_setting_can_be_given_by_the_environment(monkeypatch: pytest.Monke
         ("[engine]\nslosts = 3\n", "slosts"),
         ("[engines]\nslots = 3\n", "engines"),
         ("engine = 3\n", "engine"),
+        ('[hygiene]\nrules = ["sort_tools"]\n', "hygiene.rules"),
+        ('[hygiene]\nrules = ["drop-billing"]\ndrop_lines = ["a("]\n', "hygiene.drop_lines"),
+        ("[hygiene]\nrules = [3]\n", "hygiene.rules"),
+        ('[hygiene]\ndrop_lines = ["Request .+"]\n', "hygiene.drop_lines"),
         ("[engine\n", "TOML"),
     ],
 )
@@ -109,6 +116,14 @@ def test_a_mistake_in_the_file_is_told_with_its_place(home: Path, text: str, tol
             load_settings(flags=flags)
         assert told in str(caught.value)
         assert file.name in str(caught.value)
+
+
+def test_an_unknown_rule_of_hygiene_is_told_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEEPWARM_HYGIENE_RULES", "sort-tools,no-dates")
+    with pytest.raises(ConfigError, match=r"environment.*'no-dates'.*move-volatile"):
+        load_settings()
 
 
 @pytest.mark.parametrize(

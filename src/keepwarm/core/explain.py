@@ -269,21 +269,24 @@ _ADVICE = MappingProxyType(
         Cause.NEW_NAMESPACE: "Nothing to do; what all keys share belongs into a tier.",
         Cause.NEW_FINGERPRINT: "Expected once after a change of model, engine or template.",
         Cause.TIMESTAMP: "Put dates and times behind what stays the same: into the last user "
-        "message, or into a tool's result.",
-        Cause.IDENTIFIER: "Put ids behind what stays the same, or leave them out of the prompt.",
+        "message, or into a tool's result. For lines of a system prompt the hygiene rule "
+        "move-volatile does that.",
+        Cause.IDENTIFIER: "Put ids behind what stays the same, or leave them out of the prompt. "
+        "For lines of a system prompt the hygiene rules move-volatile and drop-billing do that.",
         Cause.ENVIRONMENT: "Put paths, hosts and process ids behind what stays the same.",
         Cause.KEY_ORDER: "Serialise JSON with a fixed order of keys (sort_keys=True); another "
-        "order is another prompt.",
+        "order is another prompt. For tools the hygiene rule sort-tools does that.",
         Cause.TOOL_ADDED: "Send the same tools with each request and say in the message which to "
         "use; a new tool goes behind the others.",
         Cause.TOOL_REMOVED: "Send the same tools with each request; to forbid one for a task, say "
         "so in the message.",
         Cause.TOOL_CHANGED: "Keep tool definitions constant; what varies belongs into a message.",
-        Cause.TOOL_ORDER: "Send tools in one fixed order.",
+        Cause.TOOL_ORDER: "Send tools in one fixed order, or set the hygiene rule sort-tools.",
         Cause.ARGUMENT_CHANGED: "Keep chat_template_kwargs, response_format and the like constant "
         "for a conversation.",
         Cause.TEXT_CHANGED: "Keep the system text constant and put what varies into the last "
-        "message; a tier keeps several fixed ones warm.",
+        "message; a tier keeps several fixed ones warm. A line that a client adds to each request "
+        "is left out by the hygiene rule drop-billing.",
         Cause.HISTORY_CHANGED: "Append to a conversation rather than edit it: everything behind an "
         "edited turn is prefilled again.",
         Cause.HISTORY_CUT: "Drop old turns rarely and many at a time: each cut costs a prefill of "

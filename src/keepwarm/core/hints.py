@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from keepwarm.core.prompt import SharedEnd
 from keepwarm.errors import RequestError
@@ -35,6 +35,12 @@ def parse_priority(text: str) -> int:
     if said not in _PRIORITIES:
         raise RequestError(f"{PRIORITY_HEADER} is `batch` or `interactive`, not {said[:40]!r}.")
     return _PRIORITIES[said]
+
+
+def is_planned(headers: Mapping[str, str]) -> bool:
+    """Whether the sender has planned by this text: it is of a pile, or names places in it."""
+    told = {name.lower(): value.strip().lower() for name, value in headers.items()}
+    return told.get(PRIORITY_HEADER.lower()) == BATCH or bool(told.get(SHARED_HEADER.lower()))
 
 
 def parse_ends(text: str) -> list[SharedEnd]:

@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from keepwarm.core.hygiene import hygiene_of
 from keepwarm.errors import UnauthorizedError
 from keepwarm.fleet.config import fleet_of
 from keepwarm.fleet.replica import Head
@@ -48,8 +49,9 @@ class Front:
         """Take a handle of the nodes' deployment, and the fleet's config as plain values."""
         self._nodes = nodes.options(stream=True)
         config = fleet_of(plain, source="fleet config")
-        server = load_settings(flags=config.node_flags())[0].server
-        self._keys = load_keys(server.api_keys, server.api_key_file)
+        settings = load_settings(flags=config.node_flags())[0]
+        self._keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        self._hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
@@ -66,7 +68,8 @@ class Front:
 
     async def _pass_on(self, request: Request) -> Response:
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        ask = ask_of(request.method, path, request.headers.items(), await request.body())
+        body = await request.body()
+        ask = ask_of(request.method, path, request.headers.items(), body, self._hygiene)
         for attempt in range(1, TRIES + 1):
             answer = self._nodes.ask.remote(ask)
             try:

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 
 from keepwarm.core.anthropic import chat_request
+from keepwarm.core.hints import is_planned
+from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import Api, prompt_of
 from keepwarm.errors import KeepwarmError
 from keepwarm.fleet.costs import Costs
@@ -92,9 +94,17 @@ def unpacked(data: bytes) -> list[int]:
     return numbers.tolist()
 
 
-def ask_of(method: str, path_qs: str, headers: Sequence[tuple[str, str]], body: bytes) -> Ask:
+def ask_of(
+    method: str,
+    path_qs: str,
+    headers: Sequence[tuple[str, str]],
+    body: bytes,
+    hygiene: Hygiene | None = None,
+) -> Ask:
     """Read what of a request the router needs. A body that isn't understood goes to any node, which
     will say what is wrong with it.
+
+    `hygiene` is the nodes': a request is known by what they make of it, and travels as it came.
     """
     prefixes: list[int] = []
     ends: list[int] = []
@@ -103,9 +113,14 @@ def ask_of(method: str, path_qs: str, headers: Sequence[tuple[str, str]], body: 
         # Whatever is wrong with a body is for the node to say; any node can.
         with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
             decoded = msgspec.json.decode(body, type=dict)
+            api = _APIS.get(path, "chat")
+            if hygiene and api != "completion":
+                kind = "messages" if path == _MESSAGES else api
+                keeps_text = is_planned(dict(headers))
+                decoded = hygiene.clean(kind, decoded, keeps_text=keeps_text).body
             if path == _MESSAGES:
                 decoded = chat_request(decoded)
-            prefixes, ends = _marks(_APIS.get(path, "chat"), decoded, headers)
+            prefixes, ends = _marks(api, decoded, headers)
     return Ask(
         method=method,
         path=path_qs,

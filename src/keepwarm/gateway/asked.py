@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keepwarm.core.hints import PRIORITY_HEADER, SHARED_HEADER, parse_ends, parse_priority
+from keepwarm.core.hints import (
+    PRIORITY_HEADER,
+    SHARED_HEADER,
+    is_planned,
+    parse_ends,
+    parse_priority,
+)
+from keepwarm.core.hygiene import Cleaned, Hygiene, Kind
 from keepwarm.core.prompt import Api, SharedEnd, segments_of
 from keepwarm.errors import RequestError
 from keepwarm.gateway.dialect import OPENAI, Dialect
@@ -15,7 +22,10 @@ from keepwarm.gateway.tiering import Tiered
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: whose, of which API, to which path of the engine, and how it is answered."""
+    """One request: whose, of which API, to which path of the engine, and how it is answered.
+
+    `rewrites` counts what hygiene changed in the body.
+    """
 
     api: Api
     body: dict[str, Any]
@@ -23,6 +33,7 @@ class Asked:
     path: str
     headers: Mapping[str, str]
     dialect: Dialect = OPENAI
+    rewrites: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def priority(self) -> int:
@@ -52,3 +63,23 @@ class Asked:
                     f"{SHARED_HEADER} names message {end.segment}, but there are {own}."
                 )
         return [SharedEnd(max(end.segment + shift, 0), end.chars) for end in named]
+
+
+def cleaned(asked: Asked, hygiene: Hygiene | None) -> Asked:
+    """The request with its body cleaned."""
+    if hygiene is None or asked.api == "completion":
+        return asked
+    body, rewrites = cleaned_body(hygiene, asked.api, asked.body, asked.headers)
+    return replace(asked, body=body, rewrites=rewrites) if rewrites else asked
+
+
+def cleaned_body(
+    hygiene: Hygiene | None, kind: Kind, body: dict[str, Any], headers: Mapping[str, str]
+) -> Cleaned:
+    """A client's body as it goes on; the same one if no rule applies.
+
+    A batch's texts are kept: its planner has cut them at places that are counted in characters.
+    """
+    if hygiene is None:
+        return Cleaned(body, {})
+    return hygiene.clean(kind, body, keeps_text=is_planned(headers))

@@ -110,5 +110,6 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
             prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
             engine=runtime.engine_pid,
             traceparent=exchange.asked.headers.get("traceparent", "")[:64],
+            rewrites=exchange.asked.rewrites,
         )
     )

@@ -6,6 +6,7 @@ Every label has few values, all known beforehand (`plan`, `tier`, `source`, `rea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import (
@@ -22,6 +23,7 @@ from prometheus_client import (
 
 from keepwarm import __version__
 from keepwarm.core.difference import Cause
+from keepwarm.core.hygiene import RULES
 from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import SlotState
@@ -74,6 +76,9 @@ class Metrics:
             "Sum of what plans estimated, to compare with keepwarm_ttft_seconds_sum",
         )
         self._restarts = counter("keepwarm_engine_restarts", "Engine restarts", "reason")
+        self._rewrites = counter(
+            "keepwarm_hygiene_rewrites", "Lines and tools that hygiene changed in requests", "rule"
+        )
         self._escalated = counter(
             "keepwarm_escalations", "Requests replayed one tier up", "tier", "reason"
         )
@@ -108,6 +113,13 @@ class Metrics:
             self._cold.labels(cause.value)
         for plan in Source:
             self._ttft.labels(plan.value)
+        for rule in RULES:
+            self._rewrites.labels(rule)
+
+    def rewritten(self, rewrites: Mapping[str, int]) -> None:
+        """Hygiene changed so many lines or tools of a request, by rule."""
+        for rule, count in rewrites.items():
+            self._rewrites.labels(rule).inc(count)
 
     def replied(self, *, plan: Source, tier: str, counts: Counts, ttft_s: float) -> None:
         """A request was answered."""

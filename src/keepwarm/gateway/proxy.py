@@ -20,12 +20,13 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.core.anthropic import chat_request
+from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
@@ -83,6 +84,8 @@ class Exchange:
         if self.job.filled_tokens:
             # They were prefilled before the engine's own count of this reply began.
             out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
+        if self.asked.rewrites:
+            out["X-Keepwarm-Hygiene"] = told(self.asked.rewrites)
         if self.grant:
             route_s = self.job.arrived_s - self.received_s
             out["X-Keepwarm-Plan"] = self.grant.plan.source.value
@@ -120,7 +123,7 @@ class Proxy:
         namespace = self._runtime.keys.namespace(request.headers)
         body = decode_body(await request.read())
         asked = Asked(api, body, namespace, request.path_qs, request.headers)
-        return await self._answer(asked, request)
+        return await self._answer(cleaned(asked, self._runtime.hygiene), request)
 
     async def handle_messages(self, request: web.Request) -> web.StreamResponse:
         """Serve one request of Anthropic's API, over chat completions."""
@@ -128,7 +131,10 @@ class Proxy:
         body = decode_body(await request.read())
         dialect = Anthropic(str(body.get("model", "")))
         path = "/v1/chat/completions"
-        asked = Asked("chat", chat_request(body), namespace, path, request.headers, dialect)
+        # Before its blocks are joined, so that a line is what the client meant as one.
+        body, rewrites = cleaned_body(self._runtime.hygiene, "messages", body, request.headers)
+        chat = chat_request(body)
+        asked = Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
         return await self._answer(asked, request)
 
     async def answer(self, asked: Asked) -> web.StreamResponse:
@@ -139,12 +145,13 @@ class Proxy:
         Raises:
             KeepwarmError: as a client would be told.
         """
-        return await self._answer(asked, None)
+        return await self._answer(cleaned(asked, self._runtime.hygiene), None)
 
     async def _answer(self, asked: Asked, request: web.Request | None) -> web.StreamResponse:
         received_s = time.monotonic()
         runtime = self._runtime
         api, body, namespace = asked.api, asked.body, asked.namespace
+        runtime.metrics.rewritten(asked.rewrites)
         await runtime.admitted()
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:

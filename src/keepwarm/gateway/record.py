@@ -27,7 +27,7 @@ class Ended:
     Times are seconds of the monotonic clock, `at_s` is the wall clock's at the request's arrival.
     `client_api` is how the client spoke, `api` in whose terms `body` is. `plan` is None if it never
     got a slot. `status` 0: no answer. `trouble` is an error's kind. `prefill_s_per_token` is what
-    the rates said. `engine` tells lives of the engine apart.
+    the rates said. `engine` tells lives of the engine apart. `rewrites` is what hygiene changed.
     """
 
     id: str
@@ -57,6 +57,7 @@ class Ended:
     prefill_s_per_token: float
     engine: int | None
     traceparent: str
+    rewrites: Mapping[str, int]
 
     @property
     def counts(self) -> Counts | None:
@@ -115,6 +116,7 @@ def record_of(
         "considered": _considered(ended.plan),
         "steps": _steps(ended),
         "prompt": _prompt(ended),
+        "hygiene": dict(ended.rewrites),
         "nearest": {"id": nearest[0], "age_s": round(nearest[1], 1)} if nearest else None,
     }
     cause = told.cause if told else Cause.FAILED

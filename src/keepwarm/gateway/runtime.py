@@ -21,6 +21,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.memory import MemoryKind
 from keepwarm.core.plan import Machine, Plan
@@ -136,6 +137,7 @@ class Runtime:
             costs=self.tier_costs,
             untiered=settings.tiers.untiered,
         )
+        self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
         sinks: list[Sink] = [self.metrics, *([self.tracing] if self.tracing else [])]

@@ -25,7 +25,7 @@ from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.asked import Asked, cleaned
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER
 
@@ -67,6 +67,8 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     """
     began_s = time.monotonic()
     await runtime.admitted()
+    asked = cleaned(asked, runtime.hygiene)
+    runtime.metrics.rewritten(asked.rewrites)
     tiered = runtime.router.tier(asked.api, asked.body, asked.headers.get(HEADER), asked.namespace)
     ends = asked.ends(tiered)
     if not ends:
