@@ -18,7 +18,15 @@ from keepwarm.core.reply import Reply
 from keepwarm.core.tiers import Tier, TierSet
 from keepwarm.errors import RequestError
 from keepwarm.gateway.tiering import AUTO, Tiered, apply_tier, asked_tier, has_own_system
-from keepwarm.router import Decision, Escalation, TierCost, route_request
+from keepwarm.router import (
+    Decision,
+    Escalation,
+    Reason,
+    RouteRequest,
+    TierCost,
+    larger,
+    route_request,
+)
 from keepwarm.router.calibrate import Outcome
 from keepwarm.router_files import Router
 from keepwarm.router_outcomes import OutcomeLog
@@ -77,7 +85,22 @@ class TierRouter:
             tier = next(iter(self._tiers))
             tiered = apply_tier(api, body, tier, "client-tools")
         self._remember(conversation, tier.name)
-        return replace(tiered, logits=decision.logits)
+        return replace(tiered, decision=decision)
+
+    def judged(
+        self, api: Api, body: dict[str, Any], tiered: Tiered, verdict: str, namespace: str
+    ) -> Tiered:
+        """The request with the tier that the model named, as far as rules allow it."""
+        assert tiered.decision
+        tier = self._tiers.get(larger(verdict, tiered.decision.floor) or "")
+        if tier is None:
+            return tiered
+        try:
+            judged = apply_tier(api, body, tier, Reason.JUDGED.value)
+        except RequestError:  # its own tools stand against this tier's, as in `tier`
+            return tiered
+        self._remember(self._conversation(api, body, namespace), tier.name)
+        return replace(judged, decision=tiered.decision)
 
     def decide(
         self,
@@ -88,17 +111,26 @@ class TierRouter:
         explain: bool = False,
     ) -> Decision:
         """The router's decision for a body; with `explain`, what moved it."""
+        request = self._request(api, body, tier_so_far=tier_so_far)
+        return self._router.route(request, self._costs(), explain=explain)
+
+    def task_of(self, api: Api, body: Mapping[str, Any]) -> str:
+        """What a request asks for, as the router sees it: its last user message."""
+        return self._request(api, body).text
+
+    def _request(
+        self, api: Api, body: Mapping[str, Any], *, tier_so_far: str | None = None
+    ) -> RouteRequest:
         if api == "responses":
             messages = [{"role": s.role, "content": s.text} for s in segments_of(api, body)]
             body = {**body, "messages": messages}
-        request = route_request(body, tier_so_far=tier_so_far)
-        return self._router.route(request, self._costs(), explain=explain)
+        return route_request(body, tier_so_far=tier_so_far)
 
     def note(self, api: Api, body: Mapping[str, Any], tiered: Tiered, reply: Reply | None) -> None:
         """Note what became of a request that had a tier; `body` is what the client sent."""
         if tiered.tier is None or reply is None or reply.counts is None:
             return
-        logits = tiered.logits
+        logits = tiered.decision.logits if tiered.decision else None
         explicit = tiered.reason == "explicit"
         if logits is None:
             if not explicit:
@@ -118,8 +150,8 @@ class TierRouter:
         if up is None:
             return None
         self._remember(self._conversation(api, body, namespace), up.name)
-        if now.logits is not None:
-            outcome = Outcome(time.time(), now.tier.name, now.reason, now.logits)
+        if now.decision is not None:
+            outcome = Outcome(time.time(), now.tier.name, now.reason, now.decision.logits)
             self.outcomes.record(replace(outcome, escalated=escalation.cause))
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
         return apply_tier(api, body, up, reason)

@@ -66,6 +66,7 @@ from keepwarm.gateway.warm import (
     tier_targets,
 )
 from keepwarm.router import DEFAULT_COSTS, TierCost
+from keepwarm.router.judge import judges_prompt
 from keepwarm.router_files import load_router
 from keepwarm.router_outcomes import OutcomeLog
 from keepwarm.settings import Places, Settings, trace_export
@@ -331,6 +332,10 @@ class Runtime:
             fingerprint=self.fingerprint,
             only=self.settings.tiers.warm,
         )
+        if self.settings.tiers.judge:
+            self.targets += await tier_targets(
+                TierSet([judges_prompt()]), self.client, fingerprint=self.fingerprint
+            )
         for target in self.targets:
             self._check_fits(target)
             self.dispatcher.know_static(target.digest, target.tokens)

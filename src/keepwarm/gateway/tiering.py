@@ -9,6 +9,7 @@ from typing import Any
 from keepwarm.core.prompt import Api, head_of, segments_of
 from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.errors import RequestError
+from keepwarm.router import Decision
 
 AUTO = "auto"
 HEADER = "X-Keepwarm-Tier"
@@ -19,15 +20,15 @@ class Tiered:
     """A request as it will be forwarded. `tier` None: left as the client sent it.
 
     `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
-    system text, tools or schema are mixed into them, since those belong to its namespace. `logits`
-    are the router's, where it decided.
+    system text, tools or schema are mixed into them, since those belong to its namespace.
+    `decision` is the router's, where it decided.
     """
 
     body: dict[str, Any]
     tier: Tier | None
     reason: str
     shared_segments: int = 0
-    logits: Mapping[str, float] | None = None
+    decision: Decision | None = None
 
 
 def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:

@@ -22,6 +22,7 @@ from keepwarm.router.types import (
     Reason,
     RouteRequest,
     TierCost,
+    larger,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Weights",
     "config_from_toml",
     "escalation_needed",
+    "larger",
     "prepare_catalog",
     "route",
     "route_request",

@@ -136,6 +136,21 @@ def expected_costs(
     }
 
 
+def doubt_s(
+    scores: Scores, seconds: Mapping[str, float], expected: Mapping[str, float], missing: MissCosts
+) -> float:
+    """What knowing what a request needs would save on average: the least expected cost against
+    the tier that fits in each case, which costs its own seconds and nothing else.
+    """
+    own = {each: seconds[each] + TIERS.index(each) * missing.step_s for each in expected}
+    minimal, standard, full = (own[_on_offer(each, expected)] for each in TIERS)
+    context = scores.p_context
+    fitting = context * full + (1.0 - context) * (
+        scores.tools * standard + (1.0 - scores.tools) * minimal
+    )
+    return max(min(expected.values()) - fitting, 0.0)
+
+
 def _on_offer(tier: str, expected: Mapping[str, float]) -> str:
     """The tier, or where the deployment doesn't have it the next larger, or the largest."""
     larger = [each for each in expected if TIERS.index(each) >= TIERS.index(tier)]
@@ -219,4 +234,9 @@ def route(
         placed = _on_offer(top.tier, expected)
         return _decided(placed, top.reason, scores, expected, detail=top.detail)
     detail = scores.best_tool or "" if reason is Reason.NEEDS_TOOLS else ""
-    return _decided(tier, reason, scores, expected, detail=detail)
+    decided = _decided(tier, reason, scores, expected, detail=detail)
+    return replace(
+        decided,
+        doubt_s=doubt_s(scores, seconds, expected, config.costs),
+        floor=top.tier if top is not None else None,
+    )

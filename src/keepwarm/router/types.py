@@ -42,6 +42,7 @@ class Reason(StrEnum):
     NEEDS_CONTEXT = "needs-context"
     NEEDS_DEPTH = "needs-depth"
     UNSURE = "unsure"
+    JUDGED = "judged"
     CHEAPEST_NOW = "cheapest-now"
 
 
@@ -127,8 +128,10 @@ class Contribution:
 class Decision:
     """A tier, why, the two probabilities behind it, and the features that moved them most.
 
-    `expected_s` are the tiers' expected costs; `logits` what the shipped scores said (`tools` is
-    absent where nothing was on offer), to be kept with the outcome for `keepwarm route calibrate`.
+    `doubt_s` is what knowing the needs for sure would save on average, 0 where a rule decided;
+    `floor` the least tier that rules allow. `expected_s` are the tiers' expected costs; `logits`
+    what the shipped scores said (`tools` is absent where nothing was on offer), to be kept with the
+    outcome for `keepwarm route calibrate`.
     """
 
     tier: str
@@ -138,6 +141,8 @@ class Decision:
     detail: str = ""
     contributions: Sequence[Contribution] = field(default_factory=tuple)
     expected_s: Mapping[str, float] = field(default_factory=dict)
+    doubt_s: float = 0.0
+    floor: str | None = None
     logits: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
@@ -149,6 +154,7 @@ class Decision:
             "p_tools": round(self.p_tools, 4),
             "p_context": round(self.p_context, 4),
             "expected_s": {tier: round(cost, 3) for tier, cost in self.expected_s.items()},
+            "doubt_s": round(self.doubt_s, 3),
             "contributions": [
                 {
                     "score": each.score,
