@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
+import msgspec
+
 from keepwarm.core.tiers import Tier, compose
 
 # Questions differ from their first word on, so that a slot that has answered one holds nothing of
@@ -54,6 +56,32 @@ def direct_request(tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> d
 def keepwarm_request(tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> dict[str, Any]:
     """A body for Keepwarm, which puts the tier's prompt in itself: the model's name is the tier."""
     return _base(tier, turns, reply_tokens)
+
+
+def own_request(size_bytes: int, text: str, *, reply_tokens: int) -> dict[str, Any]:
+    """A body of exactly so many bytes of JSON: a system prompt of the client's own, one question.
+
+    Raises:
+        ValueError: so few bytes don't hold even the question.
+    """
+    body: dict[str, Any] = {
+        "model": "own",
+        "messages": [{"role": "system", "content": ""}, user(text)],
+        "max_tokens": reply_tokens,
+        "temperature": 0,
+    }
+    room = size_bytes - len(msgspec.json.encode(body))
+    if room < 0:
+        raise ValueError(f"{size_bytes} bytes don't hold the question")
+    rules = (
+        f"Rule {n}: when {_THINGS[n % len(_THINGS)].lower()} are asked for, name one and stop. "
+        for n in count(1)
+    )
+    written = ""
+    while len(written) < room:
+        written += next(rules)
+    body["messages"][0]["content"] = written[:room]
+    return body
 
 
 def _base(tier: Tier, turns: Sequence[Turn], reply_tokens: int) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""Many at a time: throughput through the gateway, what waiting streams cost, and an open page.
+
+Both sides of each comparison run on the very engine that Keepwarm has started, in turns and in one
+run. Direct requests leave other conversations in the slots than Keepwarm knows of; only the tier's
+static part is promised to the requests that are sent here, and that part they leave alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from keepwarm.bench.arms import KEEPWARM, Arm
+from keepwarm.bench.client import Answer
+from keepwarm.bench.prompts import direct_request, keepwarm_request, user
+from keepwarm.bench.scenarios import REPLY_TOKENS, Bench
+from keepwarm.bench.servers import KeepwarmServer
+from keepwarm.bench.stats import rotated
+from keepwarm.core.tiers import Tier
+from keepwarm.errors import EngineError
+
+ENGINE = "engine, direct"
+OPEN, CLOSED = "page open", "page closed"
+BEFORE, QUEUED, LISTENING = "before", "requests queued", "event streams open"
+TOKENS_A_S, MEGABYTES = "tokens/s", "MB"
+CLIENTS = 16
+# Long enough that decoding is what is measured, and a round of both ways takes under a minute on
+# two cores with a small model.
+_LONG_REPLY_TOKENS = 64
+_EACH = 2
+# What a process that has just let go of many connections needs to answer with what it keeps.
+_SETTLE_S = 1.0
+# A queue of 200 requests fills in well under a second.
+_FILL_TIMEOUT_S = 60.0
+
+
+async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
+    """Sixteen clients that each ask again as soon as they are answered, both ways in turns.
+
+    The smallest tier is asked, so that a token costs as little engine time as it can and the
+    gateway's own shows most. Every reply has the same length (`ignore_eos`).
+
+    Raises:
+        EngineError: a request wasn't answered.
+    """
+    keepwarm = _keepwarm(arm)
+    await bench.start(arm)
+    tier = next(iter(bench.tiers))
+    engine = str((await keepwarm.status())["engine_url"])
+    for turn in range(-1, rounds):  # the first warms sockets, code paths and slots
+        for way in rotated((KEEPWARM, ENGINE), turn):
+            bench.watcher.doing(f"load: round {max(turn + 1, 0)} of {rounds}, {way}")
+            texts = [[bench.questions.new() for _ in range(_EACH)] for _ in range(CLIENTS)]
+            began = time.perf_counter()
+            base = keepwarm.base_url if way == KEEPWARM else engine
+            make = keepwarm_request if way == KEEPWARM else direct_request
+            lanes = (
+                _lane(arm, base, [_long(make, tier, text) for text in of_one]) for of_one in texts
+            )
+            answers = [answer for lane in await asyncio.gather(*lanes) for answer in lane]
+            seconds = time.perf_counter() - began
+            if turn < 0:
+                continue
+            decoded = sum(answer.counts.decoded for answer in answers)
+            step = f"{CLIENTS} clients"
+            bench.record.amount(
+                decoded / seconds, TOKENS_A_S, scenario="load", step=step, arm=way, run=turn
+            )
+            for answer in answers:
+                bench.record.sample(answer, scenario="load", step=step, arm=way, run=turn)
+
+
+def _long(make: Any, tier: Tier, text: str) -> dict[str, Any]:
+    body: dict[str, Any] = make(tier, [user(text)], reply_tokens=_LONG_REPLY_TOKENS)
+    return {**body, "ignore_eos": True}
+
+
+async def _lane(arm: Arm, base_url: str, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
+    return [await arm.client.ask(base_url, body) for body in bodies]
+
+
+async def page_open(bench: Bench, arm: Arm, *, pairs: int) -> None:
+    """Bursts of sixteen short requests, with the page's event stream open and without, in turns.
+
+    Raises:
+        EngineError: a request wasn't answered, or the page's events weren't.
+    """
+    keepwarm = _keepwarm(arm)
+    await bench.start(arm)
+    tier = next(iter(bench.tiers))
+    for pair in range(-2, pairs):
+        for state in rotated((CLOSED, OPEN), pair):
+            bench.watcher.doing(f"page: pair {max(pair + 1, 0)} of {pairs}, {state}")
+            texts = [bench.questions.new() for _ in range(CLIENTS)]
+            async with AsyncExitStack() as stack:
+                if state == OPEN:
+                    await stack.enter_async_context(_listening(keepwarm.base_url, 1))
+                asked = (arm.ask(tier, [user(t)], reply_tokens=REPLY_TOKENS) for t in texts)
+                answers = await asyncio.gather(*asked)
+            if pair < 0:
+                continue
+            for answer in answers:
+                bench.record.sample(answer, scenario="page", step=state, arm=KEEPWARM, run=pair)
+
+
+async def idle_streams(bench: Bench, arm: Arm, *, streams: int, runs: int) -> None:
+    """Resident memory of the gateway with many streams that nothing comes through.
+
+    Two kinds: streaming requests that wait for a slot while long replies hold all of them, and
+    readers of the page's events. The server's queue must hold `streams`.
+
+    Raises:
+        EngineError: the streams couldn't be opened, or the memory can't be read here.
+    """
+    keepwarm = _keepwarm(arm)
+    await bench.start(arm)
+    slots = len((await keepwarm.status())["slots"])
+    tier = next(iter(bench.tiers))
+    await arm.ask(tier, [user(bench.questions.new())], reply_tokens=REPLY_TOKENS)
+
+    def note(step: str, run: int) -> None:
+        resident = keepwarm.resident_bytes()
+        if resident is None:
+            raise EngineError("The gateway's resident memory can't be read on this system.")
+        bench.record.amount(
+            resident / 1e6, MEGABYTES, scenario="idle", step=step, arm=KEEPWARM, run=run
+        )
+
+    def asking(text: str, reply_tokens: int) -> dict[str, Any]:
+        body = keepwarm_request(tier, [user(text)], reply_tokens=reply_tokens)
+        return {**body, "stream": True, "ignore_eos": True}
+
+    for run in range(runs):
+        bench.watcher.doing(f"idle: run {run + 1} of {runs}, {streams} queued streams")
+        long = [asking(bench.questions.new(), 1_000_000) for _ in range(slots)]
+        waiting = [asking(bench.questions.new(), REPLY_TOKENS) for _ in range(streams)]
+        async with _open_requests(keepwarm, long, running=slots, queued=0):
+            await asyncio.sleep(_SETTLE_S)
+            note(BEFORE, run)
+            async with _open_requests(keepwarm, waiting, running=slots, queued=streams):
+                await asyncio.sleep(_SETTLE_S)
+                note(QUEUED, run)
+        await _until(keepwarm, running=0, queued=0)
+        bench.watcher.doing(f"idle: run {run + 1} of {runs}, {streams} event streams")
+        await asyncio.sleep(_SETTLE_S)
+        note(f"{BEFORE}, slots idle", run)
+        async with _listening(keepwarm.base_url, streams):
+            await asyncio.sleep(_SETTLE_S)
+            note(LISTENING, run)
+
+
+def _keepwarm(arm: Arm) -> KeepwarmServer:
+    assert isinstance(arm.server, KeepwarmServer)
+    return arm.server
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+    )
+
+
+@asynccontextmanager
+async def _open_requests(
+    server: KeepwarmServer, bodies: Sequence[dict[str, Any]], *, running: int, queued: int
+) -> AsyncIterator[None]:
+    """Streaming requests that are under way while the context lasts; then the client hangs up."""
+    url = server.base_url + "/v1/chat/completions"
+
+    async def read(session: aiohttp.ClientSession, body: dict[str, Any]) -> None:
+        async with session.post(url, json=body) as response:
+            async for _ in response.content.iter_any():
+                pass
+
+    async with _session() as session:
+        reading = [asyncio.ensure_future(read(session, body)) for body in bodies]
+        try:
+            await _until(server, running=running, queued=queued)
+            yield
+        finally:
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def _until(server: KeepwarmServer, *, running: int, queued: int) -> None:
+    """Wait for so many serving slots and waiting requests.
+
+    Raises:
+        EngineError: it doesn't come to that.
+    """
+    deadline = time.perf_counter() + _FILL_TIMEOUT_S
+    while time.perf_counter() < deadline:
+        now = await server.slots_now()
+        serving = sum(slot["state"] == "serving" for slot in now.get("slots", ()))
+        if (serving, now.get("queued")) == (running, queued):
+            return
+        await asyncio.sleep(0.05)
+    raise EngineError(
+        f"Not {running} requests running and {queued} waiting, but {serving} and "
+        f"{now.get('queued')}: the streams that should be idle aren't."
+    )
+
+
+@asynccontextmanager
+async def _listening(base_url: str, count: int) -> AsyncIterator[None]:
+    """So many readers of the page's events, each with its first event in."""
+    first = [asyncio.Event() for _ in range(count)]
+
+    async def read(session: aiohttp.ClientSession, begun: asyncio.Event) -> None:
+        async with session.get(base_url + "/keepwarm/events") as response:
+            response.raise_for_status()
+            async for _ in response.content.iter_any():
+                begun.set()
+
+    async with _session() as session:
+        reading = [asyncio.ensure_future(read(session, begun)) for begun in first]
+        try:
+            begun = asyncio.gather(*(event.wait() for event in first))
+            await asyncio.wait_for(begun, _FILL_TIMEOUT_S)
+            yield
+        except TimeoutError:
+            raise EngineError("The page's events can't be read.") from None
+        finally:
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
