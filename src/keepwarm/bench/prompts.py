@@ -73,15 +73,19 @@ def own_request(size_bytes: int, text: str, *, reply_tokens: int) -> dict[str, A
     room = size_bytes - len(msgspec.json.encode(body))
     if room < 0:
         raise ValueError(f"{size_bytes} bytes don't hold the question")
-    rules = (
-        f"Rule {n}: when {_THINGS[n % len(_THINGS)].lower()} are asked for, name one and stop. "
-        for n in count(1)
-    )
-    written = ""
-    while len(written) < room:
-        written += next(rules)
-    body["messages"][0]["content"] = written[:room]
+    body["messages"][0]["content"] = rules(room)
     return body
+
+
+def rules(chars: int, *, start: int = 1) -> str:
+    """So many characters of an agent's rules, numbered from `start` on; ASCII, one line."""
+    written = ""
+    numbers = count(start)
+    while len(written) < chars:
+        number = next(numbers)
+        thing = _THINGS[number % len(_THINGS)].lower()
+        written += f"Rule {number}: when {thing} are asked for, name one and stop. "
+    return written[:chars]
 
 
 def _base(tier: Tier, turns: Sequence[Turn], reply_tokens: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ TITLES = {
     "load": "Sixteen clients at a time, through Keepwarm and directly to the engine",
     "page": "Bursts of sixteen requests, with the page's event stream open and without",
     "idle": "Resident memory of the gateway with 200 idle streams",
+    "cache_reuse": "A prompt of which a part was moved (--cache-reuse)",
     "ready": "Start to ready with every tier saved",
     "switch": "One slot, from tier to tier",
     "conversations": "Several conversations at a time",
@@ -100,7 +101,7 @@ def _amount_rows(amounts: Sequence[Amount], scenario: str) -> list[tuple[str, ..
     out = []
     for step, arm, unit in dict.fromkeys((a.step, a.arm, a.unit) for a in chosen):
         s = summarize([a.value for a in chosen if (a.step, a.arm, a.unit) == (step, arm, unit)])
-        values = (f"{v:,.1f}" for v in (s.median, s.minimum, s.maximum))
+        values = (_plain(v) for v in (s.median, s.minimum, s.maximum))
         out.append((step, arm, str(s.n), *values, unit))
     return out
 
@@ -115,9 +116,18 @@ def _verdict(figure: Figure) -> str:
     return "" if figure.met is None else ("reached" if figure.met else "MISSED")
 
 
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _figure_row(figure: Figure) -> tuple[str, ...]:
-    value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
-    return (figure.what, f"{value} {figure.unit}", figure.goal, _verdict(figure), figure.detail)
+    return (
+        figure.what,
+        f"{_plain(figure.value)} {figure.unit}",
+        figure.goal,
+        _verdict(figure),
+        figure.detail,
+    )
 
 
 _FIGURE_HEAD = ("what", "measured", "goal", "", "how it comes about")
