@@ -52,14 +52,17 @@ FULL, PREFIX, SHIFTED = "full prefill", "common prefix", f"shifted, {CHUNK_TOKEN
 WAYS = (FULL, PREFIX, SHIFTED)
 CHANGED, REMOVED, DROPPED = "line changed", "line removed", "old turn dropped"
 SAME_IDS, LOGPROB = "% of the ids of a full prefill", "largest difference of the first logprobs"
-# Characters that come to some 2,000 tokens in a small vocabulary.
-_PROMPT_CHARS = 7600
+# They come to some 2,000 tokens in a small vocabulary.
+PROMPT_CHARS = 7600
 _TURNS, _DROPPED_TURN = 8, 2
 _REPLY_TOKENS = 32
 # Of this many of the likeliest first tokens the logprobs are compared.
 _TOP = 10
 _FILE = "cache-reuse"
-_QUESTION = "Which rule is about {thing}? Say it again in your own words."
+# Only what was removed or dropped answers it: state that was computed behind that may still know.
+_WORD = "The word of the day is lantern. "
+_OTHER_WORD = "The word of the day, by the way, is harbour. "
+_QUESTION = "What is the word of the day?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,10 @@ class Told:
     total_s: float
 
 
-def cases_of(run: int) -> list[Case]:
+def cases_of(run: int, *, chars: int = PROMPT_CHARS) -> list[Case]:
     """The three cases, of other text in each run so that none begins like another."""
-    text = f"Agent {run + 1} keeps these rules.\n{rules(_PROMPT_CHARS, start=31 * run + 1)}"
-    question = user(_QUESTION.format(thing="birds"))
+    text = f"Agent {run + 1} keeps these rules.\n{rules(chars, start=31 * run + 1)}"
+    question = user(_QUESTION)
     head, lines = text.split("\n", 1)
 
     def system(line: str) -> Turn:
@@ -96,14 +99,15 @@ def cases_of(run: int) -> list[Case]:
         size = len(lines) // _TURNS
         for turn in range(_TURNS):
             if turn != left_out:
-                part = lines[turn * size : (turn + 1) * size]
+                part = _WORD if turn == _DROPPED_TURN else ""
+                part += lines[turn * size : (turn + 1) * size]
                 turns += [user(f"Note {turn + 1}: {part}"), assistant(f"Noted {turn + 1}.")]
         return turns
 
-    dated, later = "Today is Monday.\n", "Today is Tuesday, and it is raining.\n"
+    word, other = f"{_WORD}\n", f"{_OTHER_WORD}\n"
     return [
-        Case(CHANGED, [system(dated), question], [system(later), question]),
-        Case(REMOVED, [system(dated), question], [system(""), question]),
+        Case(CHANGED, [system(word), question], [system(other), question]),
+        Case(REMOVED, [system(word), question], [system(""), question]),
         Case(DROPPED, [*talk(None), question], [*talk(_DROPPED_TURN), question]),
     ]
 
@@ -294,7 +298,9 @@ async def through_keepwarm(
         )
 
 
-async def measure(settings: Settings, *, runs: int, step: Callable[[str], None]) -> Report:
+async def measure(
+    settings: Settings, *, runs: int, chars: int, step: Callable[[str], None]
+) -> Report:
     """All of it; see the module. The bare engine ends before Keepwarm's begins."""
     began, began_s, busy = datetime.now().astimezone(), time.perf_counter(), machine()
     record, client = Record(), ChatClient()
@@ -311,11 +317,13 @@ async def measure(settings: Settings, *, runs: int, step: Callable[[str], None])
             await bare.start()
             for run in range(runs):
                 asks = _Bare(asking, bare.base_url)
-                await on_bare(asks, cases_of(run), record, run=run, step=step)
+                await on_bare(asks, cases_of(run, chars=chars), record, run=run, step=step)
             await bare.stop()
             await keepwarm.start()
             for run in range(runs):
-                await through_keepwarm(keepwarm, client, cases_of(run), record, run=run, step=step)
+                await through_keepwarm(
+                    keepwarm, client, cases_of(run, chars=chars), record, run=run, step=step
+                )
         finally:
             for server in (bare, keepwarm):
                 await server.stop()
@@ -351,6 +359,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiers", type=Path, default=None, help="only its smallest is warmed")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     parser.add_argument("--runs", type=int, default=3, help="each with other text; default: 3")
+    parser.add_argument("--prompt-chars", type=int, default=PROMPT_CHARS, help="its size")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--markdown", action="store_true", help="print it as Markdown")
@@ -381,7 +390,7 @@ def main() -> None:
         def step(what: str) -> None:
             progress.update(bar, description=what, advance=1)
 
-        report = asyncio.run(measure(settings, runs=args.runs, step=step))
+        report = asyncio.run(measure(settings, runs=args.runs, chars=args.prompt_chars, step=step))
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(report, args.out / "cache-reuse.json")
     text = markdown(report)

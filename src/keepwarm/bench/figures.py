@@ -8,6 +8,7 @@ from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.load import (
     BEFORE,
     CLOSED,
+    CPU_PER_TOKEN,
     ENGINE,
     LISTENING,
     MEGABYTES,
@@ -157,14 +158,16 @@ def _overhead(samples: Sequence[Sample], step: str) -> list[Figure]:
     ]
 
 
-def _throughput(amounts: Iterable[Amount]) -> list[Figure]:
+def _throughput(amounts: Sequence[Amount]) -> list[Figure]:
     """Round by round, since a slow moment of the machine meets both ways of one round."""
     rates = {(a.arm, a.run): a.value for a in amounts if a.unit == TOKENS_A_S}
     rounds = sorted(run for arm, run in rates if arm == KEEPWARM and (ENGINE, run) in rates)
     if not rounds:
         return []
     direct, through = ([rates[arm, run] for run in rounds] for arm in (ENGINE, KEEPWARM))
-    shares = [own / other for own, other in zip(through, direct, strict=True)]
+    cpu = [a.value for a in amounts if a.unit == CPU_PER_TOKEN]
+    own = f"; {median(cpu):,.0f} µs of the gateway's CPU a token" if cpu else ""
+    shares = [ours / theirs for ours, theirs in zip(through, direct, strict=True)]
     value = median(shares)
     return [
         Figure(
@@ -174,7 +177,7 @@ def _throughput(amounts: Iterable[Amount]) -> list[Figure]:
             goal=f"at least {THROUGHPUT_AT_LEAST:.0%}",
             met=value >= THROUGHPUT_AT_LEAST,
             detail=f"{median(direct):.1f} tokens/s direct, {median(through):.1f} through Keepwarm; "
-            f"{len(rounds)} rounds, {min(shares):.1%} to {max(shares):.1%}",
+            f"{len(rounds)} rounds, {min(shares):.1%} to {max(shares):.1%}{own}",
         )
     ]
 
@@ -203,7 +206,7 @@ def _page(samples: Sequence[Sample]) -> list[Figure]:
     ]
 
 
-def _idle(amounts: Iterable[Amount]) -> list[Figure]:
+def _idle(amounts: Sequence[Amount]) -> list[Figure]:
     """The most that streams cost in any run."""
     sizes = {(a.step, a.run): a.value for a in amounts if a.unit == MEGABYTES}
     out = []

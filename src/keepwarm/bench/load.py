@@ -27,7 +27,7 @@ from keepwarm.errors import EngineError
 ENGINE = "engine, direct"
 OPEN, CLOSED = "page open", "page closed"
 BEFORE, QUEUED, LISTENING = "before", "requests queued", "event streams open"
-TOKENS_A_S, MEGABYTES = "tokens/s", "MB"
+TOKENS_A_S, MEGABYTES, CPU_PER_TOKEN = "tokens/s", "MB", "µs/token"
 CLIENTS = 16
 # Long enough that decoding is what is measured, and a round of both ways takes under a minute on
 # two cores with a small model.
@@ -56,7 +56,7 @@ async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
         for way in rotated((KEEPWARM, ENGINE), turn):
             bench.watcher.doing(f"load: round {max(turn + 1, 0)} of {rounds}, {way}")
             texts = [[bench.questions.new() for _ in range(_EACH)] for _ in range(CLIENTS)]
-            began = time.perf_counter()
+            began, began_cpu_s = time.perf_counter(), keepwarm.cpu_seconds()
             base = keepwarm.base_url if way == KEEPWARM else engine
             make = keepwarm_request if way == KEEPWARM else direct_request
             lanes = (
@@ -71,6 +71,12 @@ async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
             bench.record.amount(
                 decoded / seconds, TOKENS_A_S, scenario="load", step=step, arm=way, run=turn
             )
+            cpu_s = keepwarm.cpu_seconds()
+            if way == KEEPWARM and cpu_s is not None and began_cpu_s is not None:
+                used = (cpu_s - began_cpu_s) / decoded * 1e6
+                bench.record.amount(
+                    used, CPU_PER_TOKEN, scenario="load", step="gateway's CPU", arm=way, run=turn
+                )
             for answer in answers:
                 bench.record.sample(answer, scenario="load", step=step, arm=way, run=turn)
 

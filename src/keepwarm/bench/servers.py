@@ -100,6 +100,17 @@ class Server:
             return None
         return self._process.resident_bytes() or resident_by_ps(self._process.pid)
 
+    def cpu_seconds(self) -> float | None:
+        """Processor time its own process has taken; None where /proc doesn't tell."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
+        except OSError:
+            return None
+        # The name in brackets may hold spaces; utime and stime are fields 14 and 15.
+        fields_behind = stat.rpartition(")")[2].split()
+        ticks = int(fields_behind[11]) + int(fields_behind[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     async def start(self, tell: Tell | None = None) -> float:
         """Start it and wait until `/health` answers 200.
 
