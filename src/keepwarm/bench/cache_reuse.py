@@ -56,6 +56,8 @@ SAME_IDS, LOGPROB = "% of the ids of a full prefill", "largest difference of the
 PROMPT_CHARS = 7600
 _TURNS, _DROPPED_TURN = 8, 2
 _REPLY_TOKENS = 32
+# Between two requests of one client, while an agent runs a tool: the slot is saved meanwhile.
+_THINKING_S = 1.0
 # Of this many of the likeliest first tokens the logprobs are compared.
 _TOP = 10
 _FILE = "cache-reuse"
@@ -281,6 +283,7 @@ async def through_keepwarm(
                 "temperature": 0,
             }
             answer = await client.ask(server.base_url, body)
+            await asyncio.sleep(_THINKING_S)
         counts = answer.counts
         record.samples.append(
             Sample(
