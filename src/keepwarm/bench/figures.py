@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.load import (
-    BEFORE,
     CLOSED,
     CPU_PER_TOKEN,
     ENGINE,
@@ -192,16 +191,18 @@ def _page(samples: Sequence[Sample]) -> list[Figure]:
         return []
     closed, opened = ([median(bursts[step, run]) for run in pairs] for step in (CLOSED, OPEN))
     added = [seconds * 1e3 for seconds in paired_difference(closed, opened)]
-    value = median(added)
+    value, error = median(added), standard_error(added)
+    # A difference that chance alone could make says neither that it is reached nor missed.
+    told = "" if error <= PAGE_AT_MOST_MS else ": too much to tell, take more --pairs"
     return [
         Figure(
             what="TTFT of 16 clients with the page's event stream open",
             value=value,
             unit="ms more at the median",
             goal=f"at most {PAGE_AT_MOST_MS:.0f}",
-            met=value <= PAGE_AT_MOST_MS,
+            met=None if told else value <= PAGE_AT_MOST_MS,
             detail=f"{median(closed) * 1e3:.1f} ms closed, {median(opened) * 1e3:.1f} ms open; "
-            f"{len(pairs)} pairs of bursts, give or take {standard_error(added):.2f} ms",
+            f"{len(pairs)} pairs of bursts, give or take {error:.2f} ms{told}",
         )
     ]
 
@@ -210,7 +211,8 @@ def _idle(amounts: Sequence[Amount]) -> list[Figure]:
     """The most that streams cost in any run."""
     sizes = {(a.step, a.run): a.value for a in amounts if a.unit == MEGABYTES}
     out = []
-    for step, before in ((QUEUED, BEFORE), (LISTENING, f"{BEFORE}, slots idle")):
+    for step in (QUEUED, LISTENING):
+        before = f"before {step}"
         runs = sorted(run for one, run in sizes if one == step)
         if not runs:
             continue

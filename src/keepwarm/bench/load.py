@@ -17,7 +17,7 @@ import aiohttp
 
 from keepwarm.bench.arms import KEEPWARM, Arm
 from keepwarm.bench.client import Answer
-from keepwarm.bench.prompts import direct_request, keepwarm_request, user
+from keepwarm.bench.prompts import OWN_BYTES, direct_request, keepwarm_request, own_request, user
 from keepwarm.bench.scenarios import REPLY_TOKENS, Bench
 from keepwarm.bench.servers import KeepwarmServer
 from keepwarm.bench.stats import rotated
@@ -26,14 +26,14 @@ from keepwarm.errors import EngineError
 
 ENGINE = "engine, direct"
 OPEN, CLOSED = "page open", "page closed"
-BEFORE, QUEUED, LISTENING = "before", "requests queued", "event streams open"
+QUEUED, LISTENING = "queued requests", "open event streams"
 TOKENS_A_S, MEGABYTES, CPU_PER_TOKEN = "tokens/s", "MB", "µs/token"
 CLIENTS = 16
 # Long enough that decoding is what is measured, and a round of both ways takes under a minute on
 # two cores with a small model.
 _LONG_REPLY_TOKENS = 64
 _EACH = 2
-# What a process that has just let go of many connections needs to answer with what it keeps.
+# Until buffers and tasks of a change are where they stay.
 _SETTLE_S = 1.0
 # A queue of 200 requests fills in well under a second.
 _FILL_TIMEOUT_S = 60.0
@@ -106,7 +106,7 @@ async def page_open(bench: Bench, arm: Arm, *, pairs: int) -> None:
             async with AsyncExitStack() as stack:
                 if state == OPEN:
                     await stack.enter_async_context(_listening(keepwarm.base_url, 1))
-                asked = (arm.ask(tier, [user(t)], reply_tokens=REPLY_TOKENS) for t in texts)
+                asked = (arm.ask(tier, [user(t)], reply_tokens=1) for t in texts)
                 answers = await asyncio.gather(*asked)
             if pair < 0:
                 continue
@@ -117,19 +117,26 @@ async def page_open(bench: Bench, arm: Arm, *, pairs: int) -> None:
 async def idle_streams(bench: Bench, arm: Arm, *, streams: int, runs: int) -> None:
     """Resident memory of the gateway with many streams that nothing comes through.
 
-    Two kinds: streaming requests that wait for a slot while long replies hold all of them, and
-    readers of the page's events. The server's queue must hold `streams`.
+    Two kinds: streaming requests of 9 kB that wait for a slot while long replies hold all of them,
+    and readers of the page's events. Each begins on a new process, since memory that an earlier
+    load has left behind would be used again and hide what they cost. The server's queue must hold
+    `streams`.
 
     Raises:
         EngineError: the streams couldn't be opened, or the memory can't be read here.
     """
     keepwarm = _keepwarm(arm)
-    await bench.start(arm)
-    slots = len((await keepwarm.status())["slots"])
     tier = next(iter(bench.tiers))
-    await arm.ask(tier, [user(bench.questions.new())], reply_tokens=REPLY_TOKENS)
 
-    def note(step: str, run: int) -> None:
+    async def fresh(run: int, kind: str) -> int:
+        await keepwarm.stop()
+        await bench.start(arm)
+        bench.watcher.doing(f"idle: run {run + 1} of {runs}, {streams} of {kind}")
+        await arm.ask(tier, [user(bench.questions.new())], reply_tokens=REPLY_TOKENS)
+        return len((await keepwarm.status())["slots"])
+
+    async def note(step: str, run: int) -> None:
+        await asyncio.sleep(_SETTLE_S)
         resident = keepwarm.resident_bytes()
         if resident is None:
             raise EngineError("The gateway's resident memory can't be read on this system.")
@@ -137,27 +144,27 @@ async def idle_streams(bench: Bench, arm: Arm, *, streams: int, runs: int) -> No
             resident / 1e6, MEGABYTES, scenario="idle", step=step, arm=KEEPWARM, run=run
         )
 
-    def asking(text: str, reply_tokens: int) -> dict[str, Any]:
-        body = keepwarm_request(tier, [user(text)], reply_tokens=reply_tokens)
-        return {**body, "stream": True, "ignore_eos": True}
-
     for run in range(runs):
-        bench.watcher.doing(f"idle: run {run + 1} of {runs}, {streams} queued streams")
-        long = [asking(bench.questions.new(), 1_000_000) for _ in range(slots)]
-        waiting = [asking(bench.questions.new(), REPLY_TOKENS) for _ in range(streams)]
+        slots = await fresh(run, QUEUED)
+        long = [_endless(tier, bench.questions.new()) for _ in range(slots)]
+        waiting = [
+            {**own_request(OWN_BYTES, bench.questions.new(), reply_tokens=1), "stream": True}
+            for _ in range(streams)
+        ]
         async with _open_requests(keepwarm, long, running=slots, queued=0):
-            await asyncio.sleep(_SETTLE_S)
-            note(BEFORE, run)
+            await note(f"before {QUEUED}", run)
             async with _open_requests(keepwarm, waiting, running=slots, queued=streams):
-                await asyncio.sleep(_SETTLE_S)
-                note(QUEUED, run)
-        await _until(keepwarm, running=0, queued=0)
-        bench.watcher.doing(f"idle: run {run + 1} of {runs}, {streams} event streams")
-        await asyncio.sleep(_SETTLE_S)
-        note(f"{BEFORE}, slots idle", run)
+                await note(QUEUED, run)
+        await fresh(run, LISTENING)
+        await note(f"before {LISTENING}", run)
         async with _listening(keepwarm.base_url, streams):
-            await asyncio.sleep(_SETTLE_S)
-            note(LISTENING, run)
+            await note(LISTENING, run)
+
+
+def _endless(tier: Tier, text: str) -> dict[str, Any]:
+    """A stream that goes on until its slot's context is full."""
+    body = keepwarm_request(tier, [user(text)], reply_tokens=1_000_000)
+    return {**body, "stream": True, "ignore_eos": True}
 
 
 def _keepwarm(arm: Arm) -> KeepwarmServer:

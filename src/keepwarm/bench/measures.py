@@ -9,6 +9,7 @@ from typing import Any
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, Arm
 from keepwarm.bench.client import Answer, ChatClient
 from keepwarm.bench.prompts import (
+    OWN_BYTES,
     Turn,
     assistant,
     direct_request,
@@ -26,8 +27,6 @@ DIRECT = "engine, hot slot"
 BARE = "engine alone"
 # A pair takes some 60 ms on a small model; the first few warm sockets and code paths.
 _SETTLING_PAIRS = 5
-# The size of the request that an agent with a dozen tools opens with.
-OWN_BYTES = 9000
 _AT_ONCE = 4
 _CONVERSATIONS, _TURNS = 6, 3
 

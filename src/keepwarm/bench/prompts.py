@@ -19,6 +19,8 @@ _THINGS = (
     *("Herbs", "Stones", "Boats", "Dances", "Poems", "Films", "Hats", "Shoes", "Roads", "Winds"),
 )
 _FIRST_NUMBER = 101
+# The size of the request that an agent with a dozen tools opens with.
+OWN_BYTES = 9000
 
 Turn = dict[str, str]
 
