@@ -42,7 +42,7 @@ from keepwarm.bench.stats import median, rotated, times_faster
 from keepwarm.core.reply import Counts, counts_of, stream_events
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.launch import plan_launch
-from keepwarm.errors import EngineError
+from keepwarm.errors import EngineError, KeepwarmError
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
 from keepwarm.tierfiles import find_tiers_directory, load_tiers
 
@@ -393,7 +393,14 @@ def main() -> None:
         def step(what: str) -> None:
             progress.update(bar, description=what, advance=1)
 
-        report = asyncio.run(measure(settings, runs=args.runs, chars=args.prompt_chars, step=step))
+        try:
+            report = asyncio.run(
+                measure(settings, runs=args.runs, chars=args.prompt_chars, step=step)
+            )
+        except KeyboardInterrupt:
+            sys.exit("interrupted: everything that was started has been ended")
+        except KeepwarmError as error:
+            sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(report, args.out / "cache-reuse.json")
     text = markdown(report)
