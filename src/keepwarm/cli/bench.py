@@ -134,6 +134,8 @@ def _write(report: Report, directory: Path) -> list[Path]:
     data, text, picture = (directory / f"{stem}.{end}" for end in ("json", "md", "svg"))
     write_json(report, data)
     text.write_text(markdown(report), encoding="utf-8")
+    if not (report.samples or report.durations):
+        return [data, text]  # amounts alone, of `idle`, have no times to draw
     picture.write_text(svg(report), encoding="utf-8")
     return [data, text, picture]
 
