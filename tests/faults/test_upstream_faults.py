@@ -322,3 +322,21 @@ async def test_the_model_list_names_the_tiers(keepwarm: Keepwarm, engine: FakeEn
     async with keepwarm.session.get(f"{keepwarm.base}/v1/models") as response:
         names = [model["id"] for model in (await response.json())["data"]]
     assert names == ["fake", "minimal", "standard", "auto"]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_no_chunk_is_shifted_whatever_a_client_asks_for(
+    keepwarm: Keepwarm, streamed: bool
+) -> None:
+    rules = {"role": "system", "content": "Name the disk, then the hour. " * 40}
+    asked = {"messages": [rules, {"role": "user", "content": "Which?"}], "model": "own"}
+    keepwarm.engine.asked.clear()
+    if streamed:
+        await keepwarm.ask_streamed(n_cache_reuse=256, **asked)
+    else:
+        await keepwarm.ask(n_cache_reuse=256, **asked)
+    fills = [body for path, body in keepwarm.engine.asked if path == "/completion"]
+    chats = [body for path, body in keepwarm.engine.asked if path == "/v1/chat/completions"]
+    assert fills
+    assert chats
+    assert all(body["n_cache_reuse"] == 0 for body in fills + chats)

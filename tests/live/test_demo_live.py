@@ -189,9 +189,10 @@ def test_a_demo_without_a_model_says_how_to_get_one(started: Any, tmp_path: Path
 def test_every_scenario_of_the_benchmark_measures_what_it_says(
     started: Any, tiers: Path, tmp_path: Path
 ) -> None:
-    small = ("--runs", "1", "--requests", "2", "--pairs", "3", "--starts", "1", "--json")
+    small = ("--runs", "1", "--requests", "2", "--pairs", "3", "--starts", "1", "--rounds", "1")
     model = ("--model", str(small_model().absolute()), "--tiers", str(tiers))
-    run = started("bench", "all", *small, *model, *THREADS, "--context", "4096")
+    # A slot's part holds the prompt of 9 kB in `overhead`.
+    run = started("bench", "all", *small, *model, *THREADS, "--context", "16384", "--json")
     report = json.loads(run.finish())
     samples = report["samples"]
     tokens = {p["tier"]: p["tokens"] for p in report["prefixes"]}
@@ -209,6 +210,19 @@ def test_every_scenario_of_the_benchmark_measures_what_it_says(
     assert again["prefilled_tokens"] < of("new", "keepwarm")[-1]["prefilled_tokens"]
     direct, through = of("overhead", "engine, hot slot"), of("overhead", "keepwarm")
     assert [s["prefilled_tokens"] for s in direct] == [s["prefilled_tokens"] for s in through]
+    assert {s["step"] for s in direct} == {"standard", "own prompt, 9 kB"}
+    for arm in ("engine, direct", "keepwarm"):
+        answers = of("load", arm)
+        assert len(answers) == 32
+        assert all(s["decoded_tokens"] == 64 for s in answers)
+    assert len(of("page", "keepwarm")) == 3 * 2 * 16
+    memory = [a for a in report["amounts"] if a["scenario"] == "idle"]
+    assert {a["step"] for a in memory} >= {
+        "queued requests",
+        "before queued requests",
+        "open event streams",
+    }
+    assert all(a["value"] > 10 for a in memory)
     steps = {s["step"] for s in of("switch", "keepwarm")}
     assert {"minimal to standard", "standard to full", "full to standard"} <= steps
     talks = [s for s in of("conversations", "keepwarm") if s["step"] == "6 interleaved"]

@@ -169,6 +169,30 @@ def test_a_server_with_its_own_defaults_is_served_from_all_the_same(
     served.stop()
 
 
+def test_a_server_that_shifts_moved_chunks_does_not_do_so_for_keepwarm(
+    serve: Serve, bare_engine: StartEngine
+) -> None:
+    engine = bare_engine(small_model(), n_parallel=1, n_cache_reuse=32)
+    rules = "Name the disk, then the hour, then the reason why. " * 12
+    held = engine.tokenize(f"Monday. Rain is expected in the whole of the north. {rules}")
+    asked = engine.tokenize(f"Monday. {rules}")
+    common = next(i for i, (a, b) in enumerate(zip(held, asked, strict=False)) if a != b)
+    assert common < 8
+
+    # By itself the server moves the rules to where they are now, and calls them cached.
+    engine.fill(held, slot=0)
+    assert engine.ask(asked, slot=0).cache_tokens > len(asked) // 2
+
+    served = serve(upstream=engine.base, slot_dir=str(engine.slot_dir))
+    cached = []
+    for prompt in (held, asked):
+        answer = served.post("/completion", {"prompt": prompt, "n_predict": 4, "n_cache_reuse": 32})
+        assert answer.status == 200
+        cached.append(answer.body["timings"]["cache_n"])
+    assert cached[1] <= common
+    served.stop()
+
+
 def whole_only(client: EngineClient, slot_dir: Path, **kwargs: Any) -> Any:
     """A probe that doesn't understand the file, so that the engine's own is restored as it is."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from keepwarm.bench.client import Answer, ChatClient
 from keepwarm.bench.prompts import Turn, direct_request, keepwarm_request
-from keepwarm.bench.results import Duration, Sample
+from keepwarm.bench.results import Amount, Duration, Sample
 from keepwarm.bench.servers import KeepwarmServer, Server
 from keepwarm.core.tiers import Tier
 
@@ -56,6 +56,7 @@ class Record:
     began: float = field(default_factory=time.perf_counter)
     samples: list[Sample] = field(default_factory=list)
     durations: list[Duration] = field(default_factory=list)
+    amounts: list[Amount] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def sample(self, answer: Answer, *, scenario: str, step: str, arm: str, run: int) -> Sample:
@@ -79,4 +80,12 @@ class Record:
         """Keep the time that something else took."""
         self.durations.append(
             Duration(scenario=scenario, step=step, arm=arm, run=run, seconds=seconds)
+        )
+
+    def amount(
+        self, value: float, unit: str, *, scenario: str, step: str, arm: str, run: int
+    ) -> None:
+        """Keep what isn't a time."""
+        self.amounts.append(
+            Amount(scenario=scenario, step=step, arm=arm, run=run, value=value, unit=unit)
         )

@@ -23,13 +23,17 @@ _TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One reply. `plan` is the header Keepwarm adds, '' from other servers."""
+    """One reply. `plan` is the header Keepwarm adds, '' from other servers.
+
+    `filled_tokens` are those that Keepwarm prefilled ahead, which the counts call cached.
+    """
 
     ttft_s: float
     total_s: float
     text: str
     counts: Counts
     plan: str
+    filled_tokens: int = 0
 
 
 class ChatClient:
@@ -67,8 +71,7 @@ class ChatClient:
                 if response.status != 200:
                     said = (await response.read())[:300].decode("utf-8", "replace")
                     raise EngineError(f"{url} answered {response.status}: {said}")
-                plan = response.headers.get("X-Keepwarm-Plan", "")
-                return await _read(response, began, plan)
+                return await _read(response, began)
         except aiohttp.ClientError as error:
             raise EngineDownError(f"{url} gave no whole answer: {error}.") from error
 
@@ -82,7 +85,7 @@ class ChatClient:
             return 0, None
 
 
-async def _read(response: aiohttp.ClientResponse, began: float, plan: str) -> Answer:
+async def _read(response: aiohttp.ClientResponse, began: float) -> Answer:
     first: float | None = None
     text: list[str] = []
     counts: Counts | None = None
@@ -100,7 +103,14 @@ async def _read(response: aiohttp.ClientResponse, began: float, plan: str) -> An
     ended = time.perf_counter()
     if counts is None:
         raise EngineError("The server's reply holds no token counts, so nothing can be proved.")
-    return Answer((first or ended) - began, ended - began, "".join(text), counts, plan)
+    return Answer(
+        (first or ended) - began,
+        ended - began,
+        "".join(text),
+        counts,
+        plan=response.headers.get("X-Keepwarm-Plan", ""),
+        filled_tokens=int(response.headers.get("X-Keepwarm-Filled", "0")),
+    )
 
 
 def content_of(event: Mapping[str, Any]) -> str:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, Arm
 from keepwarm.bench.client import Answer, ChatClient
-from keepwarm.bench.prompts import Turn, assistant, direct_request, keepwarm_request, user
+from keepwarm.bench.prompts import (
+    OWN_BYTES,
+    Turn,
+    assistant,
+    direct_request,
+    keepwarm_request,
+    own_request,
+    user,
+)
 from keepwarm.bench.scenarios import REPLY_TOKENS, Bench
 from keepwarm.bench.servers import KeepwarmServer, Server
 from keepwarm.bench.stats import rotated
@@ -25,6 +34,9 @@ _CONVERSATIONS, _TURNS = 6, 3
 async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
     """One identical request through Keepwarm and directly to the engine's hot slot, in turns.
 
+    Once on the default tier, whose prompt Keepwarm puts in itself, and once with a prompt of the
+    client's own, which passes through whole.
+
     The direct requests go to the very engine, and the slot, that Keepwarm has just served it from,
     so both find the same state. A pair whose two replies reused different amounts compares nothing;
     it is left out and told in the notes.
@@ -39,10 +51,27 @@ async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
     turns = [user(bench.questions.new())]
     through = keepwarm_request(tier, turns, reply_tokens=REPLY_TOKENS)
     direct = direct_request(tier, turns, reply_tokens=REPLY_TOKENS)
+    await _hot_pairs(bench, arm, tier.name, through=through, direct=direct, pairs=pairs)
+    own = own_request(OWN_BYTES, bench.questions.new(), reply_tokens=REPLY_TOKENS)
+    step = f"own prompt, {OWN_BYTES // 1000} kB"
+    await _hot_pairs(bench, arm, step, through=own, direct=own, pairs=pairs)
+
+
+async def _hot_pairs(
+    bench: Bench,
+    arm: Arm,
+    step: str,
+    *,
+    through: dict[str, Any],
+    direct: dict[str, Any],
+    pairs: int,
+) -> None:
+    keepwarm = arm.server
+    assert isinstance(keepwarm, KeepwarmServer)
     engine = str((await keepwarm.status())["engine_url"])
     left_out = 0
     for pair in range(-_SETTLING_PAIRS, pairs):
-        bench.watcher.doing(f"overhead: pair {max(pair + 1, 0)} of {pairs}")
+        bench.watcher.doing(f"overhead, {step}: pair {max(pair + 1, 0)} of {pairs}")
         answers: dict[str, Answer] = {}
         for way in rotated((KEEPWARM, DIRECT), pair):
             if way == KEEPWARM:
@@ -57,7 +86,7 @@ async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
             left_out += 1
             continue
         for way, answer in answers.items():
-            bench.record.sample(answer, scenario="overhead", step=tier.name, arm=way, run=pair)
+            bench.record.sample(answer, scenario="overhead", step=step, arm=way, run=pair)
     if left_out * 2 > pairs:
         raise EngineError(
             f"{left_out} of {pairs} pairs of requests to a hot slot reused different amounts: "
@@ -65,7 +94,7 @@ async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
         )
     if left_out:
         bench.record.notes.append(
-            f"overhead: {left_out} of {pairs} pairs left out, since the two replies reused "
+            f"overhead, {step}: {left_out} of {pairs} pairs left out, since the two replies reused "
             "different amounts"
         )
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
+import msgspec
+
 from keepwarm.core.tiers import Tier, compose
 
 # Questions differ from their first word on, so that a slot that has answered one holds nothing of
@@ -17,6 +19,8 @@ _THINGS = (
     *("Herbs", "Stones", "Boats", "Dances", "Poems", "Films", "Hats", "Shoes", "Roads", "Winds"),
 )
 _FIRST_NUMBER = 101
+# The size of the request that an agent with a dozen tools opens with.
+OWN_BYTES = 9000
 
 Turn = dict[str, str]
 
@@ -54,6 +58,36 @@ def direct_request(tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> d
 def keepwarm_request(tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> dict[str, Any]:
     """A body for Keepwarm, which puts the tier's prompt in itself: the model's name is the tier."""
     return _base(tier, turns, reply_tokens)
+
+
+def own_request(size_bytes: int, text: str, *, reply_tokens: int) -> dict[str, Any]:
+    """A body of exactly so many bytes of JSON: a system prompt of the client's own, one question.
+
+    Raises:
+        ValueError: so few bytes don't hold even the question.
+    """
+    body: dict[str, Any] = {
+        "model": "own",
+        "messages": [{"role": "system", "content": ""}, user(text)],
+        "max_tokens": reply_tokens,
+        "temperature": 0,
+    }
+    room = size_bytes - len(msgspec.json.encode(body))
+    if room < 0:
+        raise ValueError(f"{size_bytes} bytes don't hold the question")
+    body["messages"][0]["content"] = rules(room)
+    return body
+
+
+def rules(chars: int, *, start: int = 1) -> str:
+    """So many characters of an agent's rules, numbered from `start` on; ASCII, one line."""
+    written = ""
+    numbers = count(start)
+    while len(written) < chars:
+        number = next(numbers)
+        thing = _THINGS[number % len(_THINGS)].lower()
+        written += f"Rule {number}: when {thing} are asked for, name one and stop. "
+    return written[:chars]
 
 
 def _base(tier: Tier, turns: Sequence[Turn], reply_tokens: int) -> dict[str, Any]:

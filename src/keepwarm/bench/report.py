@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
-from keepwarm.bench.results import Duration, Figure, Report, Sample, select, ttfts
+from keepwarm.bench.results import Amount, Duration, Figure, Report, Sample, select, ttfts
 from keepwarm.bench.scenarios import SETTLING
 from keepwarm.bench.stats import Summary, median, summarize
 from keepwarm.bench.svg import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
@@ -23,6 +23,10 @@ TITLES = {
     "new": "New conversations",
     "restart": "After the engine's SIGKILL",
     "overhead": "An identical request through Keepwarm and directly to the engine's hot slot",
+    "load": "Sixteen clients at a time, through Keepwarm and directly to the engine",
+    "page": "Bursts of sixteen requests, with the page's event stream open and without",
+    "idle": "Resident memory of the gateway with 200 idle streams",
+    "cache_reuse": "A prompt of which a part was moved (--cache-reuse)",
     "ready": "Start to ready with every tier saved",
     "switch": "One slot, from tier to tier",
     "conversations": "Several conversations at a time",
@@ -89,8 +93,22 @@ def _duration_rows(durations: Sequence[Duration], scenario: str) -> list[tuple[s
     return out
 
 
+_AMOUNT_HEAD = (*_DURATION_HEAD, "unit")
+
+
+def _amount_rows(amounts: Sequence[Amount], scenario: str) -> list[tuple[str, ...]]:
+    chosen = [a for a in amounts if a.scenario == scenario]
+    out = []
+    for step, arm, unit in dict.fromkeys((a.step, a.arm, a.unit) for a in chosen):
+        s = summarize([a.value for a in chosen if (a.step, a.arm, a.unit) == (step, arm, unit)])
+        values = (_plain(v) for v in (s.median, s.minimum, s.maximum))
+        out.append((step, arm, str(s.n), *values, unit))
+    return out
+
+
 def _scenarios(report: Report) -> list[str]:
     seen = {s.scenario for s in report.samples} | {d.scenario for d in report.durations}
+    seen |= {a.scenario for a in report.amounts}
     return [name for name in TITLES if name in seen]
 
 
@@ -98,9 +116,18 @@ def _verdict(figure: Figure) -> str:
     return "" if figure.met is None else ("reached" if figure.met else "MISSED")
 
 
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _figure_row(figure: Figure) -> tuple[str, ...]:
-    value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
-    return (figure.what, f"{value} {figure.unit}", figure.goal, _verdict(figure), figure.detail)
+    return (
+        figure.what,
+        f"{_plain(figure.value)} {figure.unit}",
+        figure.goal,
+        _verdict(figure),
+        figure.detail,
+    )
 
 
 _FIGURE_HEAD = ("what", "measured", "goal", "", "how it comes about")
@@ -133,6 +160,8 @@ def markdown(report: Report) -> str:
             out += _md_table(_HEAD, [_cells(line) for line in lines], left=_TEXT_COLUMNS)
         if rows := _duration_rows(report.durations, scenario):
             out += _md_table(_DURATION_HEAD, rows, left=(0, 1))
+        if rows := _amount_rows(report.amounts, scenario):
+            out += _md_table(_AMOUNT_HEAD, rows, left=(0, 1, 6))
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -154,6 +183,8 @@ def terminal(report: Report) -> Group:
             )
         if rows := _duration_rows(report.durations, scenario):
             parts.append(rich_table(TITLES[scenario], _DURATION_HEAD, rows, (0, 1)))
+        if rows := _amount_rows(report.amounts, scenario):
+            parts.append(rich_table(TITLES[scenario], _AMOUNT_HEAD, rows, (0, 1, 6)))
     if report.figures:
         rows = [_figure_row(f) for f in report.figures]
         parts.append(rich_table("What it comes to", _FIGURE_HEAD, rows, range(5)))

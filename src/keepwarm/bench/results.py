@@ -40,6 +40,17 @@ class Duration(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class Amount(Struct, frozen=True, kw_only=True):
+    """Something that isn't a time: tokens a second, megabytes of memory."""
+
+    scenario: str
+    step: str
+    arm: str
+    run: int
+    value: float
+    unit: str
+
+
 class Figure(Struct, frozen=True, kw_only=True):
     """One number that the run comes to, beside what it should be.
 
@@ -89,6 +100,7 @@ class Report(Struct, frozen=True, kw_only=True):
     prefixes: Sequence[Prefix] = ()
     samples: Sequence[Sample] = ()
     durations: Sequence[Duration] = ()
+    amounts: Sequence[Amount] = ()
     figures: Sequence[Figure] = ()
     store_bytes: int = 0
     notes: Sequence[str] = ()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
 from keepwarm import __version__
-from keepwarm.bench import measures, scenarios
+from keepwarm.bench import load, measures, scenarios
 from keepwarm.bench.arms import ARMS, Record
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.lineup import Lineup
@@ -25,7 +27,9 @@ from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 
 BEFORE_AFTER = ("first", "identical", "new", "restart")
-MEASURES = ("overhead", "ready", "switch", "conversations")
+MEASURES = ("overhead", "load", "page", "idle", "ready", "switch", "conversations")
+# Streams that are open and idle at a time in `idle`.
+STREAMS = 200
 SCENARIOS = (*BEFORE_AFTER, *MEASURES)
 
 
@@ -35,7 +39,8 @@ class Scale:
 
     runs: int = 1
     requests: int = 10
-    pairs: int = 100
+    pairs: int = 200
+    rounds: int = 5
     starts: int = 5
 
 
@@ -65,6 +70,11 @@ async def run_bench(
     busy = machine()
     began, began_s = datetime.now().astimezone(), time.perf_counter()
     _check(settings, chosen)
+    if "idle" in chosen:
+        # All of them wait at a time.
+        queue = max(settings.server.queue, STREAMS + 1)
+        server = msgspec.structs.replace(settings.server, queue=queue)
+        settings = msgspec.structs.replace(settings, server=server)
     record = Record()
     async with AsyncExitStack() as stack:
         place = stack.enter_context(Workplace(settings.store.staging_bytes))
@@ -96,7 +106,8 @@ async def run_bench(
         prefixes=prefixes,
         samples=record.samples,
         durations=record.durations,
-        figures=figures_of(record.samples, record.durations),
+        amounts=record.amounts,
+        figures=figures_of(record.samples, record.durations, record.amounts),
         store_bytes=store_bytes,
         notes=record.notes,
     )
@@ -127,6 +138,12 @@ async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale)
         await scenarios.restart(bench, runs=scale.runs)
     if "overhead" in chosen:
         await measures.overhead(bench, keepwarm, pairs=scale.pairs)
+    if "load" in chosen:
+        await load.throughput(bench, keepwarm, rounds=scale.rounds)
+    if "page" in chosen:
+        await load.page_open(bench, keepwarm, pairs=scale.pairs)
+    if "idle" in chosen:
+        await load.idle_streams(bench, keepwarm, streams=STREAMS, runs=scale.runs)
     if "conversations" in chosen:
         await measures.conversations(bench, runs=scale.runs)
     for arm in bench.arms:

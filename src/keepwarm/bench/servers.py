@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -91,8 +92,24 @@ class Server:
         return self._process.pid if self._process else None
 
     def resident_bytes(self) -> int | None:
-        """See `EngineProcess.resident_bytes`."""
-        return self._process.resident_bytes() if self._process else None
+        """Memory of its process that isn't swapped out; None while it doesn't run.
+
+        As the engine's own supervision reads it, and by `ps` where there is no /proc.
+        """
+        if self._process is None:
+            return None
+        return self._process.resident_bytes() or resident_by_ps(self._process.pid)
+
+    def cpu_seconds(self) -> float | None:
+        """Processor time its own process has taken; None where /proc doesn't tell."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
+        except OSError:
+            return None
+        # The name in brackets may hold spaces; utime and stime are fields 14 and 15.
+        fields_behind = stat.rpartition(")")[2].split()
+        ticks = int(fields_behind[11]) + int(fields_behind[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     async def start(self, tell: Tell | None = None) -> float:
         """Start it and wait until `/health` answers 200.
@@ -195,6 +212,11 @@ class KeepwarmServer(Server):
         _, body = await self._client.get(self.base_url + "/keepwarm/status")
         return body if isinstance(body, dict) else {}
 
+    async def slots_now(self) -> dict[str, Any]:
+        """Its `/keepwarm/slots`: slots and queue at this moment; empty while it can't say."""
+        _, body = await self._client.get(self.base_url + "/keepwarm/slots")
+        return body if isinstance(body, dict) else {}
+
     async def crash(self) -> float:
         """Kill its *engine* with SIGKILL; seconds until Keepwarm is warm again by itself.
 
@@ -213,6 +235,17 @@ class KeepwarmServer(Server):
             if not self.is_running or time.perf_counter() - began > _READY_TIMEOUT_S:
                 raise EngineStartError("Keepwarm didn't come back after its engine was killed.")
             await asyncio.sleep(_POLL_S)
+
+
+def resident_by_ps(pid: int | None) -> int | None:
+    """A process's resident memory in bytes by `ps`, for systems without /proc; None if it can't."""
+    if pid is None:
+        return None
+    said = subprocess.run(
+        ["/bin/ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    kilobytes = said.stdout.strip()
+    return int(kilobytes) * 1024 if kilobytes.isdecimal() else None
 
 
 def bare_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -84,6 +85,18 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> list[f
         ValueError: the lists differ in length.
     """
     return [b - a for a, b in zip(first, second, strict=True)]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """How far the median of so many values may be off by chance alone, one standard deviation.
+
+    From the middle half, so that a few outliers don't count; for values that are about normal.
+    With fewer than four it is told as infinite.
+    """
+    if len(values) < 4:
+        return math.inf
+    spread = (percentile(values, 0.75) - percentile(values, 0.25)) / 1.349
+    return 1.2533 * spread / math.sqrt(len(values))
 
 
 def rotated(items: Sequence[T], turn: int) -> list[T]:

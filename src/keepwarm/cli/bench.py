@@ -46,8 +46,14 @@ def bench(
         int, typer.Option("--requests", min=1, help="Requests in `identical` and in `new`.")
     ] = 10,
     pairs: Annotated[
-        int, typer.Option("--pairs", min=1, help="Pairs of requests in `overhead`.")
-    ] = 100,
+        int,
+        typer.Option(
+            "--pairs", min=1, help="Pairs of requests in `overhead`, of bursts in `page`."
+        ),
+    ] = 200,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Rounds of both ways in `load`.")
+    ] = 5,
     starts: Annotated[int, typer.Option("--starts", min=1, help="Starts in `ready`.")] = 5,
     directory: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the results go.")
@@ -97,7 +103,9 @@ def bench(
                 loaded,
                 chosen=SCENARIOS if "all" in chosen else chosen,
                 arms=_arms(arms),
-                scale=Scale(runs=runs, requests=requests, pairs=pairs, starts=starts),
+                scale=Scale(
+                    runs=runs, requests=requests, pairs=pairs, rounds=rounds, starts=starts
+                ),
                 watcher=line,
             )
         )
@@ -126,6 +134,8 @@ def _write(report: Report, directory: Path) -> list[Path]:
     data, text, picture = (directory / f"{stem}.{end}" for end in ("json", "md", "svg"))
     write_json(report, data)
     text.write_text(markdown(report), encoding="utf-8")
+    if not (report.samples or report.durations):
+        return [data, text]  # amounts alone, of `idle`, have no times to draw
     picture.write_text(svg(report), encoding="utf-8")
     return [data, text, picture]
 

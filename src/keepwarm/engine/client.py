@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from keepwarm.core.reply import Counts, counts_of, stream_events
+from keepwarm.engine.options import EXACT
 from keepwarm.errors import EngineDownError, EngineError, EngineRefusedError
 
 # An engine busy with a large batch answers nothing for as long as the batch takes.
@@ -104,6 +105,7 @@ class EngineClient:
             "n_predict": 0,
             "id_slot": slot,
             "cache_prompt": True,
+            **EXACT,
             "stream": progress is not None,
             "return_progress": progress is not None,
         }

@@ -15,6 +15,11 @@ from typing import Any
 # same size other slots decode in between, progress is reported and a hang-up noticed that often.
 BATCH_TOKENS = 512
 
+# What every request says, whatever the client or the server's `--cache-reuse` asks for: no chunk of
+# a slot is shifted to another place. Its state was computed behind other text, and saved under its
+# tokens it would pass for exact (see docs/decisions/0006-cache-reuse.md).
+EXACT = {"n_cache_reuse": 0}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:

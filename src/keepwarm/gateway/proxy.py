@@ -24,6 +24,7 @@ from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
+from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
@@ -275,7 +276,7 @@ class Proxy:
             EngineDownError: no byte of an answer came; nothing was sent to the client.
         """
         assert exchange.grant
-        body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
+        body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot, **EXACT}
         body.setdefault("cache_prompt", True)
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
