@@ -40,8 +40,8 @@ from keepwarm.bench.results import Amount, Figure, Report, Sample, select, ttfts
 from keepwarm.bench.servers import KeepwarmServer, Workplace, bare_engine
 from keepwarm.bench.stats import median, rotated, times_faster
 from keepwarm.core.reply import Counts, counts_of, stream_events
+from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.launch import plan_launch
 from keepwarm.errors import EngineError, KeepwarmError
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
 from keepwarm.tierfiles import find_tiers_directory, load_tiers
