@@ -312,7 +312,7 @@ class Simulation:
         kept = self.arriving.pop(name)
         if not refused:
             self.store.append(kept)
-        self.scheduler.absorbed(name)
+        self.perform(self.scheduler.absorbed(name, self.now_s))
 
     def finish(self, request: Request, *, decoded: int, heard: bool, touched: bool = True) -> None:
         """A forwarded request ends: with the engine's counts, with none, or refused."""

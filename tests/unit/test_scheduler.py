@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from keepwarm.core.effects import (
@@ -221,6 +223,63 @@ def test_a_conversation_that_went_on_is_saved_when_its_reply_has_ended() -> None
     sim.submit(second)
     sim.finish(second, decoded=3, heard=True)
     assert len(steps(sim, SaveSlot)) == 1
+
+
+def saved_after_its_second_turn(sim: Simulation) -> Any:
+    """A conversation whose second reply has just ended, so that its slot is being saved."""
+    first = ask(sim, 1, text="A long question. " * 60, rules=False)
+    sim.finish(sim.requests[first], decoded=3, heard=True)
+    body = sim.continued(sim.requests[first], trimmed=False)
+    second = request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(second)
+    sim.finish(second, decoded=3, heard=True)
+    assert steps(sim, SaveSlot)
+    return second
+
+
+def test_who_goes_on_while_the_slot_is_being_saved_gets_that_slot() -> None:
+    sim = Simulation(slots=2)
+    second = saved_after_its_second_turn(sim)
+    (save,) = steps(sim, SaveSlot)
+    body = sim.continued(second, trimmed=False)
+    third = request_of(3, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(third)
+    assert third.plan is None, "the other slot is idle, and knows nothing of it"
+    sim.complete(save)
+    assert third.plan
+    assert third.plan.source is Source.SLOT
+    assert third.plan.slot == second.plan.slot
+
+
+def test_others_dont_wait_for_a_save_that_is_none_of_theirs() -> None:
+    sim = Simulation(slots=2)
+    saved_after_its_second_turn(sim)
+    other = ask(sim, 3, text="Something else. " * 60, rules=False)
+    same_words = ask(sim, 4, text="A long question. " * 60, rules=False, namespace="b")
+    assert sim.requests[other].plan
+    assert sim.requests[same_words].plan is None, "no slot is left, that is all"
+    (running,) = sim.running
+    assert running.id == other
+
+
+def test_who_goes_on_while_others_take_the_slot_waits_for_the_store() -> None:
+    sim = Simulation(slots=1)
+    second = saved_after_its_second_turn(sim)
+    (save,) = steps(sim, SaveSlot)
+    other = ask(sim, 3, text="Something else. " * 60, rules=False)
+    sim.complete(save)
+    assert sim.requests[other].plan
+    body = sim.continued(second, trimmed=False)
+    third = request_of(4, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(third)
+    sim.finish(sim.requests[other], decoded=3, heard=True)
+    assert third.plan is None, "the slot is idle, but the saved file isn't taken in"
+    (name,) = sim.arriving
+    sim.absorb(name)
+    while sim.pending:  # what the other said is saved first
+        sim.complete(sim.pending[0])
+    assert third.plan
+    assert third.plan.source is Source.SNAPSHOT
 
 
 @pytest.mark.parametrize("failing", ["restore", "fill"])

@@ -64,6 +64,9 @@ SAVE_AFTER_IDLE_S = 0.3
 # and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
 # ten milliseconds. Slots in use by turns stay.
 ERASE_AFTER_IDLE_S = 2.0
+# What the store needs to take a saved file in, in times that the engine needs to save it: it
+# compares, writes and flushes (46 MB: some 60 ms after 15).
+_TAKING_IN = 4.0
 
 
 # Finds the longest restorable prefix: marks' digests in order -> what is stored.
@@ -99,6 +102,7 @@ class Scheduler:
     _helping: dict[int, int] = field(default_factory=dict)
     _fills: dict[bytes, str] = field(default_factory=dict)
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
+    _absorbing: dict[str, Content] = field(default_factory=dict)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
@@ -213,11 +217,13 @@ class Scheduler:
         self.up = True
         return self._dispatch(now_s)
 
-    def absorbed(self, staged_name: str) -> None:
+    def absorbed(self, staged_name: str, now_s: float) -> list[Effect]:
         """The store has taken a staged file in (or refused it): look-ups answer from now on."""
+        self._absorbing.pop(staged_name, None)
         for digest, fresh in list(self._fresh.items()):
             if fresh.staged_name == staged_name:
                 del self._fresh[digest]
+        return self._dispatch(now_s)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Time has passed: save what has been idle, end what has waited too long."""
@@ -275,6 +281,8 @@ class Scheduler:
             if self._waits_for_fill(job, stored):
                 job.waited_for_fill = True
                 continue
+            if self._waits_for_save(job, stored):
+                continue
             plan = choose(
                 job.demand(),
                 self.slots,
@@ -319,6 +327,40 @@ class Scheduler:
             return False
         known = stored.tokens if stored else 0
         return static_tokens(job.demand(), self.rates) - known >= FILL_MIN_TOKENS
+
+    def _waits_for_save(self, job: Job, stored: Stored | None) -> bool:
+        """Whether what a prompt begins with is being saved, and waiting is cheaper than a prefill.
+
+        A slot that is saved on its own is idle again in a moment: an agent often goes on at once
+        when its conversation is saved behind its reply. One that is saved since another request
+        takes it is found in the store as soon as that has taken it in.
+        """
+        soon = [(content, _TAKING_IN) for content in self._absorbing.values()]
+        soon += [
+            (slot.content, 1.0 if slot.job is None else 1.0 + _TAKING_IN)
+            for slot in self.slots
+            if isinstance(self._running.get(slot.id), SaveSlot) and slot.content
+        ]
+        if not soon:
+            return False
+        idle = [s.content for s in self.slots if s.state is SlotState.IDLE and s.content]
+        known = max((self._reusable(job, content) for content in idle), default=0)
+        known = max(known, stored.tokens if stored else 0)
+        for content, saves in soon:
+            lacking = self._reusable(job, content) - known
+            wait_s = saves * self.rates.save_s(content.tokens * self.machine.row_bytes)
+            if lacking >= FILL_MIN_TOKENS and wait_s < self.rates.prefill_s(lacking):
+                return True
+        return False
+
+    def _reusable(self, job: Job, content: Content) -> int:
+        """Tokens of a job's prompt that some content spares."""
+        if content.namespace not in ("", job.namespace):
+            return 0
+        _, position = content.match(job.prompt)
+        if not self.machine.cuttable and position.tokens != content.tokens:
+            return 0
+        return position.tokens
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]
@@ -399,6 +441,7 @@ class Scheduler:
         elif isinstance(step, SaveSlot) and isinstance(outcome, SavedSlot):
             if slot.content:
                 slot.content.saved_tokens = outcome.tokens
+                self._absorbing[outcome.staged_name] = slot.content
             if step.static and job and job.prompt.static:
                 self._fresh[job.prompt.static.digest] = _Fresh(
                     outcome.staged_name, outcome.tokens, outcome.size_bytes

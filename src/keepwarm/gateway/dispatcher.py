@@ -331,7 +331,9 @@ class Dispatcher:
         except SnapshotError as error:
             self.metrics.miss(error.reason)
         finally:
-            self.scheduler.absorbed(name)
+            effects = self.scheduler.absorbed(name, time.monotonic())
+            if not self._is_closed:
+                self._perform(effects)
 
     async def _restore(self, step: RestoreSlot) -> Outcome:
         began_s = time.monotonic()
