@@ -167,11 +167,47 @@ def test_a_conversation_goes_on_at_the_node_that_has_it(fleet: RunningFleet) -> 
     assert len(set(nodes)) == 2
     for talk, answer in zip(talks, answers, strict=True):
         talk += [answer.message, user("Where?")]
+    fleet.wait(fleet.settled, READY_S)  # a node that seems busy is left for another one
     for talk, node in zip(talks, nodes, strict=True):
         later = fleet.chat(talk)
         assert later.node == node
         assert later.headers["x-keepwarm-plan"] in ("slot", "snapshot")
         assert later.body["timings"]["prompt_n"] < 60
+
+
+def test_a_pile_of_tasks_is_cut_so_that_a_document_is_filled_on_one_node(
+    fleet: RunningFleet, tmp_path: Path
+) -> None:
+    tasks, results = tmp_path / "tasks.jsonl", tmp_path / "results.jsonl"
+    documents = [f"Report {number}. {STORY}" for number in range(4)]
+    lines = [
+        {
+            "custom_id": f"{about}-{part}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "minimal",
+                "max_tokens": 4,
+                "messages": [user(f"{document} What of part {part}?")],
+            },
+        }
+        for part in range(3)
+        for about, document in enumerate(documents)
+    ]
+    tasks.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    before = {name: node["asked"] for name, node in fleet.nodes().items()}
+    command = [sys.executable, "-m", "keepwarm", "batch", "run", str(tasks), "-o", str(results)]
+    ran = subprocess.run(
+        [*command, "--base", fleet.url], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(results.read_text().splitlines()) == 12
+    report = json.loads((tmp_path / "results.report.json").read_text())
+    # Each document once, wherever: not once on each node.
+    assert report["prefilled_tokens"] < 4 * 290 + 12 * 40
+    fleet.wait(fleet.settled, READY_S)
+    asked = {name: node["asked"] - before[name] for name, node in fleet.nodes().items()}
+    assert min(asked.values()) >= 6, "both nodes have worked"
 
 
 def test_a_conversation_whose_node_was_killed_goes_on_from_the_shared_store(

@@ -44,7 +44,7 @@ class Script:
         self.up = True
         self.at_once = self.most_at_once = 0
 
-    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         self.sent.append(task.custom_id)
         self.ends[task.custom_id] = ends
         self.at_once += 1
@@ -58,7 +58,7 @@ class Script:
             raise answer
         return answer
 
-    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         self.filled.append((task.custom_id, ends[-1]))
         return Answer(
             200, b'{"tokens": 300, "prefilled_tokens": 300, "plan": "cold", "slot": 1}', {}
@@ -184,8 +184,8 @@ async def test_failures_are_remembered_over_restarts(tmp_path: Path) -> None:
     class Hangs(Script):
         hanging = asyncio.Event()
 
-        async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
-            answer = await super().send(task, ends)
+        async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
+            answer = await super().send(task, ends, lane=lane)
             if len(self.sent) == 2:
                 self.hanging.set()
                 await asyncio.Event().wait()
@@ -303,7 +303,7 @@ async def test_a_disk_that_stays_full_ends_the_run_and_loses_nothing(
 
 async def test_a_server_that_cant_fill_prefixes_is_served_all_the_same(tmp_path: Path) -> None:
     class Plain(Script):
-        async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+        async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
             return reply(404)
 
     desk = Desk(tmp_path, shared(5))

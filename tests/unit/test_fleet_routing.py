@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from keepwarm.core.rates import Mean, Rates
 from keepwarm.fleet.costs import MOVE_MIN_TOKENS, Costs, Origin, best_way
-from keepwarm.fleet.routing import FORGET_S, STALE_S, Fleet, Report, Want
+from keepwarm.fleet.routing import (
+    FORGET_S,
+    PATIENCE_S,
+    STALE_S,
+    Fleet,
+    Report,
+    Want,
+    preferring,
+)
 from keepwarm.fleet.warmth import Warmth
 
 # A thousand tokens a second; a restored token costs a hundredth of that, a moved one a tenth.
@@ -257,3 +265,18 @@ def test_the_longest_prefixes_are_those_of_plain_sets(
     }
     assert warmth.longest(asked) == expected
     assert len(warmth) == len(set.union(*sets))
+
+
+def test_a_node_that_is_asked_for_goes_first_unless_it_is_far_behind() -> None:
+    made = fleet("a", "b", "c")
+    tell(made, "a", held=[1])
+    tell(made, "c", backlog_s=PATIENCE_S / 2)
+    ranked = made.rank(want(1), now_s=0.0)
+    assert ranked[0].node == "a"
+    assert [c.node for c in preferring(ranked, "c")] == ["c", "a", "b"]
+    tell(made, "c", backlog_s=2 * PATIENCE_S)
+    ranked = made.rank(want(1), now_s=0.0)
+    assert preferring(ranked, "c") == ranked
+    assert preferring(ranked, "gone") == ranked
+    assert preferring(ranked, None) == ranked
+    assert preferring([], "a") == []

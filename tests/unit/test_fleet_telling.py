@@ -278,3 +278,9 @@ def test_the_page_and_the_metrics_show_what_the_routers_know() -> None:
     assert 'keepwarm_fleet_requests{node="node-0"} 9.0' in text
     assert 'keepwarm_fleet_ready{node="node-0"} 1.0' in text
     assert "silent" not in text
+
+
+def test_a_sender_may_ask_for_a_node() -> None:
+    headers = [*JSON, ("x-keepwarm-node", " node-1 ")]
+    assert ask_of("POST", "/v1/chat/completions", headers, b"{}").node == "node-1"
+    assert ask_of("POST", "/v1/chat/completions", JSON, b"{}").node == ""

@@ -75,8 +75,9 @@ class Job:
         lanes: int,
         tokens_per_char: float | None = None,
         sync: bool = True,
+        nodes: int = 1,
     ) -> None:
-        """Plan what is left of it.
+        """Plan what is left of it, for `lanes` slots on so many nodes.
 
         Raises:
             ConfigError: another process runs it, or its tasks aren't those that were run before.
@@ -100,9 +101,11 @@ class Job:
             i: known[t.custom_id][0] for i, t in enumerate(parsed.tasks) if t.custom_id in known
         }
         # The whole night's plan is what a report compares with; what is left is what is run.
-        self.whole: Plan = plan(self.tree, lanes=lanes, now_s=time.time())
+        self.whole: Plan = plan(self.tree, lanes=lanes, now_s=time.time(), nodes=nodes)
         self.plan = (
-            plan(self.tree, lanes=lanes, now_s=time.time(), ended=ended) if ended else self.whole
+            plan(self.tree, lanes=lanes, now_s=time.time(), ended=ended, nodes=nodes)
+            if ended
+            else self.whole
         )
 
     def runner(

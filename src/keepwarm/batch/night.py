@@ -8,6 +8,10 @@ the branches above it that nobody has filled; when none is left to open it helps
 has most to do, whose prefix is saved by then and is restored instead. So a branch is prefilled
 once, and restored only where a lane changes its group.
 
+On several nodes (see `cut`) each task has a home, and lanes take turns over the nodes: lane 5 of
+three nodes is on node 2. A lane opens and helps with what is at home on its node; only when that is
+through does it take from the node that has most left.
+
 Bounds on that order, in this sequence:
 1. A task begins only when what it depends on has succeeded, and the turns before it have ended.
 2. A task with a deadline is taken at once when all that is due by then would only just be done.
@@ -62,6 +66,7 @@ class Night:
         order: Sequence[int] | None = None,
         ended: Mapping[int, bool] | None = None,
         seconds: Callable[[int], float] | None = None,
+        homes: Sequence[int] | None = None,
     ) -> None:
         """Begin, or go on with what an earlier run has left.
 
@@ -71,12 +76,15 @@ class Night:
             order: take tasks strictly in this order, as far as they are ready; None plans.
             ended: tasks that have ended before, and whether well.
             seconds: about how long a task takes; for deadlines.
+            homes: the node of each task; None if there is one node.
         """
         self.tree = tree
         self._fills = fills
         self._listed = list(order) if order is not None else None
         self._head = 0
         self._seconds = seconds or (lambda _: 0.0)
+        self._homes = list(homes) if homes is not None else [0] * len(tree.tasks)
+        self._nodes = max(self._homes, default=0) + 1
         ranks = order if order is not None else tree.order
         self._rank = {leaf: rank for rank, leaf in enumerate(ranks)}
         self._left = [branch.tasks for branch in tree.branches]
@@ -85,7 +93,7 @@ class Night:
         self._group_of = [self._group(leaf) for leaf in range(len(tree.tasks))]
         self._ready: dict[int, list[tuple[_Key, int]]] = {}
         self._is_ready: set[int] = set()
-        self._unopened: list[tuple[_Key, int]] = []
+        self._unopened: list[list[tuple[_Key, int]]] = [[] for _ in range(self._nodes)]
         self._open: set[int] = set()
         self._lane_group: dict[int, int] = {}
         self._priorities: list[tuple[int, int]] = []
@@ -163,9 +171,12 @@ class Night:
         return lost
 
     def _group(self, leaf: int) -> int:
-        """A task's group: its deepest branch worth filling, or its own."""
+        """A task's group: its deepest branch worth filling, on its node; or its own."""
         branches = self.tree.fillable(leaf) if self._fills else []
-        return branches[-1] if branches else -1 - leaf
+        return branches[-1] * self._nodes + self._homes[leaf] if branches else -1 - leaf
+
+    def _home(self, group: int) -> int:
+        return group % self._nodes if group >= 0 else self._homes[-1 - group]
 
     def _edges(self) -> tuple[list[set[int]], list[set[int]], dict[int, list[int]]]:
         tasks = self.tree.tasks
@@ -206,7 +217,7 @@ class Night:
         """Put a group among those that can be opened, by its most urgent task."""
         self._open.discard(group)
         if (top := self._first(group)) is not None:
-            heapq.heappush(self._unopened, (self._key(top), group))
+            heapq.heappush(self._unopened[self._home(group)], (self._key(top), group))
 
     def _first(self, group: int) -> int | None:
         """A group's most urgent ready task."""
@@ -239,18 +250,26 @@ class Night:
         return None
 
     def _open_next(self, lane: int, priority: int) -> Work | None:
-        while self._unopened:
-            key, group = self._unopened[0]
+        own = lane % self._nodes
+        others = [node for node in range(self._nodes) if node != own]
+        for node in (own, *sorted(others, key=lambda n: -len(self._unopened[n]))):
+            if work := self._open_of(lane, priority, self._unopened[node]):
+                return work
+        return None
+
+    def _open_of(self, lane: int, priority: int, unopened: list[tuple[_Key, int]]) -> Work | None:
+        while unopened:
+            key, group = unopened[0]
             first = self._first(group)
             if first is None or group in self._open or self._key(first) != key:
-                heapq.heappop(self._unopened)
+                heapq.heappop(unopened)
                 if first is not None and group not in self._open:
                     # Its most urgent task has begun or a more urgent one came: weigh it anew.
-                    heapq.heappush(self._unopened, (self._key(first), group))
+                    heapq.heappush(unopened, (self._key(first), group))
                 continue
             if key[0] != priority:
                 return None
-            heapq.heappop(self._unopened)
+            heapq.heappop(unopened)
             if (filling := self._being_filled(first)) is not None:
                 self._parked.setdefault(filling, []).append(group)
                 continue
@@ -258,11 +277,12 @@ class Night:
         return None
 
     def _help(self, lane: int, priority: int) -> Work | None:
-        """Join the open group with most to do."""
+        """Join the open group with most to do, of the lane's own node if there is one."""
+        own = lane % self._nodes
         held = set(self._lane_group.values())
         self._open = {g for g in self._open if g in held or self._first(g) is not None}
         able = [g for g in self._open if self._top(g) == priority]
-        for group in sorted(able, key=lambda g: (-len(self._ready[g]), g)):
+        for group in sorted(able, key=lambda g: (self._home(g) != own, -len(self._ready[g]), g)):
             if work := self._work(lane, group):
                 return work
         return None

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from keepwarm.batch.cut import cut
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.tree import PrefixTree
 
@@ -87,10 +88,11 @@ class Plan:
     least_tokens: int
     seconds: float
     naive_s: float
+    homes: tuple[int, ...] = ()
 
     def night(self, tree: PrefixTree, ended: Mapping[int, bool] | None = None) -> Night:
         """A fresh state machine that runs this plan."""
-        return _night(tree, self.mode, ended)
+        return _night(tree, self.mode, ended, self.homes)
 
 
 def plan(
@@ -100,22 +102,26 @@ def plan(
     now_s: float,
     costs: Costs | None = None,
     ended: Mapping[int, bool] | None = None,
+    nodes: int = 1,
 ) -> Plan:
     """The cheapest of the ways to run a night, by playing them through.
 
     Args:
         tree: the tasks.
-        lanes: slots they may take at a time.
+        lanes: slots they may take at a time, on all nodes together.
         now_s: seconds of the Unix epoch, for deadlines.
         costs: measured, or None for the priors.
         ended: tasks that are done.
+        nodes: how many nodes the tree is cut over; times are those of one that had all the lanes.
     """
     costs = costs or Costs()
+    homes = tuple(cut(tree, nodes)) if nodes > 1 else ()
     naive = play_naive(tree, lanes=lanes, ended=ended)
     best: tuple[float, Mode, Tally, list[Step]] | None = None
     modes: tuple[Mode, ...] = ("tree", "tree-unfilled", "file")
     for mode in modes:
-        tally, steps = play(tree, _night(tree, mode, ended), lanes=lanes, now_s=now_s, costs=costs)
+        night = _night(tree, mode, ended, homes)
+        tally, steps = play(tree, night, lanes=lanes, now_s=now_s, costs=costs)
         if best is None or tally.cost < best[0]:
             best = (tally.cost, mode, tally, steps)
     assert best is not None
@@ -130,12 +136,15 @@ def plan(
         tree.least_tokens,
         costs.seconds(tally),
         costs.seconds(naive),
+        homes,
     )
 
 
-def _night(tree: PrefixTree, mode: Mode, ended: Mapping[int, bool] | None) -> Night:
+def _night(
+    tree: PrefixTree, mode: Mode, ended: Mapping[int, bool] | None, homes: Sequence[int]
+) -> Night:
     order = range(len(tree.tasks)) if mode == "file" else None
-    return Night(tree, fills=mode == "tree", order=order, ended=ended)
+    return Night(tree, fills=mode == "tree", order=order, ended=ended, homes=homes or None)
 
 
 @dataclass(slots=True)

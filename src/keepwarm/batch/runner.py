@@ -221,7 +221,7 @@ class Runner:
             ends = [end for b in above if (end := self._tree.branches[b].end) is not None]
             began_s = time.time()
             for attempt in range(self._retry.attempts):
-                answer = await self._answered(lambda: self._sender.fill(task, ends))
+                answer = await self._answered(lambda: self._sender.fill(task, ends, lane=lane))
                 if answer is not None and answer.status not in _PASSING:
                     break
                 await self._pause(attempt, answer)
@@ -268,7 +268,7 @@ class Runner:
         failures = self._failures.get(task.custom_id, 0)
         while True:
             sent_s = time.time()
-            answer = await self._answered(lambda: self._sender.send(task, ends))
+            answer = await self._answered(lambda: self._sender.send(task, ends, lane=lane))
             stats = {"lane": lane, "began_s": began_s, "sent_s": sent_s, "ended_s": time.time()}
             stats["attempts"] = failures + 1
             if answer is not None and answer.status == 200:

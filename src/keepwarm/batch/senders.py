@@ -11,7 +11,13 @@ import aiohttp
 import msgspec
 
 from keepwarm.batch.tasks import Task
-from keepwarm.core.hints import BATCH, PRIORITY_HEADER, SHARED_HEADER, format_ends
+from keepwarm.core.hints import (
+    BATCH,
+    NODE_HEADER,
+    PRIORITY_HEADER,
+    SHARED_HEADER,
+    format_ends,
+)
 from keepwarm.core.prompt import SharedEnd
 from keepwarm.errors import KeepwarmError
 
@@ -52,12 +58,12 @@ class UnreachableError(KeepwarmError):
 
 
 class Sender(Protocol):
-    """A Keepwarm to send tasks to."""
+    """A Keepwarm to send tasks to. On several nodes, `lane` says to which (see `night`)."""
 
-    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Send a task. Raises: UnreachableError."""
 
-    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Fill and save a task's prefix to the last of `ends`. Raises: UnreachableError."""
 
     async def is_up(self) -> bool:
@@ -73,7 +79,10 @@ def batch_headers(ends: Sequence[SharedEnd]) -> dict[str, str]:
 
 
 class HttpSender:
-    """A Keepwarm at a URL. Use it as an async context."""
+    """A Keepwarm at a URL. Use it as an async context.
+
+    `nodes` are the names of a fleet's nodes behind that URL; none for a single Keepwarm.
+    """
 
     def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
@@ -81,6 +90,7 @@ class HttpSender:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self.nodes: tuple[str, ...] = ()
 
     async def __aenter__(self) -> HttpSender:
         """Open the connections."""
@@ -102,14 +112,37 @@ class HttpSender:
         if self._session:
             await self._session.close()
 
-    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Send a task. Raises: UnreachableError."""
-        return await self._post(task.url, task.body, batch_headers(ends))
+        return await self._post(task.url, task.body, self._told(ends, lane))
 
-    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Fill and save a prefix. Raises: UnreachableError."""
         body = {"url": task.url, "body": task.body}
-        return await self._post(WARM_PREFIX_PATH, body, batch_headers(ends))
+        return await self._post(WARM_PREFIX_PATH, body, self._told(ends, lane))
+
+    def _told(self, ends: Sequence[SharedEnd], lane: int) -> dict[str, str]:
+        headers = batch_headers(ends)
+        if self.nodes:
+            headers[NODE_HEADER] = self.nodes[lane % len(self.nodes)]
+        return headers
+
+    async def find_nodes(self) -> None:
+        """Ask whether a fleet is there, and for its nodes that are ready. Raises: UnreachableError.
+
+        A single Keepwarm has no such page.
+        """
+        assert self._session
+        try:
+            async with self._session.get(self.base_url + "/keepwarm/fleet") as reply:
+                told = msgspec.json.decode(await reply.read()) if reply.status == 200 else {}
+        except (aiohttp.ClientError, msgspec.DecodeError) as error:
+            raise UnreachableError(
+                f"{self.base_url} doesn't tell its nodes: {error}.", begun=False
+            ) from error
+        nodes = told.get("nodes", {}).values()
+        ready = {str(node["node"]) for node in nodes if node.get("state") == "ready"}
+        self.nodes = tuple(sorted(ready)) if len(ready) > 1 else ()
 
     async def is_up(self) -> bool:
         """Whether it is ready (or serves while it warms)."""

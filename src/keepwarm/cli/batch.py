@@ -126,14 +126,15 @@ def plan(
     """
     settings, places = opt.settings_from(config, {"engine.slots": slots, "tiers.dir": tiers})
     parsed = read_tasks(tasks, max_body_bytes=settings.server.max_body_bytes)
-    lanes = settings.engine.slots
+    lanes, nodes = settings.engine.slots, 1
     if base is None:
         tier_tokens = estimated_tiers(settings, places)
     else:
         there = asyncio.run(_looked_at(settings, places, base, read_key(key_file)))
         tier_tokens, lanes = dict(there.tier_tokens), slots or there.slots
+        nodes = there.nodes
     tree = build_tree(parsed.tasks, tier_tokens=tier_tokens)
-    night = plan_night(tree, lanes=lanes, now_s=time.time())
+    night = plan_night(tree, lanes=lanes, now_s=time.time(), nodes=nodes)
     if as_json:
         print_json(plan_as_dict(tree, night, parsed, lanes))
     else:
@@ -349,6 +350,7 @@ async def _run_file(
             lanes=wishes.parallel or there.slots,
             tokens_per_char=there.tokens_per_char,
             sync=wishes.sync,
+            nodes=there.nodes,
         )
     )
     try:

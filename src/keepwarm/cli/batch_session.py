@@ -32,6 +32,7 @@ class Session:
     tier_tokens: Mapping[str, int]
     max_body_bytes: int
     tokens_per_char: float | None = None
+    nodes: int = 1
 
 
 @asynccontextmanager
@@ -71,9 +72,13 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
                     begun=False,
                 )
             await asyncio.sleep(_POLL_S)
+    await sender.find_nodes()
+    nodes = max(len(sender.nodes), 1)
     return Session(
         sender,
-        slots=len(status.get("slots") or [None]),
+        # A fleet's nodes have the same settings, and any of them has answered.
+        slots=nodes * len(status.get("slots") or [None]),
+        nodes=nodes,
         tier_tokens=_tiers_of(status.get("warmed") or []),
         max_body_bytes=settings.server.max_body_bytes,
     )

@@ -18,6 +18,8 @@ from keepwarm.errors import RequestError
 
 PRIORITY_HEADER = "X-Keepwarm-Priority"
 SHARED_HEADER = "X-Keepwarm-Shared"
+# Of a request to a fleet: the node that should serve it. Of an answer: the one that did.
+NODE_HEADER = "X-Keepwarm-Node"
 BATCH = "batch"
 
 _PRIORITIES = {"": 0, "interactive": 0, BATCH: 1}

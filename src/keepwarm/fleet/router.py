@@ -16,7 +16,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from keepwarm.fleet import status
 from keepwarm.fleet.costs import Costs
-from keepwarm.fleet.routing import Choice, Fleet, Want
+from keepwarm.fleet.routing import Choice, Fleet, Want, preferring
 from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, Told
 
 log = logging.getLogger("keepwarm.fleet")
@@ -42,7 +42,7 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
         self.heard_s: dict[str, float] = {}
         self._reports: dict[str, bytes] = {}
         self._tokens_per_char = TOKENS_PER_CHAR
-        self._chosen: dict[int, tuple[Want, dict[str, Choice]]] = {}
+        self._chosen: dict[int, tuple[Want, str, dict[str, Choice]]] = {}
         status.ROUTERS.add(self)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -86,27 +86,37 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
     ) -> list[list[RunningReplica]]:
         """All candidates, one a rank, best first."""
         replicas = {str(r.replica_id.unique_id): r for r in candidate_replicas}
-        want = self._want(pending_request)
+        ask = self._ask(pending_request)
+        want = ask.want(self._tokens_per_char) if ask else Want((), (), 1)
         ranked = self.fleet.rank(want, now_s=time.time(), among=replicas)
-        if pending_request is not None:
-            self._chosen[id(pending_request)] = want, {c.node: c for c in ranked}
+        if ask and ask.node:
+            ranked = preferring(ranked, self._replica_of(ask.node))
+        if pending_request is not None and ranked:
+            if id(pending_request) not in self._chosen and want.prefixes:
+                # Given at once, not when it is routed: of several that come in the same moment each
+                # must see what the others were given.
+                self.fleet.give(want, ranked[0], now_s=time.time())
+            self._chosen[id(pending_request)] = want, ranked[0].node, {c.node: c for c in ranked}
             if len(self._chosen) > 4096:  # what was never routed: its client has gone
                 del self._chosen[next(iter(self._chosen))]
         known = [[replicas[choice.node]] for choice in ranked]
         return known or [list(candidate_replicas)]
 
-    def _want(self, pending: PendingRequest | None) -> Want:
-        for value in (*pending.args, *pending.kwargs.values()) if pending else ():
-            if isinstance(value, Ask):
-                return value.want(self._tokens_per_char)
-        return Want((), (), 1)
+    @staticmethod
+    def _ask(pending: PendingRequest | None) -> Ask | None:
+        values = (*pending.args, *pending.kwargs.values()) if pending else ()
+        return next((value for value in values if isinstance(value, Ask)), None)
+
+    def _replica_of(self, node: str) -> str | None:
+        """The replica that calls itself so; a new one after a restart has the name again."""
+        return next((r for r, told in self.told.items() if told.about.get("node") == node), None)
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """The node is busy with it from now on."""
+        """Where it went instead, if its first choice couldn't take it: busy from now on, too."""
         super().on_request_routed(pending_request, replica_id, result)
-        want, choices = self._chosen.pop(id(pending_request), (None, {}))
+        want, given, choices = self._chosen.pop(id(pending_request), (None, "", {}))
         choice = choices.get(str(replica_id.unique_id))
-        if want is not None and want.prefixes and choice is not None:
+        if want is not None and want.prefixes and choice is not None and choice.node != given:
             self.fleet.give(want, choice, now_s=time.time())

@@ -29,6 +29,10 @@ STALE_S = 15.0
 """Several reports late (they come every two seconds): the node hangs, or its router is cut off."""
 FORGET_S = 300.0
 
+PATIENCE_S = 30.0
+"""How much longer than at the best node a request waits at the one its sender asks for. A pile of
+tasks is cut so that a node has what they share; nodes that are behind by more are helped."""
+
 WORK_MEMORY_S = 600.0
 """Work counts for about ten minutes: as long as a conversation that was begun on a node lives."""
 WORK_WEIGHT = 0.01
@@ -89,6 +93,14 @@ class _Node:
     busy_until_s: float = 0.0
     work: float = 0.0  # in seconds, times what has faded since the fleet's origin
     given: deque[tuple[float, float]] = field(default_factory=deque)
+
+
+def preferring(ranked: Sequence[Choice], node: str | None) -> list[Choice]:
+    """The same choices with a sender's own first, unless that waits `PATIENCE_S` longer."""
+    asked = next((choice for choice in ranked if choice.node == node), None)
+    if asked is None or asked.wait_s > min(c.wait_s for c in ranked) + PATIENCE_S:
+        return list(ranked)
+    return [asked, *(choice for choice in ranked if choice is not asked)]
 
 
 class Fleet:

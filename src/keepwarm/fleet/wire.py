@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from keepwarm.core.anthropic import chat_request
-from keepwarm.core.hints import is_planned
+from keepwarm.core.hints import NODE_HEADER, is_planned
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import Api, prompt_of
 from keepwarm.errors import KeepwarmError
@@ -43,7 +43,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP request on its way to a node.
 
     `prefixes` and `ends_chars` are its marks for routing, shortest first; empty where any node will
-    do.
+    do. `node` is the one it would rather go to, by the name that nodes tell.
     """
 
     method: str
@@ -52,6 +52,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     prefixes: list[int]
     ends_chars: list[int]
+    node: str = ""
 
     def want(self, tokens_per_char: float) -> Want:
         """The same for the router."""
@@ -128,6 +129,7 @@ def ask_of(
         body=body,
         prefixes=prefixes,
         ends_chars=ends,
+        node=_asked_node(headers),
     )
 
 
@@ -145,3 +147,8 @@ def _marks(
         [int.from_bytes(mark.digest[:8], "little") for mark in marks],
         [mark.chars for mark in marks],
     )
+
+
+def _asked_node(headers: Sequence[tuple[str, str]]) -> str:
+    """The node that a sender would rather have."""
+    return next((v.strip() for k, v in headers if k.lower() == NODE_HEADER.lower()), "")

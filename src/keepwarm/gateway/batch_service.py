@@ -57,7 +57,7 @@ class LocalSender:
         self._proxy = proxy
         self._namespace = namespace
 
-    async def send(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Send a task. Raises: UnreachableError: the gateway is stopping or has no engine."""
         self._check()
         try:
@@ -69,7 +69,7 @@ class LocalSender:
         headers = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status, response.body, headers)
 
-    async def fill(self, task: Task, ends: Sequence[SharedEnd]) -> Answer:
+    async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Fill and save a prefix. Raises: as `send`."""
         self._check()
         try:
