@@ -11,6 +11,9 @@ MINUTES ?= 10
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
 	--ignore tests/live/test_fleet_live.py --ignore tests/live/test_systemd_live.py
 
+FLEET_TESTS := tests/live/test_fleet_live.py tests/live/test_fleet_node_live.py \
+	tests/unit/test_fleet_shared.py
+
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -19,13 +22,14 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-fast lint format bench soak clean
+.PHONY: help setup demo test test-all test-fast test-fleet lint format bench soak clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
 	@echo "make setup      install everything into $(VENV) and fetch the model; others do so too"
 	@echo "make test       run the tests, those with the real engine too"
 	@echo "make test-all   run the long ones as well"
+	@echo "make test-fleet run those of the fleet, on a Ray of their own (installs Ray: 200 MB)"
 	@echo "make test-fast  run the tests that need neither engine nor model"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
@@ -46,6 +50,11 @@ test-all: $(VENV)/.installed-dev $(MODEL)
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "not live" $(PYTEST_FLAGS)
+
+# Nodes are killed under load here; on a machine that does other things too a second try is fair.
+test-fleet: $(VENV)/.installed-fleet $(MODEL)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(FLEET_TESTS) || \
+		$(BIN)/python -m pytest $(PYTEST_FLAGS) --last-failed $(FLEET_TESTS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
@@ -89,6 +98,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing Keepwarm with its test tools into $(VENV): some 200 MB, two to five minutes ..."
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-fleet: pyproject.toml | $(VENV)/.installed-dev
+	@echo "Installing Ray Serve into $(VENV): some 200 MB, one to three minutes ..."
+	@$(PIP) --editable '.[dev,fleet]' 'moto[server]'
+	@touch $@
 
 $(MODEL): | $(BIN)/python
 	@echo "Fetching the model SmolLM2-135M-Instruct: 98 MB, once ..."
