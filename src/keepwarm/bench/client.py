@@ -23,13 +23,14 @@ _TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One reply. `plan` is the header Keepwarm adds, '' from other servers."""
+    """One reply. `plan` and `tier` are headers Keepwarm adds, '' from other servers."""
 
     ttft_s: float
     total_s: float
     text: str
     counts: Counts
     plan: str
+    tier: str = ""
 
 
 class ChatClient:
@@ -67,10 +68,28 @@ class ChatClient:
                 if response.status != 200:
                     said = (await response.read())[:300].decode("utf-8", "replace")
                     raise EngineError(f"{url} answered {response.status}: {said}")
-                plan = response.headers.get("X-Keepwarm-Plan", "")
-                return await _read(response, began, plan)
+                return await _read(response, began)
         except aiohttp.ClientError as error:
             raise EngineDownError(f"{url} gave no whole answer: {error}.") from error
+
+    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
+        """What a page answers to a JSON body.
+
+        Raises:
+            EngineDownError: the server can't be reached.
+            EngineError: it answered with an error, or with something else than JSON.
+        """
+        try:
+            async with self._session.post(url, json=body) as response:
+                raw = await response.read()
+                if response.status != 200:
+                    said = raw[:300].decode("utf-8", "replace")
+                    raise EngineError(f"{url} answered {response.status}: {said}")
+                return msgspec.json.decode(raw)
+        except aiohttp.ClientError as error:
+            raise EngineDownError(f"{url} gave no whole answer: {error}.") from error
+        except msgspec.DecodeError as error:
+            raise EngineError(f"{url} answered something else than JSON: {error}.") from error
 
     async def get(self, url: str) -> tuple[int, Any]:
         """A page's status and JSON; (0, None) where nobody listens."""
@@ -82,7 +101,7 @@ class ChatClient:
             return 0, None
 
 
-async def _read(response: aiohttp.ClientResponse, began: float, plan: str) -> Answer:
+async def _read(response: aiohttp.ClientResponse, began: float) -> Answer:
     first: float | None = None
     text: list[str] = []
     counts: Counts | None = None
@@ -100,7 +119,14 @@ async def _read(response: aiohttp.ClientResponse, began: float, plan: str) -> An
     ended = time.perf_counter()
     if counts is None:
         raise EngineError("The server's reply holds no token counts, so nothing can be proved.")
-    return Answer((first or ended) - began, ended - began, "".join(text), counts, plan)
+    return Answer(
+        (first or ended) - began,
+        ended - began,
+        "".join(text),
+        counts,
+        response.headers.get("X-Keepwarm-Plan", ""),
+        response.headers.get("X-Keepwarm-Tier", ""),
+    )
 
 
 def content_of(event: Mapping[str, Any]) -> str:
