@@ -72,25 +72,6 @@ class ChatClient:
         except aiohttp.ClientError as error:
             raise EngineDownError(f"{url} gave no whole answer: {error}.") from error
 
-    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
-        """What a page answers to a JSON body.
-
-        Raises:
-            EngineDownError: the server can't be reached.
-            EngineError: it answered with an error, or with something else than JSON.
-        """
-        try:
-            async with self._session.post(url, json=body) as response:
-                raw = await response.read()
-                if response.status != 200:
-                    said = raw[:300].decode("utf-8", "replace")
-                    raise EngineError(f"{url} answered {response.status}: {said}")
-                return msgspec.json.decode(raw)
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"{url} gave no whole answer: {error}.") from error
-        except msgspec.DecodeError as error:
-            raise EngineError(f"{url} answered something else than JSON: {error}.") from error
-
     async def get(self, url: str) -> tuple[int, Any]:
         """A page's status and JSON; (0, None) where nobody listens."""
         try:

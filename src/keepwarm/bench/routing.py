@@ -14,10 +14,11 @@ each in a new conversation. The arms, each on a server that was just started:
 They run in rounds, in one order and then backwards, so that a machine that slows down meanwhile
 does so for all. An arm's round is a part of its tasks; no server sees a task twice, and each
 Keepwarm has a store of its own, warmed before the first round. Cold prompts take long, so the arms
-without the cache get only the first --tasks of each class; what is compared across the cache is
-told with its number. The router's decisions for arm 2 are those of an idle Keepwarm with every tier
-warm, so that arms 2 and 4 differ in the cache alone. Every reply has the same length, since the end
-of the text is ignored. Writes routing.json and routing.md to --out, and a table to the terminal.
+without the cache get only the first --tasks of each class, and each figure tells its number. The
+router weighs what a tier costs now, so in arm 2 it is told what each costs where nothing is kept:
+its tokens at the speed that Keepwarm has measured; it then takes small tiers more readily. Every
+reply has the same length, since the end of the text is ignored. Writes routing.json and routing.md
+to --out, and tables to the terminal.
 """
 
 from __future__ import annotations
@@ -59,12 +60,14 @@ from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engin
 from keepwarm.core.tiers import TierSet, compose
 from keepwarm.engine.attach import plan_launch
 from keepwarm.errors import ConfigError, EngineError, KeepwarmError
-from keepwarm.router import AUTO, TIERS
+from keepwarm.router import AUTO, TIERS, RouteRequest, TierCost
+from keepwarm.router_files import Router, load_router
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
 from keepwarm.tierfiles import find_tiers_directory, load_tiers
 
 # A server's first request also pays for code and sockets that nobody has used yet.
 _SETTLING = "Hello."
+_WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +115,27 @@ def rounds(scale: Scale) -> Iterator[tuple[int, RoutingArm, list[Task]]]:
                 yield turn, arm, tasks
 
 
+def decide_cold(router: Router, costs: Sequence[TierCost]) -> dict[str, str]:
+    """Each task's tier at such costs, by its text."""
+    return {
+        text: router.route(RouteRequest(text=text), costs).tier for text in chain(*TASKS.values())
+    }
+
+
 class _Run:
     """The servers of one run and what they have been asked."""
 
     def __init__(self, tiers: TierSet, client: ChatClient, scale: Scale, tell: Progress) -> None:
         self._tiers, self._client, self._scale = tiers, client, scale
-        self._decided: dict[str, str] = {}
         self._tell = tell
+        #: By text: the tier that the router gives it where nothing is kept.
+        self.decided: dict[str, str] = {}
         self._bar = tell.add_task("starting", total=sum(len(t) for _, _, t in rounds(scale)))
         self.samples: list[Asked] = []
 
     def doing(self, text: str) -> None:
         """What is being done now."""
         self._tell.update(self._bar, description=text)
-
-    async def decide(self, keepwarm: KeepwarmServer) -> None:
-        """Let an idle Keepwarm say which tier each task gets."""
-        self.doing("asking the router")
-        for text in chain(*TASKS.values()):
-            told = await self._client.post(keepwarm.base_url + "/keepwarm/route", {"text": text})
-            self._decided[text] = str(told["tier"])
 
     def _body(self, arm: RoutingArm, text: str) -> dict[str, Any]:
         body = {
@@ -143,7 +147,7 @@ class _Run:
         }
         if arm.is_cached:
             return body
-        tier = self._tiers.get(self._decided[text] if arm.asked == AUTO else arm.asked)
+        tier = self._tiers.get(self.decided[text] if arm.asked == AUTO else arm.asked)
         assert tier
         return compose(tier, {**body, "model": tier.name, "cache_prompt": False})
 
@@ -198,6 +202,11 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
     """
     if missing := [name for name in TIERS if name not in tiers]:
         raise ConfigError(f"The tiers' directory has no tier {missing[0]!r}, which is compared.")
+    router = load_router(
+        tiers_dir=Path(settings.tiers.dir),
+        state_dir=None,
+        own_tools=[tool for tier in tiers for tool in tier.tools],
+    )
     busy, began, began_s = machine(), datetime.now().astimezone(), time.perf_counter()
     async with AsyncExitStack() as stack:
         place = stack.enter_context(Workplace(settings.store.staging_bytes))
@@ -222,10 +231,12 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
             going.doing(f"{arm.name}: warming the tiers")
             await server.start(going.doing)
             if arm == WARM_ROUTED:
-                await going.decide(server)
                 prefixes = prefixes_of(server)
                 _, seen = await client.get(server.base_url + "/keepwarm/overview")
             await server.stop()
+        a_token_s = float(seen["prefill_s_per_token"])
+        costs = [TierCost(prefix.tier, prefix.tokens * a_token_s) for prefix in prefixes]
+        going.decided = decide_cold(router, costs)
         for turn, arm, tasks in rounds(scale):
             await going.round(arm, servers[arm], tasks, turn)
     return RoutingReport(
@@ -246,6 +257,8 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
         row_bytes=int(seen["row_bytes"]),
         pool_tokens=int(seen["pool_tokens"]),
         prefixes=prefixes,
+        cold_costs_s={cost.tier: round(cost.seconds, 3) for cost in costs},
+        cold_tiers={kind: [going.decided[t] for t in texts] for kind, texts in TASKS.items()},
         samples=going.samples,
     )
 
@@ -316,7 +329,9 @@ def main() -> None:
     if args.markdown:
         sys.stdout.write(markdown(report))
     else:
-        Console(highlight=False).print(terminal(report))
+        # Narrower than this the classes' names would be broken.
+        width = max(Console().width, _WIDTH)
+        Console(highlight=False, width=width).print(terminal(report))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
@@ -34,7 +34,7 @@ class RoutingArm(Struct, frozen=True):
     @property
     def name(self) -> str:
         """For people."""
-        cache = "cache on" if self.is_cached else "cache off"
+        cache = "on" if self.is_cached else "off"
         return f"{cache}, {'routed' if self.asked == AUTO else f'always {self.asked}'}"
 
 
@@ -82,7 +82,11 @@ class Asked(Struct, frozen=True, kw_only=True):
 
 
 class RoutingReport(Struct, frozen=True, kw_only=True):
-    """A whole run, as it is written to JSON. `row_bytes` is one token's KV state."""
+    """A whole run, as it is written to JSON.
+
+    `row_bytes` is one token's KV state. `cold_costs_s` is what a tier takes where nothing is kept,
+    in seconds; `cold_tiers` where the router then sends the tasks, those not asked too, by class.
+    """
 
     kind: str = "routing"
     keepwarm: str
@@ -95,6 +99,8 @@ class RoutingReport(Struct, frozen=True, kw_only=True):
     row_bytes: int
     pool_tokens: int
     prefixes: Sequence[Prefix]
+    cold_costs_s: dict[str, float]
+    cold_tiers: dict[str, list[str]]
     samples: Sequence[Asked]
     notes: Sequence[str] = ()
 
@@ -136,14 +142,13 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where the router sent the tasks of one class; `escalated` of them asked for more."""
+    """Where the router sent the tasks of one class; `under` counts those below that tier."""
 
     kind: str
     n: int
     at: dict[str, int]
     under: int
     over: int
-    escalated: int
 
     @property
     def right(self) -> int:
@@ -217,25 +222,24 @@ def gains_of(samples: Sequence[Asked]) -> list[Gain]:
     return out
 
 
-def placed_of(samples: Sequence[Asked]) -> list[Placed]:
-    """Where the router sent each class, by the arm in which it decided for each request."""
+def placed_of(decided: Mapping[str, Sequence[str]]) -> list[Placed]:
+    """Where the router sent them, from the chosen tiers of each class."""
     out = []
-    for kind in _kinds(samples):
-        these = _of(samples, WARM_ROUTED, kind)
-        if not these:
-            continue
-        steps = [TIERS.index(s.chosen) - TIERS.index(s.kind) for s in these]
-        out.append(
-            Placed(
-                kind,
-                len(these),
-                dict(Counter(s.chosen for s in these)),
-                under=sum(step < 0 for step in steps),
-                over=sum(step > 0 for step in steps),
-                escalated=sum(s.used != s.chosen for s in these),
-            )
-        )
+    pairs = [(kind, tier) for kind, tiers in decided.items() for tier in tiers]
+    for kind in (*decided, ALL):
+        these = [(of, tier) for of, tier in pairs if kind in (ALL, of)]
+        steps = [TIERS.index(tier) - TIERS.index(of) for of, tier in these]
+        at = dict(Counter(tier for _, tier in these))
+        under, over = sum(step < 0 for step in steps), sum(step > 0 for step in steps)
+        out.append(Placed(kind, len(these), at, under=under, over=over))
     return out
+
+
+def warm_tiers(samples: Sequence[Asked]) -> dict[str, list[str]]:
+    """The tiers that were chosen for each class where the cache is on and the router decides."""
+    routed = _of(samples, WARM_ROUTED, ALL)
+    kinds = dict.fromkeys(s.kind for s in routed)
+    return {kind: [s.chosen for s in routed if s.kind == kind] for kind in kinds}
 
 
 _Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], tuple[int, ...]]
@@ -246,7 +250,7 @@ def _tables(report: RoutingReport) -> list[_Table]:
     return [
         (
             "Each arm",
-            ("class", "arm", "n", "TTFT", "p95", "prompt", "prefilled", "decode, tokens/s", "KV"),
+            ("class", "cache, tier", "n", "TTFT", "p95", "prompt", "prefilled", "tokens/s", "KV"),
             [
                 (
                     line.kind,
@@ -282,24 +286,28 @@ def _tables(report: RoutingReport) -> list[_Table]:
             (0, 1),
         ),
         (
-            "Where the router sent them (cache on)",
-            ("class", "n", *TIERS, "right", "under-tiered", "over-tiered", "asked for more"),
+            "Where the router sent them",
+            ("costs", "class", "n", *TIERS, "right", "under-tiered", "over-tiered"),
             [
-                (
-                    placed.kind,
-                    str(placed.n),
-                    *(str(placed.at.get(tier, 0)) for tier in TIERS),
-                    *(
-                        f"{count / placed.n:.0%}"
-                        for count in (placed.right, placed.under, placed.over)
-                    ),
-                    str(placed.escalated),
-                )
-                for placed in placed_of(report.samples)
+                *_placed_rows("cold", report.cold_tiers),
+                *_placed_rows("warm", warm_tiers(report.samples)),
             ],
-            (0,),
+            (0, 1),
         ),
         _tier_table(report),
+    ]
+
+
+def _placed_rows(costs: str, decided: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            costs,
+            placed.kind,
+            str(placed.n),
+            *(str(placed.at.get(tier, 0)) for tier in TIERS),
+            *(f"{count / placed.n:.0%}" for count in (placed.right, placed.under, placed.over)),
+        )
+        for placed in placed_of(decided)
     ]
 
 
@@ -309,7 +317,7 @@ def _tier_table(report: RoutingReport) -> _Table:
     after = accumulate(prefix.seconds for prefix in report.prefixes)
     return (
         "What a tier costs before any task: its first use, memory, room in a small window",
-        ("tier", "tokens", "warm after", "KV", *left, "requests in the pool"),
+        ("tier", "tokens", "warm after", "KV", *left, "fit at once"),
         [
             (
                 prefix.tier,
@@ -327,12 +335,17 @@ def _tier_table(report: RoutingReport) -> _Table:
 
 def _facts(report: RoutingReport) -> list[str]:
     m = report.machine
+    asked = _of(report.samples, WARM_ROUTED, ALL)
     return [
         f"{report.began}, {report.seconds:.0f} s",
         f"{m.processor}, {m.cores} cores, {m.system}, load {m.load} at the beginning",
         f"engine {report.engine}, model {report.model}, Keepwarm {report.keepwarm}",
         "; ".join(f"{key}: {value}" for key, value in report.settings.items()),
         f"KV: {report.row_bytes:,} bytes a token; a pool of {report.pool_tokens:,} tokens",
+        "cold costs told to the router: "
+        + ", ".join(f"{tier} {seconds_text(s)}" for tier, s in report.cold_costs_s.items()),
+        f"asked for more and were run again one tier up: {sum(s.used != s.chosen for s in asked)} "
+        f"of {len(asked)}",
         *report.notes,
     ]
 
