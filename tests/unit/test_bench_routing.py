@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from keepwarm.bench.results import Machine, Prefix
-from keepwarm.bench.routing import Scale, decide_cold, order_of, rounds
+from keepwarm.bench.routing import Scale, cold_costs, decide_cold, order_of, rounds
 from keepwarm.bench.routing_report import (
     ALL,
     ARMS,
@@ -32,7 +32,7 @@ from keepwarm.bench.routing_report import (
     warm_tiers,
 )
 from keepwarm.bench.routing_tasks import TASKS
-from keepwarm.router import TIERS, TierCost
+from keepwarm.router import DEFAULT_COSTS, TIERS, TierCost
 from keepwarm.router_files import load_router
 
 
@@ -183,6 +183,15 @@ def test_what_the_router_chose_counts_and_not_what_the_model_asked_for_then() ->
     ]
     assert warm_tiers(samples) == {"standard": ["minimal"]}
     assert "run again one tier up: 1 of 1" in markdown(report(*samples))
+
+
+def test_a_cold_tier_costs_its_tokens_and_what_it_costs_warm() -> None:
+    prefixes = report().prefixes
+    costs = cold_costs(prefixes, prefill_s_per_token=0.01)
+    usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
+    assert [cost.tier for cost in costs] == list(TIERS)
+    for cost, tokens in zip(costs, (241, 2083, 3633), strict=True):
+        assert cost.seconds == pytest.approx(tokens * 0.01 + usual[cost.tier])
 
 
 def test_cold_prompts_are_avoided_more_readily_than_warm_ones() -> None:

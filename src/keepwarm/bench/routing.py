@@ -15,10 +15,10 @@ They run in rounds, in one order and then backwards, so that a machine that slow
 does so for all. An arm's round is a part of its tasks; no server sees a task twice, and each
 Keepwarm has a store of its own, warmed before the first round. Cold prompts take long, so the arms
 without the cache get only the first --tasks of each class, and each figure tells its number. The
-router weighs what a tier costs now, so in arm 2 it is told what each costs where nothing is kept:
-its tokens at the speed that Keepwarm has measured; it then takes small tiers more readily. Every
-reply has the same length, since the end of the text is ignored. Writes routing.json and routing.md
-to --out, and tables to the terminal.
+router weighs what a tier costs now, so in arm 2 it is told what Keepwarm would say with nothing
+kept: the tier's tokens at the measured speed, and what it costs warm; it then takes small tiers
+more readily. Every reply has the same length, since the end of the text is ignored. Writes
+routing.json and routing.md to --out, and tables to the terminal.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engin
 from keepwarm.core.tiers import TierSet, compose
 from keepwarm.engine.attach import plan_launch
 from keepwarm.errors import ConfigError, EngineError, KeepwarmError
-from keepwarm.router import AUTO, TIERS, RouteRequest, TierCost
+from keepwarm.router import AUTO, DEFAULT_COSTS, TIERS, RouteRequest, TierCost
 from keepwarm.router_files import Router, load_router
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
 from keepwarm.tierfiles import find_tiers_directory, load_tiers
@@ -113,6 +113,14 @@ def rounds(scale: Scale) -> Iterator[tuple[int, RoutingArm, list[Task]]]:
         for arm in order_of(turn):
             if tasks := tasks_of(arm, turn, scale):
                 yield turn, arm, tasks
+
+
+def cold_costs(prefixes: Sequence[Prefix], *, prefill_s_per_token: float) -> list[TierCost]:
+    """What each tier costs where nothing is kept, summed up as the gateway does."""
+    usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
+    return [
+        TierCost(p.tier, p.tokens * prefill_s_per_token + usual.get(p.tier, 0.0)) for p in prefixes
+    ]
 
 
 def decide_cold(router: Router, costs: Sequence[TierCost]) -> dict[str, str]:
@@ -234,8 +242,7 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
                 prefixes = prefixes_of(server)
                 _, seen = await client.get(server.base_url + "/keepwarm/overview")
             await server.stop()
-        a_token_s = float(seen["prefill_s_per_token"])
-        costs = [TierCost(prefix.tier, prefix.tokens * a_token_s) for prefix in prefixes]
+        costs = cold_costs(prefixes, prefill_s_per_token=float(seen["prefill_s_per_token"]))
         going.decided = decide_cold(router, costs)
         for turn, arm, tasks in rounds(scale):
             await going.round(arm, servers[arm], tasks, turn)
@@ -322,6 +329,8 @@ def main() -> None:
             report = asyncio.run(run(settings, tiers, scale, tell))
     except KeepwarmError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; every server was ended")
     args.out.mkdir(parents=True, exist_ok=True)
     raw = msgspec.json.format(msgspec.json.encode(report), indent=2)
     (args.out / "routing.json").write_bytes(raw + b"\n")
