@@ -6,6 +6,8 @@
 Nothing that is judged was learned from. `within`: five folds, grouped by query. `pairs`: one source
 with need and one without are both left out, since most sources have one label only and no AUC of
 their own. `sources`: each source left out in turn, judged by the whole router at default costs.
+`packaged`: requests that were labelled with nothing on offer, their source left out, as they come
+to a deployment with the packaged tiers, whose tools may be used for anything.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from learn_router import Bools, Floats, Row, learn, load
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
+from keepwarm.core.tiers import DEFAULT_AGENT_NAME
 from keepwarm.router.catalog import (
     NO_TOOLS,
     UNKNOWN_TOOLS,
@@ -32,14 +35,19 @@ from keepwarm.router.catalog import (
     ToolText,
     WordWeights,
     prepare_catalog,
+    tool_texts,
 )
 from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
 from keepwarm.router.decide import route, score
 from keepwarm.router.features import look
 from keepwarm.router.model import Weights
-from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest
+from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest, TierCost
 from keepwarm.router.words import seen
 from keepwarm.router_files import shipped_weights
+from keepwarm.tierfiles import load_tiers
+
+#: The tiers that come with the project.
+TIERS_DIR: Final = Path(__file__).parents[1] / "configs" / "prompt-tiers"
 
 #: The share of requests with need that may fall under a threshold when its other side is told.
 UNDER_TIERED: Final = 0.02
@@ -50,6 +58,11 @@ RELEVANT: Final = (
     "bfcl/simple_python", "bfcl/multiple", "bfcl/parallel", "bfcl/parallel_multiple",
 )  # fmt: skip
 IRRELEVANT: Final = "bfcl/irrelevance"
+#: A cold prompt on two cores with a small model; what `keepwarm.core.rates` begins with.
+PREFILL_S_PER_TOKEN: Final = 0.005
+#: The packaged tiers' static tokens (docs/prompt-tiers.md).
+TIER_TOKENS: Final = {"minimal": 241, "standard": 2083, "full": 3633}
+
 UNNEEDED: Final = ("arena_hard_v2/hard_prompt", "arena_hard_v2/creative_writing", "routellm/gsm8k")
 
 
@@ -194,6 +207,31 @@ def left_out(rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
     return found
 
 
+def packaged(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Where requests with nothing on offer go when the packaged tiers' tools are."""
+    tiers = load_tiers(TIERS_DIR, DEFAULT_AGENT_NAME)
+    own = tool_texts([tool for tier in tiers for tool in tier.tools])
+    cold = [
+        TierCost(cost.tier, cost.seconds + TIER_TOKENS[cost.tier] * PREFILL_S_PER_TOKEN)
+        for cost in DEFAULT_COSTS
+    ]
+    judged = [row for row in rows if row.tools == () and row.least_tier == MINIMAL]
+    at: dict[str, Counter[str]] = {"every tier warm": Counter(), "every tier cold": Counter()}
+    for source in sorted({family_of(row.source) for row in judged}):
+        weights = learn([row for row in rows if family_of(row.source) != source])
+        catalog = prepare_catalog(own, weights.words, is_open=True)
+        for row in judged:
+            if family_of(row.source) != source:
+                continue
+            for name, costs in zip(at, (DEFAULT_COSTS, cold), strict=True):
+                request = RouteRequest(text=row.query)
+                at[name][route(request, catalog, costs, RouterConfig(), weights).tier] += 1
+    return {
+        name: {"requests": len(judged), **{tier: count[tier] / len(judged) for tier in TIERS}}
+        for name, count in at.items()
+    }
+
+
 def shares(decided: Sequence[tuple[Row, Decision]]) -> dict[str, Any]:
     """Where requests went, and how many got less than they need."""
     at = Counter(decision.tier for _, decision in decided)
@@ -224,6 +262,7 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
         "within": within(rows),
         "pairs": pairs(rows),
         "pooled": figures(p, y),
+        "packaged": packaged(rows),
         "all": shares(decided),
         "sources": {source: shares(of_source) for source, of_source in by_source.items()},
     }
@@ -285,6 +324,9 @@ def main() -> None:
         cells = ("-" if row[head] is None else f"{row[head]:.3f}" for head in columns)
         print(f"{name:<34}" + "".join(f"{cell:>19}" for cell in cells))
         print(f"    {row['reasons']}")
+    print(f"\n{'packaged tools on offer':<34}" + "".join(f"{head:>19}" for head in columns[:4]))
+    for name, row in found["packaged"].items():
+        print(f"{name:<34}" + "".join(f"{row[head]:>19.3f}" for head in columns[:4]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from keepwarm.bench.prompts import Questions, direct_request, keepwarm_request, 
 from keepwarm.bench.servers import (
     KeepwarmServer,
     Workplace,
+    _serve_command,
     default_flags,
     default_params,
     settings_toml,
@@ -152,3 +154,19 @@ def test_both_shapes_of_a_request_ask_the_same() -> None:
     assert direct["messages"][-1:] == through["messages"]
     assert direct["messages"][0]["content"] == "You are an agent."
     assert direct["max_tokens"] == through["max_tokens"]
+
+
+def test_a_run_neither_uses_the_user_s_recalibrated_router_nor_adds_to_its_outcomes(
+    tmp_path: Path,
+) -> None:
+    command = _serve_command(tmp_path / "keepwarm.toml")
+    at = command.index("/usr/bin/env")
+    # What `env` would run is replaced by itself: it then prints what the server would get.
+    ended = command[at : command.index("-m", at) - 1]
+    theirs = {
+        "XDG_STATE_HOME": "/theirs",
+        "STATE_DIRECTORY": "/theirs",
+        "KEEPWARM_SERVER_PORT": "1",
+    }
+    said = subprocess.run(ended, env=theirs, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [f"XDG_STATE_HOME={tmp_path / 'state'}"]

@@ -23,7 +23,7 @@ _TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One reply. `plan` is the header Keepwarm adds, '' from other servers.
+    """One reply. `plan` and `tier` are headers Keepwarm adds, '' from other servers.
 
     `filled_tokens` are those that Keepwarm prefilled ahead, which the counts call cached.
     """
@@ -34,6 +34,7 @@ class Answer:
     counts: Counts
     plan: str
     filled_tokens: int = 0
+    tier: str = ""
 
 
 class ChatClient:
@@ -110,6 +111,7 @@ async def _read(response: aiohttp.ClientResponse, began: float) -> Answer:
         counts,
         plan=response.headers.get("X-Keepwarm-Plan", ""),
         filled_tokens=int(response.headers.get("X-Keepwarm-Filled", "0")),
+        tier=response.headers.get("X-Keepwarm-Tier", ""),
     )
 
 

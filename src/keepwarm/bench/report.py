@@ -153,21 +153,22 @@ def markdown(report: Report) -> str:
     """The whole report, ready to be pasted into a document."""
     out = [*(f"- {fact}" for fact in _facts(report)), ""]
     if report.figures:
-        out += _md_table(_FIGURE_HEAD, [_figure_row(f) for f in report.figures])
+        out += md_table(_FIGURE_HEAD, [_figure_row(f) for f in report.figures])
     for scenario in _scenarios(report):
         out += [f"### {TITLES[scenario]}", ""]
         if lines := lines_of(report.samples, scenario):
-            out += _md_table(_HEAD, [_cells(line) for line in lines], left=_TEXT_COLUMNS)
+            out += md_table(_HEAD, [_cells(line) for line in lines], left=_TEXT_COLUMNS)
         if rows := _duration_rows(report.durations, scenario):
-            out += _md_table(_DURATION_HEAD, rows, left=(0, 1))
+            out += md_table(_DURATION_HEAD, rows, left=(0, 1))
         if rows := _amount_rows(report.amounts, scenario):
-            out += _md_table(_AMOUNT_HEAD, rows, left=(0, 1, 6))
+            out += md_table(_AMOUNT_HEAD, rows, left=(0, 1, 6))
     return "\n".join(out).rstrip() + "\n"
 
 
-def _md_table(
+def md_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] | None = None
 ) -> list[str]:
+    """A Markdown table and an empty line; `left` are the columns of words, None: all are."""
     align = ["---" if left is None or i in left else "---:" for i in range(len(head))]
     lines = [head, align, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]

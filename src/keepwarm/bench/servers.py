@@ -336,11 +336,13 @@ def _serve_command(file: Path) -> list[str]:
     """`keepwarm serve` behind the guard, without the settings of the user's environment.
 
     The environment goes before a settings file, and would make a run something else than what its
-    report says.
+    report says. So would the user's recalibrated router; and what a run asks is no outcome to
+    learn from. So the state is the run's own.
     """
-    unset = []
+    unset = ["-u", "STATE_DIRECTORY"]
     for key, _, _ in fields():
         unset += ["-u", "KEEPWARM_" + key.replace(".", "_").upper()]
     python = [sys.executable, "-m", "keepwarm"]
     guard = [sys.executable, "-m", "keepwarm.engine.guard", "/usr/bin/env", *unset]
-    return [*guard, *python, "serve", "--config", str(file)]
+    state = f"XDG_STATE_HOME={file.parent / 'state'}"
+    return [*guard, state, *python, "serve", "--config", str(file)]
