@@ -57,7 +57,7 @@ def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
     tier = answer.headers.get("x-keepwarm-tier", "").partition(";")[0].strip()
     stats["plan"] = answer.headers.get("x-keepwarm-plan", "")
     stats["tier"] = tier or "none"
-    stats["slot"] = _number(answer.headers.get("x-keepwarm-slot"), stats["lane"])
+    stats["slot"] = row_of(answer, stats["lane"])
     if counts is not None:
         # What the gateway has filled for this request, the engine counts as reused.
         filled = _number(answer.headers.get("x-keepwarm-filled"), 0)
@@ -67,6 +67,13 @@ def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
         stats["prefill_s"] = counts.prefill_s if not filled else 0.0
         stats["prefill_n"] = counts.prefilled if not filled else 0
     return Entry(task.custom_id, True, "results", task_digest(task), line, stats)
+
+
+def row_of(answer: Answer, lane: int) -> int:
+    """The slot it ran in, for the picture; of a fleet, whose nodes all count from 0, the lane."""
+    if "x-keepwarm-node" in answer.headers:
+        return lane
+    return _number(answer.headers.get("x-keepwarm-slot"), lane)
 
 
 def failure(task: Task, answer: Answer | None, stats: dict[str, Any]) -> Entry:

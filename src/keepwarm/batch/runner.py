@@ -235,7 +235,7 @@ class Runner:
         said = msgspec.json.decode(answer.body)
         stats = {
             "lane": lane,
-            "slot": said.get("slot", lane),
+            "slot": lane if "x-keepwarm-node" in answer.headers else said.get("slot", lane),
             "began_s": began_s,
             "ended_s": time.time(),
             "plan": said.get("plan", ""),

@@ -140,9 +140,10 @@ class HttpSender:
             raise UnreachableError(
                 f"{self.base_url} doesn't tell its nodes: {error}.", begun=False
             ) from error
-        nodes = told.get("nodes", {}).values()
-        ready = {str(node["node"]) for node in nodes if node.get("state") == "ready"}
-        self.nodes = tuple(sorted(ready)) if len(ready) > 1 else ()
+        nodes = told.get("nodes", {})
+        # By the fleet's own names: what nodes call themselves is unique on one machine only.
+        ready = sorted(name for name, node in nodes.items() if node.get("state") == "ready")
+        self.nodes = tuple(ready) if len(ready) > 1 else ()
 
     async def is_up(self) -> bool:
         """Whether it is ready (or serves while it warms)."""

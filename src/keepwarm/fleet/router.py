@@ -90,7 +90,7 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
         want = ask.want(self._tokens_per_char) if ask else Want((), (), 1)
         ranked = self.fleet.rank(want, now_s=time.time(), among=replicas)
         if ask and ask.node:
-            ranked = preferring(ranked, self._replica_of(ask.node))
+            ranked = preferring(ranked, self._named(ask.node))
         if pending_request is not None and ranked:
             if id(pending_request) not in self._chosen and want.prefixes:
                 # Given at once, not when it is routed: of several that come in the same moment each
@@ -107,9 +107,12 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
         values = (*pending.args, *pending.kwargs.values()) if pending else ()
         return next((value for value in values if isinstance(value, Ask)), None)
 
-    def _replica_of(self, node: str) -> str | None:
-        """The replica that calls itself so; a new one after a restart has the name again."""
-        return next((r for r, told in self.told.items() if told.about.get("node") == node), None)
+    def _named(self, node: str) -> str | None:
+        """The replica of a name: the fleet's own, or one that a single node calls itself."""
+        if node in self.fleet.nodes:
+            return node
+        called = [r for r, told in self.told.items() if told.about.get("node") == node]
+        return called[0] if len(called) == 1 else None
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any

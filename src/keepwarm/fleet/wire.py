@@ -43,7 +43,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP request on its way to a node.
 
     `prefixes` and `ends_chars` are its marks for routing, shortest first; empty where any node will
-    do. `node` is the one it would rather go to, by the name that nodes tell.
+    do. `node` is the one it would rather go to, by the fleet's name for it or its own.
     """
 
     method: str
