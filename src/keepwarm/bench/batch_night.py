@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--chat-template", default="")
     parser.add_argument("--tiers", type=Path, default=None)
     parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--context", type=int, default=24576)
+    parser.add_argument("--context", type=int, default=EngineSettings().context)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("batch-night-results"))
     for name, value in asdict(Scale()).items():
