@@ -262,7 +262,7 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
             "threads": str(settings.engine.threads or os.cpu_count()),
         },
         row_bytes=int(seen["row_bytes"]),
-        pool_tokens=int(seen["pool_tokens"]),
+        pool_tokens=settings.engine.context,  # in parts or shared, it is as many
         prefixes=prefixes,
         cold_costs_s={cost.tier: round(cost.seconds, 3) for cost in costs},
         cold_tiers={kind: [going.decided[t] for t in texts] for kind, texts in TASKS.items()},
