@@ -19,8 +19,9 @@ import msgspec
 
 from keepwarm.core.tiers import ContextRole, TierSet, TierSource, build_tiers
 from keepwarm.errors import TierError
+from keepwarm.settings import Places, TierSettings
 
-__all__ = ["find_tiers_directory", "load_tiers", "packaged_configs"]
+__all__ = ["deployed_tiers", "find_tiers_directory", "load_tiers", "packaged_configs"]
 
 _MANIFEST = "tier.toml"
 _ROOT_TEXT = "system.md"
@@ -71,6 +72,17 @@ def load_tiers(directory: Path, agent_name: str) -> TierSet:
     if not folders:
         raise TierError(f"{directory} holds no tier: make a folder with a {_MANIFEST} in it.")
     return build_tiers([_read_tier(folder) for folder in folders], agent_name=agent_name)
+
+
+def deployed_tiers(settings: TierSettings, places: Places) -> tuple[Path, TierSet]:
+    """The directory and the tiers that settings name, or those found without one.
+
+    Raises:
+        TierError: as the two below.
+    """
+    explicit = Path(settings.dir).expanduser() if settings.dir else None
+    directory = find_tiers_directory(explicit, places.config_home)
+    return directory, load_tiers(directory, settings.agent_name)
 
 
 def find_tiers_directory(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchsamples import document, line
-from keepwarm.batch.cut import cut, prefilled_tokens
+from keepwarm.batch.cut import cut
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.planner import Costs, play
 from keepwarm.batch.tasks import parse_tasks
@@ -24,6 +24,14 @@ def about(documents: list[int]) -> PrefixTree:
     """A task for each entry, about the document of that number."""
     texts = [f"{document(of)}\n\nPart {i}, please?" for i, of in enumerate(documents)]
     return tree_of([line(f"t{i}", text) for i, text in enumerate(texts)])
+
+
+def prefilled_tokens(tree: PrefixTree, homes: list[int]) -> int:
+    """Tokens prefilled if each node prefills what its tasks need once."""
+    needed = {(homes[i], b) for i, leaf in enumerate(tree.leaves) for b in leaf.branches}
+    return sum(tree.branch_tokens(branch) for _, branch in needed) + sum(
+        map(tree.leaf_tokens, range(len(homes)))
+    )
 
 
 def test_a_document_stays_on_one_node() -> None:

@@ -45,16 +45,6 @@ def cut(tree: PrefixTree, nodes: int) -> list[int]:
     return homes
 
 
-def prefilled_tokens(tree: PrefixTree, homes: Sequence[int]) -> int:
-    """Tokens prefilled if each node prefills what its tasks need once: what a cut is judged by."""
-    total = 0
-    for node in set(homes):
-        leaves = [leaf for leaf, home in enumerate(homes) if home == node]
-        total += sum(_own_tokens(tree, leaf) for leaf in leaves)
-        total += sum(_branch_tokens(tree, b) for b in _branches(tree, leaves))
-    return total
-
-
 def _parts(tree: PrefixTree, nodes: int) -> list[list[int]]:
     """Groups of tasks that are dealt out whole."""
     share = _weight(tree, range(len(tree.tasks)), set()) / nodes * _OVER_SHARE
@@ -104,27 +94,10 @@ def _joined(tree: PrefixTree, parts: list[list[int]]) -> list[list[int]]:
 
 def _weight(tree: PrefixTree, leaves: Sequence[int], has: set[int]) -> float:
     """Tokens to prefill for these tasks where the branches `has` are, and to generate, weighed."""
-    prefill = sum(_branch_tokens(tree, b) for b in _branches(tree, leaves) - has)
-    prefill += sum(_own_tokens(tree, leaf) for leaf in leaves)
+    prefill = sum(map(tree.branch_tokens, _branches(tree, leaves) - has))
+    prefill += sum(map(tree.leaf_tokens, leaves))
     return prefill + _DECODE_WEIGHT * sum(tree.leaves[leaf].reply_tokens for leaf in leaves)
 
 
 def _branches(tree: PrefixTree, leaves: Sequence[int]) -> set[int]:
     return {branch for leaf in leaves for branch in tree.leaves[leaf].branches}
-
-
-def _branch_tokens(tree: PrefixTree, number: int) -> int:
-    """A branch's tokens beyond what is above it."""
-    branch = tree.branches[number]
-    root = tree.roots[branch.root].tokens
-    above = root if branch.above is None else tree.branches[branch.above].tokens
-    return max(branch.tokens - above, 0)
-
-
-def _own_tokens(tree: PrefixTree, number: int) -> int:
-    """A task's tokens beyond its branches; one is evaluated in any case."""
-    leaf = tree.leaves[number]
-    above = (
-        tree.branches[leaf.branches[-1]].tokens if leaf.branches else tree.roots[leaf.root].tokens
-    )
-    return max(leaf.tokens - above, 1)

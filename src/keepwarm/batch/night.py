@@ -66,7 +66,7 @@ class Night:
         order: Sequence[int] | None = None,
         ended: Mapping[int, bool] | None = None,
         seconds: Callable[[int], float] | None = None,
-        homes: Sequence[int] | None = None,
+        homes: Sequence[int] = (),
     ) -> None:
         """Begin, or go on with what an earlier run has left.
 
@@ -76,14 +76,14 @@ class Night:
             order: take tasks strictly in this order, as far as they are ready; None plans.
             ended: tasks that have ended before, and whether well.
             seconds: about how long a task takes; for deadlines.
-            homes: the node of each task; None if there is one node.
+            homes: the node of each task; none if there is one node.
         """
         self.tree = tree
         self._fills = fills
         self._listed = list(order) if order is not None else None
         self._head = 0
         self._seconds = seconds or (lambda _: 0.0)
-        self._homes = list(homes) if homes is not None else [0] * len(tree.tasks)
+        self._homes = list(homes) or [0] * len(tree.tasks)
         self._nodes = max(self._homes, default=0) + 1
         ranks = order if order is not None else tree.order
         self._rank = {leaf: rank for rank, leaf in enumerate(ranks)}

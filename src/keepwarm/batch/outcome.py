@@ -57,7 +57,8 @@ def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
     tier = answer.headers.get("x-keepwarm-tier", "").partition(";")[0].strip()
     stats["plan"] = answer.headers.get("x-keepwarm-plan", "")
     stats["tier"] = tier or "none"
-    stats["slot"] = row_of(answer, stats["lane"])
+    slot = _number(answer.headers.get("x-keepwarm-slot"), stats["lane"])
+    stats["slot"] = row_of(answer, slot=slot, lane=stats["lane"])
     if counts is not None:
         # What the gateway has filled for this request, the engine counts as reused.
         filled = _number(answer.headers.get("x-keepwarm-filled"), 0)
@@ -69,11 +70,9 @@ def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
     return Entry(task.custom_id, True, "results", task_digest(task), line, stats)
 
 
-def row_of(answer: Answer, lane: int) -> int:
-    """The slot it ran in, for the picture; of a fleet, whose nodes all count from 0, the lane."""
-    if "x-keepwarm-node" in answer.headers:
-        return lane
-    return _number(answer.headers.get("x-keepwarm-slot"), lane)
+def row_of(answer: Answer, *, slot: int, lane: int) -> int:
+    """Where it is in the picture: its slot; of a fleet, whose nodes all count from 0, its lane."""
+    return lane if answer.node else slot
 
 
 def failure(task: Task, answer: Answer | None, stats: dict[str, Any]) -> Entry:

@@ -144,7 +144,7 @@ def _night(
     tree: PrefixTree, mode: Mode, ended: Mapping[int, bool] | None, homes: Sequence[int]
 ) -> Night:
     order = range(len(tree.tasks)) if mode == "file" else None
-    return Night(tree, fills=mode == "tree", order=order, ended=ended, homes=homes or None)
+    return Night(tree, fills=mode == "tree", order=order, ended=ended, homes=homes)
 
 
 @dataclass(slots=True)

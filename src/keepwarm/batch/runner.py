@@ -23,7 +23,7 @@ import msgspec
 
 from keepwarm.batch.journal import DiskFullError, Entry, Journal
 from keepwarm.batch.night import FillBranch, Night, RunTask
-from keepwarm.batch.outcome import failure, lost, success, unusable
+from keepwarm.batch.outcome import failure, lost, row_of, success, unusable
 from keepwarm.batch.planner import RESTORE_WEIGHT, Costs, Plan
 from keepwarm.batch.senders import Answer, Sender, UnreachableError
 from keepwarm.batch.tasks import LineError, Task
@@ -235,7 +235,7 @@ class Runner:
         said = msgspec.json.decode(answer.body)
         stats = {
             "lane": lane,
-            "slot": lane if "x-keepwarm-node" in answer.headers else said.get("slot", lane),
+            "slot": row_of(answer, slot=said.get("slot", lane), lane=lane),
             "began_s": began_s,
             "ended_s": time.time(),
             "plan": said.get("plan", ""),

@@ -38,6 +38,11 @@ class Answer:
         return self.headers.get("x-keepwarm-request-id", "")
 
     @property
+    def node(self) -> str:
+        """The node of a fleet that answered; '' of a single Keepwarm."""
+        return self.headers.get(NODE_HEADER.lower(), "")
+
+    @property
     def retry_after_s(self) -> float | None:
         """How long the server asks to wait before another try."""
         try:

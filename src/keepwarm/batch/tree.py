@@ -108,23 +108,25 @@ class PrefixTree:
         """Where they end, for the request's header."""
         return [end for b in self.fillable(leaf) if (end := self.branches[b].end) is not None]
 
+    def branch_tokens(self, number: int) -> int:
+        """A branch's tokens beyond what is above it."""
+        branch = self.branches[number]
+        root_tokens = self.roots[branch.root].tokens
+        above = root_tokens if branch.above is None else self.branches[branch.above].tokens
+        return max(branch.tokens - above, 0)
+
+    def leaf_tokens(self, number: int) -> int:
+        """A task's tokens beyond its branches; one is always evaluated again."""
+        leaf = self.leaves[number]
+        root_tokens = self.roots[leaf.root].tokens
+        above = self.branches[leaf.branches[-1]].tokens if leaf.branches else root_tokens
+        return max(leaf.tokens - above, 1)
+
     @property
     def least_tokens(self) -> int:
         """The fewest tokens that have to be prefilled: each that differs, once, but no tier's."""
-        total = 0
-        for branch in self.branches:
-            root_tokens = self.roots[branch.root].tokens
-            above = root_tokens if branch.above is None else self.branches[branch.above].tokens
-            total += max(branch.tokens - above, 0)
-        for leaf in self.leaves:
-            above = (
-                self.branches[leaf.branches[-1]].tokens
-                if leaf.branches
-                else self.roots[leaf.root].tokens
-            )
-            # One token is always evaluated again.
-            total += max(leaf.tokens - above, 1)
-        return total
+        branches = sum(map(self.branch_tokens, range(len(self.branches))))
+        return branches + sum(map(self.leaf_tokens, range(len(self.leaves))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from keepwarm.batch.job import Job, Paths, read_tasks
 from keepwarm.batch.senders import HttpSender
 from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
+from keepwarm.bench.options import add_options, settings_of
 from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.engine.attach import plan_launch
@@ -42,12 +43,9 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.errors import ConfigError
 from keepwarm.settings import (
     BatchSettings,
-    EngineSettings,
     Settings,
     StoreSettings,
-    TierSettings,
 )
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
 
 # 900 tokens: such text, full of numbers, has 3.2 characters a token with SmolLM2's tokenizer.
 CONTEXT_CHARS = 2860
@@ -356,28 +354,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--engine", default="", help="a llama-server binary; default: embedded")
-    parser.add_argument("--chat-template", default="")
-    parser.add_argument("--tiers", type=Path, default=None)
-    parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--context", type=int, default=EngineSettings().context)
-    parser.add_argument("--threads", type=int, default=0)
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("batch-night-results"))
     for name, value in asdict(Scale()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
-    engine = EngineSettings(
-        model=args.model,
-        binary=args.engine,
-        chat_template=args.chat_template,
-        slots=args.slots,
-        context=args.context,
-        threads=args.threads,
-    )
-    directory = find_tiers_directory(args.tiers, Path.home() / ".config")
-    tiers = load_tiers(directory, TierSettings().agent_name)
-    settings = Settings(engine=engine, tiers=TierSettings(dir=str(directory.absolute())))
+    settings, tiers = settings_of(args)
     scale = Scale(**{name: getattr(args, name) for name in asdict(Scale())})
     report = asyncio.run(run(settings, tiers, scale, args.out))
     report["machine"] = msgspec.to_builtins(machine())

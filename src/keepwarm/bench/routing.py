@@ -43,6 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from keepwarm import __version__
 from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
+from keepwarm.bench.options import add_options, settings_of
 from keepwarm.bench.results import Prefix
 from keepwarm.bench.routing_report import (
     ARMS,
@@ -62,8 +63,7 @@ from keepwarm.engine.attach import plan_launch
 from keepwarm.errors import ConfigError, EngineError, KeepwarmError
 from keepwarm.router import AUTO, DEFAULT_COSTS, TIERS, RouteRequest, TierCost
 from keepwarm.router_files import Router, load_router
-from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.settings import Settings, StoreSettings
 
 # A server's first request also pays for code and sockets that nobody has used yet.
 _SETTLING = "Hello."
@@ -288,13 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--engine", default="", help="a llama-server binary; default: embedded")
-    parser.add_argument("--chat-template", default="")
-    parser.add_argument("--tiers", type=Path, default=None)
-    parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--context", type=int, default=24576)
-    parser.add_argument("--threads", type=int, default=0)
+    add_options(parser)
     parser.add_argument("--tasks", type=int, default=4, help="of a class, with the cache off")
     parser.add_argument("--warm-tasks", type=int, default=most, help="of a class, with it on")
     parser.add_argument("--rounds", type=int, default=4)
@@ -310,21 +304,11 @@ def main() -> None:
     )
     if min(scale.tasks, scale.warm_tasks, scale.rounds, scale.reply_tokens) < 1:
         parser.error("--tasks, --warm-tasks, --rounds and --reply-tokens must be 1 at least")
-    engine = EngineSettings(
-        model=args.model,
-        binary=args.engine,
-        chat_template=args.chat_template,
-        slots=args.slots,
-        context=args.context,
-        threads=args.threads,
-    )
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     tell = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
     try:
-        directory = find_tiers_directory(args.tiers, Path.home() / ".config")
-        tiers = load_tiers(directory, TierSettings().agent_name)
-        settings = Settings(engine=engine, tiers=TierSettings(dir=str(directory.absolute())))
+        settings, tiers = settings_of(args)
         with tell:
             report = asyncio.run(run(settings, tiers, scale, tell))
     except KeepwarmError as error:

@@ -18,7 +18,7 @@ from keepwarm.gateway.batch_service import LocalSender
 from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 _POLL_S = 0.5
 
@@ -112,11 +112,10 @@ def _tiers_of(warmed: list[dict[str, object]]) -> dict[str, int]:
 
 def estimated_tiers(settings: Settings, places: Places) -> dict[str, int]:
     """The tiers' lengths from their texts alone, for a plan without a server."""
-    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-    directory = find_tiers_directory(explicit, places.config_home)
+    _, tiers = deployed_tiers(settings.tiers, places)
     per_char = Rates().tokens_per_char.value
     out = {}
-    for tier in load_tiers(directory, settings.tiers.agent_name):
+    for tier in tiers:
         static = compose(tier, {"messages": []})
         chars = len(str(static.get("tools") or ""))
         chars += sum(len(str(m["content"])) for m in static["messages"])

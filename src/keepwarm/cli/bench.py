@@ -19,7 +19,7 @@ from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 
 def bench(
@@ -90,9 +90,7 @@ def bench(
     )
     settings, places = opt.settings_from(config, flags)
     chosen = tuple(scenarios or BEFORE_AFTER)
-    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-    tier_files = find_tiers_directory(explicit, places.config_home)
-    loaded = load_tiers(tier_files, settings.tiers.agent_name)
+    tier_files, loaded = deployed_tiers(settings.tiers, places)
     # Where Keepwarm's own process would look depends on where it runs.
     found = msgspec.structs.replace(settings.tiers, dir=str(tier_files.absolute()))
     settings = msgspec.structs.replace(settings, tiers=found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from rich.tree import Tree
@@ -19,7 +18,7 @@ from keepwarm.engine.session import engine_session
 from keepwarm.engine.static_end import common_length
 from keepwarm.gateway.warm import Target, tier_targets
 from keepwarm.settings import Settings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 
 def tiers_command(
@@ -45,9 +44,7 @@ def tiers_command(
         "engine.chat_template": chat_template,
     }
     settings, places = opt.settings_from(config, flags)
-    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-    directory = find_tiers_directory(explicit, places.config_home)
-    tier_set = load_tiers(directory, settings.tiers.agent_name)
+    directory, tier_set = deployed_tiers(settings.tiers, places)
     with err.status("asking the model"):
         report = asyncio.run(_report(settings, tier_set))
     report["directory"] = str(directory)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
@@ -18,12 +17,12 @@ from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.reply import counts_of
-from keepwarm.core.tiers import Tier, TierSet, compose
+from keepwarm.core.tiers import Tier, compose
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 _DEFAULT_KEEPWARM = "http://127.0.0.1:8090"
 
@@ -87,7 +86,7 @@ async def _warmup(settings: Settings, places: Places, *, wait_s: float) -> dict[
         progress.status("waiting for the server")
         status = await _keepwarm_status(settings, wait_s=wait_s)
         if status is not None:
-            tiers = _tiers(settings, places)
+            _, tiers = deployed_tiers(settings.tiers, places)
             warmed = status["warmed"]
         else:
             runtime = Runtime(
@@ -152,12 +151,6 @@ async def _keepwarm_status(settings: Settings, *, wait_s: float) -> dict[str, An
 def _headers(settings: Settings) -> dict[str, str]:
     key = settings.engine.upstream_key
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _tiers(settings: Settings, places: Places) -> TierSet:
-    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-    directory = find_tiers_directory(explicit, places.config_home)
-    return load_tiers(directory, settings.tiers.agent_name)
 
 
 async def _prove(

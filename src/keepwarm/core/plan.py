@@ -213,9 +213,7 @@ def _options(
     content = slot.content
     index, position = -1, Position(0, exact=True)
     if content and not slot.is_foreign(demand.namespace):
-        index, position = content.match(demand.prompt)
-        if not machine.cuttable and position.tokens != content.tokens:
-            index, position = -1, Position(0, exact=True)
+        index, position = content.reusable(demand.prompt, cuttable=machine.cuttable)
     kept = min(position.tokens, total - 1)
 
     def lose(tokens: int) -> Loss:

@@ -357,10 +357,7 @@ class Scheduler:
         """Tokens of a job's prompt that some content spares."""
         if content.namespace not in ("", job.namespace):
             return 0
-        _, position = content.match(job.prompt)
-        if not self.machine.cuttable and position.tokens != content.tokens:
-            return 0
-        return position.tokens
+        return content.reusable(job.prompt, cuttable=self.machine.cuttable)[1].tokens
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]

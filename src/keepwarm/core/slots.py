@@ -60,6 +60,13 @@ class Content:
                 return index, position
         return -1, Position(0, exact=True)
 
+    def reusable(self, prompt: Prompt, *, cuttable: bool) -> tuple[int, Position]:
+        """As `match`; nothing where it ends inside a state that can't be cut there."""
+        index, position = self.match(prompt)
+        if not cuttable and position.tokens != self.tokens:
+            return -1, Position(0, exact=True)
+        return index, position
+
     def promise(self, prompt: Prompt, index: int) -> int:
         """Tokens certain to be reused by a prompt that matches up to mark `index`."""
         positions = (self.marks.get(m.digest) for m in prompt.marks[: index + 1])

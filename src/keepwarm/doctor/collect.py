@@ -24,7 +24,7 @@ from keepwarm.errors import EngineError, EngineRefusedError, ModelError, TierErr
 from keepwarm.gateway.keys import is_loopback
 from keepwarm.settings import Places, Settings, default_staging
 from keepwarm.store.checks import stores
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 _HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
 _ANSWER_S = 10.0
@@ -229,10 +229,7 @@ def _tier_texts(asked: Asked) -> dict[str, Any]:
 
 
 def _load(asked: Asked) -> list[Tier]:
-    settings = asked.settings.tiers
-    explicit = Path(settings.dir).expanduser() if settings.dir else None
-    directory = find_tiers_directory(explicit, asked.places.config_home)
-    return list(load_tiers(directory, settings.agent_name))
+    return list(deployed_tiers(asked.settings.tiers, asked.places)[1])
 
 
 def _volatile(tier: Tier) -> tuple[tuple[str, Volatile], ...]:

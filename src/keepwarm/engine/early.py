@@ -8,14 +8,14 @@ HTTP client.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineProcess
 from keepwarm.settings import Places, Settings, default_staging
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tierfiles import deployed_tiers
 
 log = logging.getLogger("keepwarm")
 
@@ -51,9 +51,7 @@ def prepare(settings: Settings, places: Places) -> Beginning:
     Raises:
         TierError: a tier can't be used.
     """
-    explicit = Path(settings.tiers.dir).expanduser() if settings.tiers.dir else None
-    tiers_dir = find_tiers_directory(explicit, places.config_home)
-    tiers = load_tiers(tiers_dir, settings.tiers.agent_name)
+    tiers_dir, tiers = deployed_tiers(settings.tiers, places)
     store_dir = Path(settings.store.dir).expanduser() if settings.store.dir else places.store
     if settings.store.staging_dir:
         staging = Path(settings.store.staging_dir).expanduser()
@@ -72,8 +70,7 @@ async def begin(settings: Settings, places: Places) -> Beginning:
     if settings.engine.upstream:
         return ready
     launch = await plan_own(settings.engine, slot_dir=ready.staging, tier_chars=ready.tier_chars)
-    process = await start_process(launch)
-    return Beginning(ready.tiers_dir, ready.tiers, ready.store_dir, ready.staging, launch, process)
+    return replace(ready, launch=launch, process=await start_process(launch))
 
 
 async def start_process(launch: Launch) -> EngineProcess | None:

@@ -21,6 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from keepwarm.core.hints import NODE_HEADER
 from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import Ledger
@@ -109,7 +110,7 @@ class Node:
             ask.method, self._url + ask.path, headers=headers, data=ask.body or None
         ) as reply:
             told = [(n, v) for n, v in reply.headers.items() if n.lower() not in _HOP]
-            told.append(("X-Keepwarm-Node", self.name))
+            told.append((NODE_HEADER, self.name))
             request_id = reply.headers.get("X-Keepwarm-Request-Id", "")
             if moved := self._runtime.moved.get(request_id):
                 told.append(("X-Keepwarm-Moved", str(moved)))

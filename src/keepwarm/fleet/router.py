@@ -92,15 +92,27 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
         if ask and ask.node:
             ranked = preferring(ranked, self._named(ask.node))
         if pending_request is not None and ranked:
-            if id(pending_request) not in self._chosen and want.prefixes:
+            given = self._given_to(pending_request, want)
+            if given is None:
                 # Given at once, not when it is routed: of several that come in the same moment each
                 # must see what the others were given.
-                self.fleet.give(want, ranked[0], now_s=time.time())
-            self._chosen[id(pending_request)] = want, ranked[0].node, {c.node: c for c in ranked}
+                given = ranked[0].node
+                if want.prefixes:
+                    self.fleet.give(want, ranked[0], now_s=time.time())
+            self._chosen[id(pending_request)] = want, given, {c.node: c for c in ranked}
             if len(self._chosen) > 4096:  # what was never routed: its client has gone
                 del self._chosen[next(iter(self._chosen))]
         known = [[replicas[choice.node]] for choice in ranked]
         return known or [list(candidate_replicas)]
+
+    def _given_to(self, pending: PendingRequest, want: Want) -> str | None:
+        """The node that a request which is tried again was given to at first.
+
+        One that went away unrouted leaves its entry behind, and another may get its id: that wants
+        something else.
+        """
+        known, given, _ = self._chosen.get(id(pending), (None, "", {}))
+        return given if known == want else None
 
     @staticmethod
     def _ask(pending: PendingRequest | None) -> Ask | None:

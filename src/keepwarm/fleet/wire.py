@@ -18,12 +18,13 @@ from typing import Any
 import msgspec
 
 from keepwarm.core.anthropic import chat_request
-from keepwarm.core.hints import NODE_HEADER, is_planned
+from keepwarm.core.hints import NODE_HEADER
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import Api, prompt_of
 from keepwarm.errors import KeepwarmError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
+from keepwarm.gateway.asked import cleaned_body
 
 _APIS: dict[str, Api] = {
     "/v1/chat/completions": "chat",
@@ -115,10 +116,9 @@ def ask_of(
         with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
             decoded = msgspec.json.decode(body, type=dict)
             api = _APIS.get(path, "chat")
-            if hygiene and api != "completion":
+            if api != "completion":
                 kind = "messages" if path == _MESSAGES else api
-                keeps_text = is_planned(dict(headers))
-                decoded = hygiene.clean(kind, decoded, keeps_text=keeps_text).body
+                decoded = cleaned_body(hygiene, kind, decoded, dict(headers)).body
             if path == _MESSAGES:
                 decoded = chat_request(decoded)
             prefixes, ends = _marks(api, decoded, headers)
