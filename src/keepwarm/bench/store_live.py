@@ -6,7 +6,8 @@
 real bytes a token, against whole slot files of the same saves; and what one save of a new turn
 writes, against the turn's own rows. *Restores*: a prefix of 2,000 tokens in the real engine, in
 turns: from a ready whole file, from a node that isn't pinned (its file is assembled each time), and
-from a pinned one. Writes one JSON object to standard output.
+from a pinned one. *Pages*: as many bytes written into new files of the staging directory and over
+old ones. Writes one JSON object to standard output.
 """
 
 from __future__ import annotations
@@ -106,6 +107,25 @@ def _written_bytes() -> int | None:
     except OSError:
         return None
     return int(text.partition("\nwrite_bytes:")[2].split()[0])
+
+
+def measure_pages(staging: Path, *, rounds: int) -> dict[str, Any]:
+    """Milliseconds to write a slot file's bytes into a new file, and over one that is there."""
+    size = SMOLLM2.rows_bytes(RESTORED_TOKENS)
+    payload = memoryview(os.urandom(size))
+    seconds: dict[str, list[float]] = {"into a new file": [], "over an old file": []}
+    old = staging / "old"
+    old.write_bytes(payload)
+    for _ in range(rounds):
+        for way, path in (("into a new file", staging / "new"), ("over an old file", old)):
+            begin = time.perf_counter()
+            with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+                file.write(payload)
+            seconds[way].append(time.perf_counter() - begin)
+        (staging / "new").unlink()
+    old.unlink()
+    medians = {way: statistics.median(taken) for way, taken in seconds.items()}
+    return {"bytes": size, "median_ms": {w: round(1e3 * s, 1) for w, s in medians.items()}}
 
 
 async def measure_restores(
@@ -210,6 +230,7 @@ def main() -> None:
             "bytes": measure_bytes(
                 base / "bytes", passing, count=args.conversations, turns=args.turns
             ),
+            "pages": measure_pages(passing, rounds=args.rounds),
             "restores": asyncio.run(
                 measure_restores(
                     base / "live", passing / "engine", settings=engine, rounds=args.rounds

@@ -8,7 +8,7 @@ Ready files are a cache: the least recently used goes first, pinned ones last. O
 out is held until it is released, since the engine opens it by name.
 
 A file that we assembled and that makes room for another is written over instead of removed: memory
-that a directory has already is filled three times as fast as new memory (46 MB in 8 ms against 24).
+that a directory has already is filled twice as fast as new memory (`bench.store_live` measures it).
 Never one that the engine may still be reading: it would restore a mixture.
 
 Invariants:
