@@ -60,13 +60,23 @@ class RunningFleet:
 
     def __init__(self, base: Path) -> None:
         write_small_tiers(base / "tiers")
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.base, self.port = base, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "up.log"
-        config = base / "fleet.toml"
-        config.write_text(f"""
+        self.config = base / "fleet.toml"
+        self.write()
+        command = [sys.executable, "-m", "keepwarm", "fleet", "up", "--config", str(self.config)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.wait(lambda: "the fleet is ready" in self.log.read_text(), READY_S)
+
+    def write(self, *, fleet: str = "nodes = 2", node: str = "") -> None:
+        """Write fleet.toml, with these lines in [fleet] and more tables of the node."""
+        base = self.base
+        self.config.write_text(f"""
 [fleet]
-nodes = 2
-port = {port}
+{fleet}
+port = {self.port}
 report_s = 0.5
 
 [shared]
@@ -85,11 +95,23 @@ staging_bytes = 200000000
 
 [node.tiers]
 dir = "{base / "tiers"}"
+
+{node}
 """)
-        command = [sys.executable, "-m", "keepwarm", "fleet", "up", "--config", str(config)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.wait(lambda: "the fleet is ready" in self.log.read_text(), READY_S)
+
+    def reload(self) -> str:
+        """Have the fleet read its file again; returns what it says when it is through with it."""
+        seen = len(self.log.read_text())
+        self.process.send_signal(signal.SIGHUP)
+        said = ""
+
+        def is_through() -> bool:
+            nonlocal said
+            said = self.log.read_text()[seen:]
+            return "the fleet is updated" in said or "not updated" in said
+
+        self.wait(is_through, READY_S)
+        return said
 
     def wait(self, is_so: Callable[[], bool], at_most_s: float) -> None:
         until = time.monotonic() + at_most_s
@@ -134,10 +156,10 @@ dir = "{base / "tiers"}"
 
     def wait_replaced(self, pid: int) -> dict[str, Any]:
         """Wait until two nodes are there and none is the one that was killed."""
-        self.wait(lambda: self.settled() and pid not in self._pids(), READY_S)
+        self.wait(lambda: self.settled() and pid not in self.pids(), READY_S)
         return self.nodes()
 
-    def _pids(self) -> set[int]:
+    def pids(self) -> set[int]:
         return {node["pid"] for node in self.nodes().values()}
 
 
@@ -257,3 +279,92 @@ def test_a_node_that_is_killed_under_load_loses_no_request_but_the_streaming_one
     assert len(answers) == 4
     assert all(isinstance(answer, Answer) for answer in answers), answers
     fleet.wait_replaced(pid)
+
+
+def test_its_page_and_its_metrics_show_the_nodes(fleet: RunningFleet) -> None:
+    with urllib.request.urlopen(fleet.url + "/keepwarm/") as page:
+        assert page.headers["Content-Type"].startswith("text/html")
+        assert "script-src 'sha256-" in page.headers["Content-Security-Policy"]
+        assert b"Keepwarm fleet" in page.read()
+    for node in fleet.nodes().values():
+        assert set(node["tokens"]) == {"slot", "snapshot", "cold"}
+    with urllib.request.urlopen(fleet.url + "/metrics") as text:
+        metrics = text.read().decode()
+    assert 'keepwarm_fleet_prompt_tokens{node="node-0",source="snapshot"}' in metrics
+
+
+def test_a_file_that_is_wrong_leaves_a_running_fleet_as_it_is(fleet: RunningFleet) -> None:
+    pids = fleet.pids()
+    fleet.write(fleet="nodes = 0")
+    assert "fleet.nodes" in fleet.reload()
+    fleet.write(fleet='nodes = 2\nhost = "127.0.0.2"')
+    assert "host can't change" in fleet.reload()
+    fleet.write()
+    assert fleet.pids() == pids
+
+
+def test_an_update_replaces_all_nodes_and_loses_no_stream(fleet: RunningFleet) -> None:
+    before = fleet.pids()
+    stopping = threading.Event()
+    answers: list[Any] = []
+
+    def ask_on() -> None:
+        while not stopping.is_set():
+            try:
+                answers.append(fleet.chat([user(f"{len(answers)}: What hums?")], max_tokens=2))
+            except OSError as error:
+                answers.append(error)
+
+    with fleet.open([user("Count on.")], max_tokens=500, ignore_eos=True, stream=True) as stream:
+        assert stream.readline().startswith(b"data: ")
+        asking = threading.Thread(target=ask_on)
+        asking.start()
+        fleet.write(node="[node.server]\nqueue_timeout_s = 250")
+        said = []
+        updating = threading.Thread(target=lambda: said.append(fleet.reload()))
+        updating.start()
+        rest = stream.read().decode()
+    updating.join()
+    stopping.set()
+    asking.join()
+    assert "the fleet is updated" in said[0]
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert "event: error" not in rest
+    assert answers
+    assert all(isinstance(answer, Answer) for answer in answers), answers
+    fleet.wait(fleet.settled, READY_S)
+    assert not fleet.pids() & before
+    for node in fleet.nodes().values():
+        assert set(node["warmed"].values()) == {"restored"}
+
+
+def test_nodes_are_added_while_prompts_wait_and_taken_away_again(fleet: RunningFleet) -> None:
+    lines = (
+        "nodes = 1",
+        "max_nodes = 2",
+        "target_ongoing = 900",  # so that only the wait can ask for another node
+        "target_wait_s = 0.3",
+        "scale_up_s = 0.5",
+        "scale_down_s = 0.5",
+    )
+    fleet.write(fleet="\n".join(lines))
+    assert "the fleet is updated" in fleet.reload()
+    fleet.wait(lambda: len(fleet.nodes()) == 1, READY_S)
+    stopping = threading.Event()
+
+    def ask_on(lane: int) -> None:
+        number = 0
+        while not stopping.is_set():
+            fleet.chat([user(f"{lane}, {number}: {STORY}")], max_tokens=1)
+            number += 1
+
+    lanes = [threading.Thread(target=ask_on, args=(lane,)) for lane in range(6)]
+    for thread in lanes:
+        thread.start()
+    try:
+        fleet.wait(lambda: len(fleet.nodes()) == 2, READY_S)
+    finally:
+        stopping.set()
+        for thread in lanes:
+            thread.join()
+    fleet.wait(lambda: len(fleet.nodes()) == 1, READY_S)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import queue
 import signal
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
-from keepwarm.errors import ConfigError
+from keepwarm.errors import ConfigError, KeepwarmError
 from keepwarm.fleet.config import FleetConfig, load_fleet
 from keepwarm.gateway.keys import is_loopback, load_keys
 from keepwarm.settings import gateway_key
@@ -33,21 +33,51 @@ def bring_up(config: _Config = Path("fleet.toml")) -> None:
     """Start a fleet and stay until interrupted; ready when every node's tiers are warm.
 
     Without an `address` in the file a Ray of this machine is started with it, and ends with it.
+    After SIGHUP the file is read again and the nodes are replaced one by one.
     """
     fleet = load_fleet(config)
     _check(fleet)
     fleet_up = _ray("keepwarm.fleet.up")
-    done = threading.Event()
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
-        fleet_up.up(fleet, tell=lambda text: err.print(text, markup=False))
+        fleet_up.up(fleet, tell=_tell)
         # Not before: Ray takes the signals for itself when it starts, and dies of them.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: done.set())
-        err.print(f"the fleet is ready on http://{fleet.fleet.host}:{fleet.fleet.port}")
-        done.wait()
-        err.print("stopping")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: signals.put(number))
+        _tell(f"the fleet is ready on http://{fleet.fleet.host}:{fleet.fleet.port}")
+        while signals.get() == signal.SIGHUP:
+            fleet = _updated(config, fleet, fleet_up)
+        _tell("stopping")
     finally:
         fleet_up.down()
+
+
+def _updated(path: Path, running: FleetConfig, fleet_up: Any) -> FleetConfig:
+    """Change a fleet that runs to what its file says now; if that can't be, it stays as it was."""
+    try:
+        fleet = load_fleet(path)
+        _check(fleet)
+        _check_change(running, fleet)
+        _tell("updating")
+        fleet_up.deploy(fleet, tell=_tell)
+    except KeepwarmError as error:
+        _tell(f"not updated: {error}")
+        return running
+    _tell("the fleet is updated")
+    return fleet
+
+
+def _check_change(running: FleetConfig, wanted: FleetConfig) -> None:
+    """What a fleet that runs can't change. Raises: ConfigError."""
+    for key in ("address", "host", "port"):
+        if getattr(running.fleet, key) != getattr(wanted.fleet, key):
+            raise ConfigError(
+                f"[fleet] {key} can't change while the fleet runs. End it and start it again."
+            )
+
+
+def _tell(text: str) -> None:
+    err.print(text, markup=False)
 
 
 @app.command("config")
@@ -81,7 +111,10 @@ def show_status(
     ] = "http://127.0.0.1:8090",
     as_json: opt.Json = False,
 ) -> None:
-    """Show the nodes: load, what is warm, what was moved."""
+    """Show the nodes: load, prompt tokens by source, what was moved.
+
+    The fleet's own page, at /keepwarm/, shows the same while it changes.
+    """
     request = urllib.request.Request(url.rstrip("/") + "/keepwarm/fleet")  # noqa: S310 - the user's
     if key := gateway_key():
         request.add_header("Authorization", f"Bearer {key}")
@@ -102,10 +135,10 @@ def _table(nodes: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, side in (("node", "left"), ("state", "left"), ("heard", "right"), ("busy", "right")):
         table.add_column(name, justify="right" if side == "right" else "left")
-    for name in ("queued", "backlog", "asked", "prefixes", "store", "moved here", "written"):
+    for name in ("queued", "backlog", "asked", "reused", "cold", "moved here", "store", "written"):
         table.add_column(name, justify="right")
     for name, node in sorted(nodes.items(), key=lambda item: str(item[1].get("node", item[0]))):
-        shared = node.get("shared", {})
+        shared, tokens = node.get("shared", {}), node.get("tokens", {})
         heard = node.get("heard_s_ago")
         table.add_row(
             str(node.get("node", name)),
@@ -115,9 +148,10 @@ def _table(nodes: dict[str, Any]) -> Table:
             str(node.get("queued", 0)),
             f"{node.get('backlog_s', 0.0):.1f} s",
             str(node.get("asked", 0)),
-            str(node.get("prefixes", 0)),
+            f"{tokens.get('slot', 0) + tokens.get('snapshot', 0):,}",
+            f"{tokens.get('cold', 0):,}",
+            f"{shared.get('moved_tokens', 0):,}",
             f"{node.get('store_bytes', 0) / 1e6:,.0f} MB",
-            f"{shared.get('moved_tokens', 0):,} tokens",
             f"{shared.get('stored_bytes', 0) / 1e6:,.0f} MB",
         )
     return table

@@ -35,7 +35,8 @@ class FleetPart(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
 
     `address`: of a Ray cluster that runs; empty starts one here. `nodes` are there from the start;
     with `max_nodes` above it more are added while a node has more than `target_ongoing` requests,
-    and taken away again. `cpus` and `gpus` are what Ray reserves for each node, and
+    or prompts for more than `target_wait_s` (0: however many), for `scale_up_s`, and taken away
+    after `scale_down_s` without need. `cpus` and `gpus` are what Ray reserves for each node, and
     `one_per_machine` lets no two be on one machine. `host` and `port` are where the fleet listens.
     """
 
@@ -43,6 +44,9 @@ class FleetPart(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     nodes: Annotated[int, Meta(ge=1, le=1024)] = 1
     max_nodes: Annotated[int, Meta(ge=0, le=1024)] = 0
     target_ongoing: Annotated[float, Meta(gt=0, le=1000)] = 4.0
+    target_wait_s: Annotated[float, Meta(ge=0, le=3600)] = 2.0
+    scale_up_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0
+    scale_down_s: Annotated[float, Meta(ge=0, le=86400)] = 600.0
     cpus: Annotated[float, Meta(ge=0, le=1024)] = 1.0
     gpus: Annotated[float, Meta(ge=0, le=64)] = 0.0
     one_per_machine: bool = False

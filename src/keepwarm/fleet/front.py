@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from importlib.resources import files
 from typing import Any
 
 import msgspec
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.errors import UnauthorizedError
@@ -24,6 +25,7 @@ from keepwarm.fleet.replica import Head
 from keepwarm.fleet.status import fleet_metrics, fleet_status
 from keepwarm.fleet.wire import ask_of
 from keepwarm.gateway.keys import load_keys
+from keepwarm.gateway.pages import page_headers
 from keepwarm.settings import load_settings
 
 log = logging.getLogger("keepwarm.fleet")
@@ -52,10 +54,17 @@ class Front:
         settings = load_settings(flags=config.node_flags())[0]
         self._keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
         self._hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
+        self._html = files("keepwarm.dashboard").joinpath("fleet.html").read_bytes()
+        self._html_headers = page_headers(self._html)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
         path = request.url.path
+        if path == "/keepwarm":
+            return RedirectResponse("/keepwarm/", 301)
+        if path == "/keepwarm/":
+            # What it shows comes from /keepwarm/fleet, which asks for the key.
+            return Response(self._html, media_type="text/html", headers=self._html_headers)
         if path in _PAGES:
             try:
                 self._keys.namespace(request.headers)

@@ -26,6 +26,7 @@ from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import Ledger
 from keepwarm.fleet.node import NodeRuntime, backlog_s, node_directory
+from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
 from keepwarm.fleet.wire import Ask, Told, packed
 from keepwarm.gateway.app import make_app
@@ -143,6 +144,10 @@ class Node:
         )
         return {"keepwarm": msgspec.msgpack.encode(told)}
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve passes on to the policy that says how many nodes there should be."""
+        return {WAIT: backlog_s(self._runtime.dispatcher)}
+
     def _about(self) -> dict[str, Any]:
         runtime = self._runtime
         scheduler = runtime.dispatcher.scheduler
@@ -153,6 +158,7 @@ class Node:
             "queued": scheduler.queued,
             "slots": len(scheduler.slots),
             "busy_slots": sum(slot.state.value != "idle" for slot in scheduler.slots),
+            "tokens": runtime.metrics.prompt_tokens(),
             "store_bytes": runtime.store.stats().used_bytes,
             "warmed": {warmed.name: warmed.how for warmed in runtime.warmed},
         }

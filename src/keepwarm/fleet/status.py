@@ -53,12 +53,21 @@ def fleet_status() -> dict[str, Any]:
 def fleet_metrics() -> bytes:
     """The same as Prometheus metrics, by node."""
     registry = CollectorRegistry()
-    nodes = fleet_status()["nodes"].values()
+    nodes = list(fleet_status()["nodes"].values())
     for name, (what, value) in _GAUGES.items():
         gauge = Gauge(f"keepwarm_fleet_{name}", what, ["node"], registry=registry)
         for node in nodes:
             if "node" in node:
                 gauge.labels(node["node"]).set(value(node))
+    tokens = Gauge(
+        "keepwarm_fleet_prompt_tokens",
+        "Prompt tokens since the node's start by where their KV state came from",
+        ["node", "source"],
+        registry=registry,
+    )
+    for node in nodes:
+        for source, count in node.get("tokens", {}).items():
+            tokens.labels(node["node"], source).set(count)
     return generate_latest(registry)
 
 

@@ -42,6 +42,15 @@ def application(plain: dict[str, Any]) -> serve.Application:
                 "min_replicas": fleet.nodes,
                 "max_replicas": fleet.max_nodes,
                 "target_ongoing_requests": fleet.target_ongoing,
+                "upscale_delay_s": fleet.scale_up_s,
+                "downscale_delay_s": fleet.scale_down_s,
+                "policy": {
+                    "policy_function": "keepwarm.fleet.scaling:ByLoad",
+                    "policy_kwargs": {
+                        "target_ongoing": fleet.target_ongoing,
+                        "target_wait_s": fleet.target_wait_s,
+                    },
+                },
             }
         }
     node = serve.deployment(
@@ -63,7 +72,13 @@ def application(plain: dict[str, Any]) -> serve.Application:
         **scale,
     )
     front = serve.deployment(
-        Front, name="front", max_ongoing_requests=4 * _ONGOING, ray_actor_options={"num_cpus": 0}
+        Front,
+        name="front",
+        max_ongoing_requests=4 * _ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        # Streams pass through it, and an update replaces it, too.
+        graceful_shutdown_wait_loop_s=1,
+        graceful_shutdown_timeout_s=fleet.stream_timeout_s,
     )
     told = msgspec.to_builtins(config)
     return front.bind(node.bind(told), told)
@@ -90,6 +105,8 @@ def application_of(args: dict[str, Any]) -> serve.Application:
     return application(args["plain"])
 
 
+# Serve's controller goes through what it was told once a tenth of a second.
+_SEEN_AFTER_S = 1.0
 # Serve gives its proxy 5 s to start and then begins again, for ever on a machine that is busy
 # loading models. The processes that `ray.init` starts read this when they start.
 _PATIENCE = {
@@ -124,6 +141,17 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Ray can't be used: {error}") from error
     serve.start(http_options=HTTPOptions(host=fleet.host, port=fleet.port))
+    deploy(config, tell=tell)
+
+
+def deploy(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
+    """Have the fleet be as `config` says; returns when it is.
+
+    What runs already is replaced node by node: one at a time is taken away, its streams end, and
+    the next one is taken away only when the new one is warm.
+
+    Raises: EngineStartError if no node comes up.
+    """
     target = serve.RunTarget(
         target=application(msgspec.to_builtins(config)), name=NAME, route_prefix="/"
     )
@@ -134,6 +162,8 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
         wait_for_applications_running=False,
     )
     said = ""
+    # For a moment a fleet that runs is still told to be as it was.
+    time.sleep(_SEEN_AFTER_S)
     while True:
         time.sleep(0.2)
         status = serve.status().applications.get(NAME)

@@ -173,6 +173,15 @@ class Metrics:
         """A snapshot was brought into a slot."""
         self._restore.observe(seconds)
 
+    def prompt_tokens(self) -> dict[str, int]:
+        """Prompt tokens of answered requests, by source, since the start."""
+        only = self.registry.restricted_registry(["keepwarm_prompt_tokens_total"])
+        return {
+            sample.labels["source"]: int(sample.value)
+            for family in only.collect()
+            for sample in family.samples
+        }
+
     def miss(self, reason: str) -> None:
         """Something that was to be warm wasn't; `reason` is one of a bounded set of words."""
         self._misses.labels(reason).inc()

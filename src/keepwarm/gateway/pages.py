@@ -57,13 +57,7 @@ class _Pages:
         self._feed = Feed(lambda namespace: slots_now(runtime, namespace))
         html = files("keepwarm.dashboard").joinpath("index.html").read_bytes()
         self._html = html
-        self._headers = {
-            "Content-Security-Policy": content_policy(html),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-            "ETag": f'"{hashlib.blake2b(html, digest_size=12).hexdigest()}"',
-        }
+        self._headers = page_headers(html)
 
     def on_record(self, namespace: str, record: dict[str, Any]) -> None:
         """A request was explained: tell who looks."""
@@ -234,6 +228,17 @@ def _is_local_name(host: str) -> bool:
     except ValueError:
         return "." not in name or name.endswith(_LOCAL_SUFFIXES)
     return True
+
+
+def page_headers(html: bytes) -> dict[str, str]:
+    """What a page of ours is sent with."""
+    return {
+        "Content-Security-Policy": content_policy(html),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+        "ETag": f'"{hashlib.blake2b(html, digest_size=12).hexdigest()}"',
+    }
 
 
 def content_policy(html: bytes) -> str:
