@@ -22,7 +22,8 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        entry |= getattr(record, "fields", {})
+        if told := getattr(record, "request", None):
+            entry |= request_fields(told)
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry).decode()
@@ -48,7 +49,7 @@ def log_request(record: Mapping[str, Any]) -> None:
     """
     level = logging.INFO if record["outcome"] in ("answered", "escalated") else logging.WARNING
     if _requests.isEnabledFor(level):
-        _requests.log(level, "%s", request_line(record), extra={"fields": request_fields(record)})
+        _requests.log(level, "%s", request_line(record), extra={"request": record})
 
 
 def request_line(record: Mapping[str, Any]) -> str:

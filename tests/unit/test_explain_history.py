@@ -335,6 +335,7 @@ def test_two_deployments_may_share_a_file(path: Path) -> None:
     first, second = History(path, keeps_text=False), History(path, keeps_text=False)
     first.add(entry(1))
     second.add(entry(2))
+    second.write()
     assert first.salt == second.salt
     assert first.totals(namespace="ada").requests == 2
     assert second.get("request00001", namespace="ada") is not None

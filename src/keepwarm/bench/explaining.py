@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -151,10 +152,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=960, help="in a round; at most 1000")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    # Lines are written as always, only to nowhere.
-    set_up_logging(LogSettings())
-    logging.getLogger("keepwarm").handlers[0].setStream(open("/dev/null", "w"))
-    with tempfile.TemporaryDirectory(prefix="keepwarm-explain-") as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix="keepwarm-explain-") as directory,
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stderr(nowhere),  # the log's lines are made as always
+    ):
+        set_up_logging(LogSettings())
         found = asyncio.run(measure(Path(directory), count=args.requests, rounds=args.rounds))
     json.dump({"machine": msgspec.to_builtins(machine()), **found}, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -12,7 +12,7 @@ first.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,23 +50,27 @@ class Remembered:
 
 
 class _Shelf:
-    """The prompts of one namespace, oldest first, and how many of them have each mark."""
+    """The prompts of one namespace, oldest first, and those of them that have each mark."""
 
     def __init__(self) -> None:
         self.prompts: deque[Remembered] = deque()
-        self.digests: Counter[bytes] = Counter()
+        self._having: dict[bytes, deque[Remembered]] = {}
 
     def add(self, remembered: Remembered) -> None:
         self.prompts.append(remembered)
-        self.digests.update(remembered.digests)
+        for digest in remembered.digests:
+            self._having.setdefault(digest, deque()).append(remembered)
+
+    def having(self, digest: bytes) -> Sequence[Remembered]:
+        return self._having.get(digest, ())
 
     def forget_oldest(self) -> Remembered:
         gone = self.prompts.popleft()
         for digest in gone.digests:
-            if self.digests[digest] == 1:
-                del self.digests[digest]
-            else:
-                self.digests[digest] -= 1
+            having = self._having[digest]
+            having.popleft()  # the oldest of all is the oldest of these
+            if not having:
+                del self._having[digest]
         return gone
 
 
@@ -92,18 +96,21 @@ class Recent:
         `before_s`, when this one arrived, can't have been warm for it.
         """
         names = (SHARED, namespace) if namespace else (SHARED,)
-        shelves = [self._shelves[name] for name in names if name in self._shelves]
-        kept = [r for shelf in reversed(shelves) for r in reversed(shelf.prompts)]
-        known = [r for r in kept if r.ended_s <= before_s]
+        shelves = [self._shelves[name] for name in reversed(names) if name in self._shelves]
+
+        def known(kept: Iterable[Sequence[Remembered]]) -> list[Remembered]:
+            return [r for each in kept for r in reversed(each) if r.ended_s <= before_s]
+
         for digest in reversed(marks[1:]):
-            if any(digest in shelf.digests for shelf in shelves):
-                sharing = [r for r in known if digest in r.digests]
-                if sharing:
-                    is_whole = digest == marks[-1]  # nothing else can be more alike
-                    return sharing[0] if is_whole else _most_alike(sharing, parts)[0]
-        if not known:
+            sharing = known(shelf.having(digest) for shelf in shelves)
+            if sharing:
+                is_whole = digest == marks[-1]  # nothing else can be more alike
+                only = is_whole or len(sharing) == 1
+                return sharing[0] if only else _most_alike(sharing, parts)[0]
+        others = known(shelf.prompts for shelf in shelves)
+        if not others:
             return None
-        best, chars = _most_alike(known, parts)
+        best, chars = _most_alike(others, parts)
         enough = max(_LEAST_ALIKE_CHARS, _LEAST_ALIKE_SHARE * parts.chars)
         return best if chars >= enough else None
 

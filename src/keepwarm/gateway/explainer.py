@@ -50,6 +50,8 @@ T = TypeVar("T")
 # What may wait when the thread is behind; beyond this, requests go unexplained rather than pile up
 # with their bodies in memory.
 _BACKLOG = 1000
+# What has ended is on disk this much later, if nobody asks for it before.
+_WRITE_S = 0.5
 # A slot is given back a moment before its request is over.
 _GRACE_S = 0.05
 
@@ -197,6 +199,8 @@ class Explainer:
         record = record_of(ended, told, (like.id, ended.at_s - like.at_s) if like else None)
         if not self._keeps_text:
             record = without_text(record)
+        if history.is_written:
+            self._write_soon(history)
         history.add(_entry(ended, record, self._identity.fingerprint, opening))
         log_request(record)
         for sink in self._sinks:
@@ -204,6 +208,18 @@ class Explainer:
         loop = self._loop
         if loop is not None and self.on_record is not None:
             loop.call_soon_threadsafe(self.on_record, ended.namespace, record)
+
+    def _write_soon(self, history: History) -> None:
+        """Have it written on this thread, together with what comes until then."""
+        loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(
+                loop.call_later, _WRITE_S, lambda: self._submit(history.write)
+            )
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        if self._loop is not None:  # else it is closed, and written
+            self._worker.submit(work)
 
     def _facts(
         self,
@@ -261,6 +277,10 @@ class Explainer:
         static = ended.prompt.static
         if ended.tier != "none" or static is None or 2 * static.chars < ended.prompt.chars:
             return None, None  # tiers are warmed before anyone asks, and short openings are cheap
+        opening_tokens = _tokens_at(ended, static.chars)
+        assert ended.counts
+        if ended.counts.cached - ended.filled_tokens >= opening_tokens - tolerance(opening_tokens):
+            return None, None  # it was warm, so what became of the last one's says nothing
         last = history.last_opened(
             opening, namespace=ended.namespace, before_s=ended.at_s + _GRACE_S
         )

@@ -1,14 +1,16 @@
 """The last few thousand requests and their explanations, and what was spared since ever: one file.
 
 Theory of operation. One SQLite file beside the store, private to the user, written by one thread.
-It is a record, not a ledger: a write that fails costs the record of one request and is logged once,
-a file that can't be read is set aside and a new one begun. Text of prompts is in it only while the
+Requests are written some at a time, since a transaction costs more than explaining a request does:
+before anything is read, when `_AT_ONCE` wait, and when the owner says so. It is a record, not
+a ledger: a crash or a write that fails costs the record of those and is logged once, a file
+that can't be read is set aside and a new one begun. Text of prompts is in it only while the
 settings allow that; a later start without that leave takes it out again. Several deployments may
 share the file.
 
 Invariants:
 - A row is only ever read under the namespace it was written for.
-- At most `keep` rows, give or take `_PRUNE_EVERY`.
+- At most `keep` rows, give or take `_PRUNE_EVERY` and `_AT_ONCE`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ log = logging.getLogger("keepwarm")
 KEEP = 5000
 FILE_NAME = "requests.sqlite3"
 _PRUNE_EVERY = 256
+_AT_ONCE = 64
 _BUSY_S = 2.0
 # People type the first letters of an id.
 _SHORTEST_ID = 6
@@ -109,6 +112,7 @@ class History:
         """
         self._keep = keep
         self._since_prune = 0
+        self._unwritten: list[Entry] = []
         self._is_broken = False
         self._db = _open(path)
         self.salt: bytes = self._salt()
@@ -116,35 +120,55 @@ class History:
             self._forget_text(without_text)
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what there is and close the file."""
+        self.write()
         self._db.close()
 
     def add(self, entry: Entry) -> None:
-        """Write one request and count it."""
-        self._try(lambda: self._add(entry), None)
+        """Take in one request; it is counted and found from now on."""
+        self._unwritten.append(entry)
+        if len(self._unwritten) >= _AT_ONCE:
+            self.write()
 
-    def _add(self, entry: Entry) -> None:
+    @property
+    def is_written(self) -> bool:
+        """Whether all that was taken in is in the file."""
+        return not self._unwritten
+
+    def write(self) -> None:
+        """Write what was taken in."""
+        entries, self._unwritten = self._unwritten, []
+        if entries:
+            self._try(lambda: self._write(entries), None)
+
+    def _write(self, entries: list[Entry]) -> None:
         with self._db:
-            self._db.execute(
+            self._db.executemany(
                 "INSERT OR REPLACE INTO requests (id, namespace, at_s, cause, plan, fingerprint,"
                 " opening, has_text, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(entry.id, entry.namespace, entry.at_s, entry.cause, entry.plan),
-                    *(entry.fingerprint, entry.opening, entry.has_text),
-                    msgspec.json.encode(entry.record),
-                ),
+                [
+                    (
+                        *(entry.id, entry.namespace, entry.at_s, entry.cause, entry.plan),
+                        *(entry.fingerprint, entry.opening, entry.has_text),
+                        msgspec.json.encode(entry.record),
+                    )
+                    for entry in entries
+                ],
             )
-            self._db.execute(
+            self._db.executemany(
                 "INSERT INTO totals VALUES (?, ?, 1, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
                 " requests = requests + 1, warm = warm + excluded.warm,"
                 " cold = cold + excluded.cold, decoded = decoded + excluded.decoded,"
                 " spared_s = spared_s + excluded.spared_s",
-                (
-                    *(entry.day, entry.namespace, entry.warm_tokens, entry.cold_tokens),
-                    *(entry.decoded_tokens, entry.spared_s),
-                ),
+                [
+                    (
+                        *(entry.day, entry.namespace, entry.warm_tokens, entry.cold_tokens),
+                        *(entry.decoded_tokens, entry.spared_s),
+                    )
+                    for entry in entries
+                ],
             )
-            self._since_prune += 1
+            self._since_prune += len(entries)
             if self._since_prune >= _PRUNE_EVERY:
                 self._since_prune = 0
                 self._db.execute(
@@ -225,6 +249,7 @@ class History:
         return [msgspec.json.decode(raw) for (raw,) in self._read(sql, *values)]
 
     def _read(self, sql: str, *values: object) -> list[Any]:
+        self.write()
         return self._try(lambda: self._db.execute(sql, values).fetchall(), [])
 
     def _try(self, work: Callable[[], T], otherwise: T) -> T:
