@@ -46,7 +46,7 @@ async def test_without_faults_a_tier_is_warm_whole_and_streamed(keepwarm: Keepwa
     assert status == 200
     assert headers["x-keepwarm-tier"] == "minimal; explicit"
     assert headers["x-keepwarm-plan"] == "slot"
-    tokens = next(w.tokens for w in keepwarm.runtime.warmed if w.name == "tier:minimal")
+    tokens = next(w.tokens for w in keepwarm.runtime.prefixes.warmed if w.name == "tier:minimal")
     assert body["timings"]["cache_n"] >= tokens
     status, text = await keepwarm.ask_streamed()
     assert status == 200

@@ -93,13 +93,13 @@ async def test_a_second_node_is_warm_without_a_prefill_and_goes_on_where_the_fir
     bucket = Bucket()
     first = [{"role": "user", "content": STORY + "What hums?"}]
     async with node(tmp_path / "one", small_tiers, bucket) as one:
-        assert {w.how for w in one.runtime.warmed} == {"prefilled"}
+        assert {w.how for w in one.runtime.prefixes.warmed} == {"prefilled"}
         reply, _ = await one.chat(first)
         talk = [*first, reply["choices"][0]["message"], {"role": "user", "content": "Where?"}]
     # It has ended, and what it had was written behind.
     async with node(tmp_path / "two", small_tiers, bucket) as two:
-        assert {w.how for w in two.runtime.warmed} == {"restored"}
-        assert all(w.proved for w in two.runtime.warmed)
+        assert {w.how for w in two.runtime.prefixes.warmed} == {"restored"}
+        assert all(w.proved for w in two.runtime.prefixes.warmed)
         there, headers = await two.chat(talk)
         assert headers["X-Keepwarm-Plan"] == "snapshot"
         moved = two.runtime.moved[headers["X-Keepwarm-Request-Id"]]
@@ -123,7 +123,7 @@ async def test_a_node_of_another_build_shares_nothing(tmp_path: Path, small_tier
     before = set(bucket.objects)
     assert before
     async with node(tmp_path / "two", small_tiers, bucket, kv_type_k="q8_0") as two:
-        assert {w.how for w in two.runtime.warmed} == {"prefilled"}
+        assert {w.how for w in two.runtime.prefixes.warmed} == {"prefilled"}
         assert two.runtime.second is not None
         assert two.runtime.second.counts.moved == 0
     ours = {name.split("/")[0] for name in before}

@@ -220,7 +220,7 @@ async def test_a_window_that_cant_be_mended_is_kept_whole_by_the_engine_instead(
     try:
         assert runtime.launch.options
         assert runtime.launch.options.swa_full
-        assert [w.proved for w in runtime.warmed] == [True, True]
+        assert [w.proved for w in runtime.prefixes.warmed] == [True, True]
     finally:
         await runtime.stop()
 

@@ -11,6 +11,7 @@ from keepwarm.bench.arms import KEEPWARM
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.load import (
     CLOSED,
+    CPU_PER_REQUEST,
     ENGINE,
     LISTENING,
     MEGABYTES,
@@ -66,8 +67,14 @@ def test_an_open_page_is_compared_burst_by_burst() -> None:
         for ttft_s in (0.1, 0.2, 0.3):
             samples.append(answer("page", CLOSED, KEEPWARM, pair, slow_s + ttft_s))
             samples.append(answer("page", OPEN, KEEPWARM, pair, slow_s + ttft_s + 0.0005))
-    (found,) = figures_of(samples, [])
+    ticks = [(CLOSED, 0.0), (CLOSED, 1250.0), (OPEN, 625.0), (OPEN, 725.0)]
+    cpu = [
+        Amount(scenario="page", step=step, arm=KEEPWARM, run=0, value=us, unit=CPU_PER_REQUEST)
+        for step, us in ticks
+    ]
+    (found,) = figures_of(samples, [], cpu)
     assert (found.value, found.met) == (pytest.approx(0.5), True)
+    assert "625 µs closed, 675 µs open" in found.detail
     # With three pairs nobody knows.
     (found,) = figures_of([s for s in samples if s.run < 3], [])
     assert (found.value, found.met) == (pytest.approx(0.5), None)

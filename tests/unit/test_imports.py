@@ -85,9 +85,7 @@ def test_the_benchmark_knows_keepwarm_by_its_public_interface_only() -> None:
     inner = {"store", "gateway"}
     # They measure parts by themselves: the store at sizes no client fills it to, what a reply has
     # behind it already, and nodes of a fleet without the fleet.
-    parts = {
-        f"bench/{name}.py" for name in ("store_scale", "store_live", "explaining", "fleet_move")
-    }
+    parts = {f"bench/{name}.py" for name in ("store_scale", "store_live", "explaining", "fleet")}
     for name, path in modules_in("bench").items():
         if name in parts:
             continue

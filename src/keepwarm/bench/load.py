@@ -27,7 +27,8 @@ from keepwarm.errors import EngineError
 ENGINE = "engine, direct"
 OPEN, CLOSED = "page open", "page closed"
 QUEUED, LISTENING = "queued requests", "open event streams"
-TOKENS_A_S, MEGABYTES, CPU_PER_TOKEN = "tokens/s", "MB", "µs/token"
+TOKENS_A_S, MEGABYTES = "tokens/s", "MB"
+CPU_PER_TOKEN, CPU_PER_REQUEST = "µs/token", "µs/request"
 CLIENTS = 16
 # Long enough that decoding is what is measured, and a round of both ways takes under a minute on
 # two cores with a small model.
@@ -106,10 +107,17 @@ async def page_open(bench: Bench, arm: Arm, *, pairs: int) -> None:
             async with AsyncExitStack() as stack:
                 if state == OPEN:
                     await stack.enter_async_context(_listening(keepwarm.base_url, 1))
+                began_cpu_s = keepwarm.cpu_seconds()
                 asked = (arm.ask(tier, [user(t)], reply_tokens=1) for t in texts)
                 answers = await asyncio.gather(*asked)
+                cpu_s = keepwarm.cpu_seconds()
             if pair < 0:
                 continue
+            if cpu_s is not None and began_cpu_s is not None:
+                used = (cpu_s - began_cpu_s) / CLIENTS * 1e6
+                bench.record.amount(
+                    used, CPU_PER_REQUEST, scenario="page", step=state, arm=KEEPWARM, run=pair
+                )
             for answer in answers:
                 bench.record.sample(answer, scenario="page", step=state, arm=KEEPWARM, run=pair)
 

@@ -27,7 +27,8 @@ from keepwarm.bench.client import ChatClient
 from keepwarm.engine.options import EngineOptions
 from keepwarm.engine.process import EngineProcess, binary_engine, embedded_engine, free_port
 from keepwarm.errors import EngineStartError
-from keepwarm.settings import Settings, default_staging, fields
+from keepwarm.settings import Settings, fields
+from keepwarm.staging import default_staging
 
 _POLL_S = 0.01
 # A first start prefills every tier; on a slow machine with a large model that takes minutes.

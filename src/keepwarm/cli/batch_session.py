@@ -94,7 +94,7 @@ async def _own(settings: Settings, places: Places) -> AsyncIterator[Session]:
         yield Session(
             LocalSender(runtime, proxy, "local"),
             slots=len(runtime.dispatcher.scheduler.slots),
-            tier_tokens=_tiers_of([w.as_dict() for w in runtime.warmed]),
+            tier_tokens=_tiers_of([w.as_dict() for w in runtime.prefixes.warmed]),
             max_body_bytes=settings.server.max_body_bytes,
         )
     finally:

@@ -72,7 +72,7 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
             gc.freeze()
             # Threads that explain and save must not hold up a token for the default 5 ms.
             sys.setswitchinterval(0.0005)
-            for warmed in runtime.warmed:
+            for warmed in runtime.prefixes.warmed:
                 err.print(
                     f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "
                     f"{warmed.how} in {warmed.seconds:.2f} s"

@@ -98,7 +98,7 @@ async def _warmup(settings: Settings, places: Places, *, wait_s: float) -> dict[
             )
             await runtime.start()
             tiers = runtime.tiers
-            warmed = [w.as_dict() for w in runtime.warmed]
+            warmed = [w.as_dict() for w in runtime.prefixes.warmed]
             await runtime.stop(drain=False)
         progress.status("proving")
         wanted = settings.tiers.warm

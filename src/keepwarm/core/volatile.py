@@ -52,12 +52,12 @@ _STEP = r"/[\w.@+~%-]{1,255}"
 _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
-        ("id", r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
-        # Below 32 digits both a letter and a digit are asked for: a number isn't an id.
+        # An id has a digit somewhere; below 32 of them a letter, too: a number isn't an id.
+        ("id", r"\b(?=[a-fA-F-]{0,35}\d)[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
         (
             "id",
-            r"\b(?:0x)?(?:[0-9a-fA-F]{32,256}|(?=[0-9]{0,31}[a-fA-F])(?=[a-fA-F]{0,31}[0-9])"
-            r"[0-9a-fA-F]{16,31})\b",
+            r"\b(?:0x)?(?:(?=[a-fA-F]{0,255}\d)[0-9a-fA-F]{32,256}"
+            r"|(?=[0-9]{0,31}[a-fA-F])(?=[a-fA-F]{0,31}[0-9])[0-9a-fA-F]{16,31})\b",
         ),
         ("id", r"\bcommit\s(?=[a-f]{0,40}\d)[0-9a-f]{7,15}\b"),
         # As services write them: req_8f3kQ2mZ4. Two digits, since call_function1 is a name.

@@ -22,7 +22,8 @@ from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import EngineError, EngineRefusedError, ModelError, TierError
 from keepwarm.gateway.keys import is_loopback
-from keepwarm.settings import Places, Settings, default_staging
+from keepwarm.settings import Places, Settings
+from keepwarm.staging import default_staging
 from keepwarm.store.checks import stores
 from keepwarm.tierfiles import deployed_tiers
 

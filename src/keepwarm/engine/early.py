@@ -14,7 +14,8 @@ from pathlib import Path
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineProcess
-from keepwarm.settings import Places, Settings, default_staging
+from keepwarm.settings import Places, Settings
+from keepwarm.staging import default_staging
 from keepwarm.tierfiles import deployed_tiers
 
 log = logging.getLogger("keepwarm")

@@ -135,7 +135,7 @@ class NodeRuntime(Runtime):
             await self._pull_tiers(self.second)
         await super()._warm()
         if self.second is not None:
-            for target in self.targets:
+            for target in self.prefixes.targets:
                 await self.second.offer(target.digest)
             self.second.start()
 

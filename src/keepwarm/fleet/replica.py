@@ -160,7 +160,7 @@ class Node:
             "busy_slots": sum(slot.state.value != "idle" for slot in scheduler.slots),
             "tokens": runtime.metrics.prompt_tokens(),
             "store_bytes": runtime.store.stats().used_bytes,
-            "warmed": {warmed.name: warmed.how for warmed in runtime.warmed},
+            "warmed": {warmed.name: warmed.how for warmed in runtime.prefixes.warmed},
         }
         if runtime.second is not None:
             counts = runtime.second.counts

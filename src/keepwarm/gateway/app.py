@@ -153,7 +153,7 @@ class _Site:
             "status": runtime.status,
             "engine_pid": runtime.engine_pid,
             "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
-            "warmed": [w.as_dict() for w in runtime.warmed],
+            "warmed": [w.as_dict() for w in runtime.prefixes.warmed],
         }
         if hasattr(runtime, "dispatcher"):
             body["slots"] = [
@@ -180,7 +180,7 @@ class _Site:
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
         decision = runtime.router.decide("chat", body, explain=True).to_json()
-        decision["costs"] = {c.tier: round(c.seconds, 4) for c in runtime.tier_costs()}
+        decision["costs"] = {c.tier: round(c.seconds, 4) for c in runtime.prefixes.costs()}
         return _json(decision)
 
     async def refuse_slot_action(self, _: web.Request) -> web.StreamResponse:

@@ -211,7 +211,7 @@ class BatchService:
         return Job(
             paths,
             parsed,
-            tier_tokens={w.name.removeprefix("tier:"): w.tokens for w in runtime.warmed},
+            tier_tokens={w.name.removeprefix("tier:"): w.tokens for w in runtime.prefixes.warmed},
             lanes=max(int(slots * runtime.settings.batch.share), 1),
             tokens_per_char=runtime.dispatcher.rates.tokens_per_char.value,
         )

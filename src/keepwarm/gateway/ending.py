@@ -40,7 +40,7 @@ async def begin_explaining(runtime: Runtime) -> None:
     identity = Identity(
         runtime.fingerprint, await _described(runtime), cuttable=runtime.machine.cuttable
     )
-    targets = {target.name: target for target in runtime.targets}
+    targets = {target.name: target for target in runtime.prefixes.targets}
     tiers = []
     for tier in runtime.tiers:
         target = targets.get(f"tier:{tier.name}")

@@ -86,7 +86,7 @@ class Prover:
             else:
                 runtime.metrics.miss("not_reused")
                 lost = set(await self._quarantine(plan.restore, "not_reused"))
-            for target in runtime.targets:
+            for target in runtime.prefixes.targets:
                 if target.name in lost:
                     await rebuild(runtime, target)
 
@@ -112,7 +112,7 @@ class Prover:
                     runtime.metrics.miss(error.reason)
                 else:
                     lost |= set(removed.pins)
-        for target in runtime.targets:
+        for target in runtime.prefixes.targets:
             runtime.dispatcher.know_static(target.digest, target.tokens)
         return lost
 
@@ -129,8 +129,10 @@ class Prover:
         except (EngineError, TierError) as error:
             log.warning("the tiers can't be rendered: %s", error)
             return []
-        moved = [a for a, b in zip(runtime.targets, now, strict=False) if a.tokens != b.tokens]
-        runtime.targets = now
+        moved = [
+            a for a, b in zip(runtime.prefixes.targets, now, strict=False) if a.tokens != b.tokens
+        ]
+        runtime.prefixes.targets = now
         return moved
 
     def _learn(self, job: Job) -> None:

@@ -366,9 +366,14 @@ class Proxy:
             await response.write(
                 exchange.asked.dialect.error_event(_BROKEN_OFF, kind="upstream_error", status=502)
             )
+            await response.write_eof()
         else:
-            self._ended(exchange, b"".join(chunks), status=upstream.status)
-        await response.write_eof()
+            try:
+                # First, since the client waits for it. What it asks next is read after this task
+                # has given the slot back.
+                await response.write_eof()
+            finally:
+                self._ended(exchange, b"".join(chunks), status=upstream.status)
         return response
 
     def _escalate(self, exchange: Exchange, raw: bytes, *, complete: bool) -> bool:

@@ -7,8 +7,7 @@ started, the pinned prefixes are warmed again, and what waits in the queue goes 
 running requests end, saves what is worth it, and ends the engine.
 
 States: starting -> warming -> ready <-> down, and stopping at the end. Requests are admitted when
-ready. Where the owner prefers availability (`tiers.wait = false`), only what the store holds is
-warmed before that; `lacking` names the tiers that are made warm behind the requests.
+ready.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
@@ -28,7 +27,7 @@ from keepwarm.core.plan import Machine, Plan
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
-from keepwarm.core.slots import Content, Slot
+from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.attach import plan_launch, seen_again
 from keepwarm.engine.client import EngineClient
@@ -49,9 +48,9 @@ from keepwarm.gateway.ending import begin_explaining
 from keepwarm.gateway.explainer import Explainer, Sink
 from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
+from keepwarm.gateway.prefixes import Prefixes, UnprovedError
 from keepwarm.gateway.probe import probe
 from keepwarm.gateway.proof import Prover
-from keepwarm.gateway.rebuild import rebuild
 from keepwarm.gateway.routing import TierRouter
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
@@ -59,14 +58,7 @@ from keepwarm.gateway.tiering import Tiered
 from keepwarm.gateway.tracing import start_tracing
 from keepwarm.gateway.warm import (
     Progress,
-    Target,
-    Warmed,
-    Warmer,
-    last_used_s,
-    tier_targets,
 )
-from keepwarm.router import DEFAULT_COSTS, TierCost
-from keepwarm.router.judge import judges_prompt
 from keepwarm.router_files import load_router
 from keepwarm.router_outcomes import OutcomeLog
 from keepwarm.settings import Places, Settings, trace_export
@@ -127,6 +119,7 @@ class Runtime:
         self._beginning = beginning or prepare(settings, places)
         self.tiers_dir = self._beginning.tiers_dir
         self.tiers: TierSet = self._beginning.tiers
+        self.prefixes = Prefixes(self, leaves=leaves, on_progress=on_progress)
         self.router = TierRouter(
             self.tiers,
             load_router(
@@ -135,7 +128,7 @@ class Runtime:
                 own_tools=list(self.tiers)[-1].tools,
             ),
             OutcomeLog(places.state_home / "keepwarm"),
-            costs=self.tier_costs,
+            costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
@@ -146,14 +139,8 @@ class Runtime:
         self.state = State.STARTING
         self.status = "starting"
         self.started_s = time.time()
-        self.warmed: list[Warmed] = []
-        self.targets: list[Target] = []
-        self.lacking: set[str] = set()
-        self._warming_later: asyncio.Task[None] | None = None
         self.failure: KeepwarmError | None = None
         self._on_status = on_status
-        self._leaves = leaves
-        self._on_progress = on_progress
         self._process: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
@@ -196,7 +183,7 @@ class Runtime:
         await self._open_all()
         try:
             await self._warm()
-        except _UnprovedError:
+        except UnprovedError:
             # The engine doesn't take the mended window: keep its windowed layers whole instead.
             log.warning("the sliding window can't be restored on this engine: using --swa-full")
             await self._stop_engine()
@@ -229,17 +216,20 @@ class Runtime:
 
     def _set_ready(self) -> None:
         self.state = State.READY
-        self._tell_ready()
+        self.tell_warmth()
         self._open.set()
 
-    def _tell_ready(self) -> None:
-        self.metrics.warm.set(not self.lacking)
-        lacking = f", {len(self.lacking)} still cold" if self.lacking else ""
-        self._tell(f"ready: {len(self.warmed)} prefixes warm{lacking}")
+    def tell_warmth(self) -> None:
+        """Say how many prefixes are warm, and how many aren't yet; once it is ready."""
+        if self.state is not State.READY:
+            return
+        warmed, lacking = len(self.prefixes.warmed), len(self.prefixes.lacking)
+        self.metrics.warm.set(not lacking)
+        self.tell(f"ready: {warmed} prefixes warm" + (f", {lacking} still cold" if lacking else ""))
 
     async def _start_engine(self) -> None:
         """Start a process, unless one was begun, and wait until its model is loaded."""
-        self._tell("loading the model")
+        self.tell("loading the model")
         if self._process is None:
             self._process = await start_process(self.launch)
         await wait_ready(self.client, self._process, timeout_s=self.settings.engine.start_timeout_s)
@@ -254,7 +244,7 @@ class Runtime:
         props = await self.client.props()
         slots = int(props.get("total_slots") or 1)
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
-        self._slot_tokens = slot_tokens
+        self.slot_tokens = slot_tokens
         self.probed = await probe(
             self.client,
             self.launch.slot_dir,
@@ -310,6 +300,12 @@ class Runtime:
         )
         self.prover = Prover(self)
 
+    async def _warm(self) -> None:
+        """Warm all prefixes. Raises: UnprovedError, ConfigError; see `Prefixes.warm`."""
+        self.state = State.WARMING
+        self.tell("warming")
+        await self.prefixes.warm()
+
     def _shares_pool(self, slots: int) -> bool:
         if self.launch.options:
             return self.launch.options.unified and slots > 1
@@ -322,116 +318,12 @@ class Runtime:
             return "rows"
         return f"whole/{slots}/{self.probed.streams}"
 
-    async def _warm(self) -> None:
-        """Warm all tiers, then what was learned from clients, and tell the scheduler."""
-        self.state = State.WARMING
-        self._tell("warming")
-        self.targets = await tier_targets(
-            self.tiers,
-            self.client,
-            fingerprint=self.fingerprint,
-            only=self.settings.tiers.warm,
-        )
-        if self.settings.tiers.judge:
-            self.targets += await tier_targets(
-                TierSet([judges_prompt()]), self.client, fingerprint=self.fingerprint
-            )
-        for target in self.targets:
-            self._check_fits(target)
-            self.dispatcher.know_static(target.digest, target.tokens)
-        warmer = Warmer(
-            self.client,
-            self.slot_store,
-            self.machine,
-            self.dispatcher.rates,
-            slots=len(self.dispatcher.scheduler.slots),
-            progress=self._progressed,
-            leaves=self._leaves,
-        )
-        targets = [*self.targets, *await self.prover.learned_targets()]
-        later = [] if self.settings.tiers.wait or self._leaves else await self._unsaved()
-        self.warmed, contents = await warmer.warm([t for t in targets if t not in later])
-        self._check_proofs()
-        now_s = time.monotonic()
-        for slot, content in contents.items():
-            self.dispatcher.scheduler.set_content(slot, content, now_s)
-        self.lacking = {target.name for target in later}
-        # After a restart of the engine the task that was begun before it goes on.
-        if later and (self._warming_later is None or self._warming_later.done()):
-            self._warming_later = self.supervise(self._warm_later(later))
-
-    async def _unsaved(self) -> list[Target]:
-        """The tiers that would have to be prefilled (new, changed, or under another engine).
-
-        What was used last comes first, then the smallest.
-        """
-        out = []
-        for target in self.targets:
-            stored = await self.slot_store.match(target.tokens, target.namespace)
-            if stored is None or stored.tokens < len(target.tokens):
-                out.append(target)
-        return sorted(
-            out, key=lambda target: (-last_used_s(self.store, target), len(target.tokens))
-        )
-
-    async def _warm_later(self, targets: Sequence[Target]) -> None:
-        """Warm tiers behind all requests, which are served cold meanwhile."""
-        for target in [*targets, *targets]:  # again, if the engine died meanwhile
-            if target.name not in self.lacking:
-                continue
-            began_s, tokens = time.monotonic(), len(target.tokens)
-            stored = await rebuild(self, target)
-            if stored is None:
-                continue
-            self.lacking.discard(target.name)
-            seconds = time.monotonic() - began_s
-            self.warmed.append(
-                Warmed(
-                    *(target.name, tokens, "prefilled", tokens, seconds, stored.size_bytes),
-                    slot=None,
-                    proved=False,  # by the first request that starts from it
-                )
-            )
-            if self.state is State.READY:  # otherwise it is told when it is
-                self._tell_ready()
-
-    def _check_fits(self, target: Target) -> None:
-        """A tier that fills a slot leaves no room for a task.
-
-        Raises:
-            ConfigError: it is too large for the engine's slots.
-        """
-        if len(target.tokens) < self._slot_tokens:
-            return
-        raise ConfigError(
-            f"The tier {target.name.removeprefix('tier:')!r} has {len(target.tokens):,} tokens, "
-            f"but a slot has room for {self._slot_tokens:,} only. Give a larger --context or fewer "
-            '--slots, let slots share the context (engine.pool = "shared"), or name the tiers to '
-            "warm (tiers.warm)."
-        )
-
-    def _check_proofs(self) -> None:
-        unproved = [w.name for w in self.warmed if not w.proved]
-        if not unproved:
-            return
-        options = self.launch.options
-        if self.probed.kind is MemoryKind.SLIDING_WINDOW and options and not options.swa_full:
-            raise _UnprovedError
-        for name in unproved:
-            self.metrics.miss("unproved")
-            log.warning("%s was restored, but the engine didn't reuse it", name)
-
-    def _progressed(self, name: str, done: int, total: int) -> None:
-        self._tell(f"{name.removeprefix('tier:')}: {done:,} of {total:,} tokens")
-        if self._on_progress:
-            self._on_progress(name, done, total)
-
     async def stop(self, *, drain: bool = True) -> None:
         """Let requests end, save, close the store, end the engine."""
         was_ready = self.state is State.READY
         self.state = State.STOPPING
         self.metrics.warm.set(0)
-        self._tell("stopping: saving slots")
+        self.tell("stopping: saving slots")
         if drain and was_ready:
             await self.dispatcher.drain(self.settings.server.drain_timeout_s)
         absorbing = [t for t in self._tasks if t.get_name() == "absorb"]
@@ -535,7 +427,7 @@ class Runtime:
             )
         try:
             await self._warm()
-        except _UnprovedError:
+        except UnprovedError:
             # It was proved at the first start, so the engine isn't the one it was.
             log.warning("prefixes are restored but not reused: serving cold until a restart")
 
@@ -550,7 +442,7 @@ class Runtime:
         self.failure = error
         if gave_up:
             self.state = State.FAILED
-            self._tell("the engine doesn't come back")
+            self.tell("the engine doesn't come back")
             self.dispatcher.refuse_waiting(self._why_down())
 
     async def ready(self) -> None:
@@ -578,43 +470,12 @@ class Runtime:
         why = str(self.failure or "Keepwarm is stopping.").partition(" Its last lines:")[0]
         return f"The engine isn't available. {why}"
 
-    def tier_costs(self) -> list[TierCost]:
-        """What each tier would cost a new request at this moment, in seconds.
-
-        Until its first token, and then what a larger prompt costs even when it is warm: it is
-        attended to at every step, and a small model loses itself in it. The second part is the
-        usual costs', which the router's figures were measured with.
-        """
-        usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
-        rates = self.dispatcher.rates
-        held = [s.content.marks for s in self.dispatcher.scheduler.slots if s.content]
-        out = []
-        for target in self.targets:
-            tokens = len(target.tokens)
-            if any(target.digest in marks for marks in held):
-                seconds = 0.0
-            elif hit := self.store.lookup([target.digest], namespace=""):
-                seconds = rates.restore_s(hit.restore_bytes, ready=hit.is_ready)
-                seconds += rates.prefill_s(tokens - hit.at_tokens)
-            else:
-                seconds = rates.prefill_s(tokens)
-            name = target.name.removeprefix("tier:")
-            out.append(TierCost(name, seconds + usual.get(name, 0.0)))
-        return out
-
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
         """Compare a reply's counts with its plan."""
         self.prover.proved(job, plan, counts, ttft_s=ttft_s, tier=tier)
 
-    def warm_contents(self) -> Sequence[Content | None]:
-        """What each slot holds now."""
-        return [slot.content for slot in self.dispatcher.scheduler.slots]
-
-    def _tell(self, status: str) -> None:
+    def tell(self, status: str) -> None:
+        """Say what is being done, in a line."""
         self.status = status
         if self._on_status:
             self._on_status(status)
-
-
-class _UnprovedError(Exception):
-    """A sliding-window model's restored prefix wasn't reused."""

@@ -64,7 +64,7 @@ def _totals(totals: Totals) -> dict[str, float]:
 
 
 def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
-    targets = {target.name: target for target in runtime.targets}
+    targets = {target.name: target for target in runtime.prefixes.targets}
     slots = runtime.dispatcher.scheduler.slots
     out = []
     for tier in runtime.tiers:
@@ -133,7 +133,7 @@ def _holds(runtime: Runtime, slot: Slot) -> str:
     content = slot.content
     if content is None:
         return "empty"
-    held = [t for t in runtime.targets if t.digest in content.marks]
+    held = [t for t in runtime.prefixes.targets if t.digest in content.marks]
     if not held:
         return "conversation" if content.turns else "prefix"
     largest = max(held, key=lambda t: len(t.tokens))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.settings import _is_ours
+from keepwarm.staging import _is_ours
 
 
 def test_a_new_directory_is_private(tmp_path: Path) -> None:
