@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from browser import Page
 from keepwarm.engine.process import free_port
 from keepwarm.tierfiles import packaged_configs
 from smalltiers import write_small_tiers
@@ -134,11 +135,15 @@ dir = "{base / "tiers"}"
             headers = {name.lower(): value for name, value in reply.headers.items()}
             return Answer(headers, json.load(reply))
 
-    def nodes(self) -> dict[str, Any]:
-        """What is known of each node, by its own name."""
+    def status(self) -> dict[str, Any]:
+        """What the fleet says of itself."""
         command = [sys.executable, "-m", "keepwarm", "fleet", "status", "--json", "--url"]
         told = subprocess.run([*command, self.url], capture_output=True, check=True)
-        known = json.loads(told.stdout)["nodes"].values()
+        return dict(json.loads(told.stdout))
+
+    def nodes(self) -> dict[str, Any]:
+        """What is known of each node, by its own name."""
+        known = self.status()["nodes"].values()
         return {node["node"]: node for node in known if "node" in node}
 
     def settled(self) -> bool:
@@ -281,6 +286,23 @@ def test_a_node_that_is_killed_under_load_loses_no_request_but_the_streaming_one
     fleet.wait_replaced(pid)
 
 
+def test_a_router_that_lost_all_it_knew_costs_no_request(fleet: RunningFleet) -> None:
+    talk = [user(f"Long ago. {STORY} What hums?")]
+    first = fleet.chat(talk)
+    talk += [first.message, user("Where?")]
+    time.sleep(1.0)  # the slot is saved when it was idle for a moment
+    fleet.wait(fleet.settled, READY_S)
+    pid = fleet.status()["router_pid"]
+    os.kill(pid, signal.SIGKILL)
+    with ThreadPoolExecutor(4) as at_once:
+        asked = [at_once.submit(fleet.chat, [user(f"{n}: Who?")]) for n in range(4)]
+        assert all(future.result().message["content"] for future in asked)
+    assert fleet.status()["router_pid"] != pid
+    # Wherever it goes now, its turns are there or come from the shared store.
+    fleet.wait(fleet.settled, READY_S)
+    assert fleet.chat(talk).body["timings"]["prompt_n"] < 60
+
+
 def test_its_page_and_its_metrics_show_the_nodes(fleet: RunningFleet) -> None:
     with urllib.request.urlopen(fleet.url + "/keepwarm/") as page:
         assert page.headers["Content-Type"].startswith("text/html")
@@ -291,6 +313,28 @@ def test_its_page_and_its_metrics_show_the_nodes(fleet: RunningFleet) -> None:
     with urllib.request.urlopen(fleet.url + "/metrics") as text:
         metrics = text.read().decode()
     assert 'keepwarm_fleet_prompt_tokens{node="node-0",source="snapshot"}' in metrics
+
+
+@pytest.mark.browser
+def test_its_page_shows_them_in_a_browser(fleet: RunningFleet) -> None:
+    page = Page(fleet.url)
+    try:
+        page.open()
+        page.until(lambda: len(page.all("#nodes tr")) == 2, "both nodes are shown")
+        assert page.text("#t-ready") == "2 of 2"
+        shown = page.text("#nodes")
+        assert "node-0" in shown
+        assert "minimal restored" in shown
+        asked = page.text("#t-asked")
+        fleet.chat([user("And now?")])
+        page.until(lambda: page.text("#t-asked") != asked, "a request is counted")
+        for width in (360, 1280):
+            page.resize(width, 800)
+            assert page.run("return document.documentElement.scrollWidth") <= width
+        assert page.complaints() == []
+        assert page.serious_findings() == []
+    finally:
+        page.close()
 
 
 def test_a_file_that_is_wrong_leaves_a_running_fleet_as_it_is(fleet: RunningFleet) -> None:

@@ -6,6 +6,7 @@ with it copies of what stands beside it. A module that is only named is the proc
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def fleet_status() -> dict[str, Any]:
                 "stored": len(told.stored) // 8 if told else 0,
                 **(told.about if told else {}),
             }
-    return {"nodes": nodes, "known_prefixes": known}
+    return {"nodes": nodes, "known_prefixes": known, "router_pid": os.getpid()}
 
 
 def fleet_metrics() -> bytes:
