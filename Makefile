@@ -9,10 +9,11 @@ MINUTES ?= 10
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark) or needs more than Python (Ray, systemd). Without a browser the page's tests skip.
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
-	--ignore tests/live/test_fleet_live.py --ignore tests/live/test_systemd_live.py
+	--ignore tests/live/test_fleet_live.py --ignore tests/live/test_fleet_cluster_live.py \
+	--ignore tests/live/test_systemd_live.py
 
-FLEET_TESTS := tests/live/test_fleet_live.py tests/live/test_fleet_node_live.py \
-	tests/unit/test_fleet_shared.py
+FLEET_TESTS := tests/live/test_fleet_live.py tests/live/test_fleet_cluster_live.py \
+	tests/live/test_fleet_node_live.py tests/unit/test_fleet_shared.py
 
 # The first Python that is new enough; `make PYTHON=/path/to/python` names another one.
 ifndef PYTHON

@@ -59,13 +59,13 @@ class Answer(NamedTuple):
 class RunningFleet:
     """`keepwarm fleet up`, and how to ask it."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *, fleet: str = "nodes = 2") -> None:
         write_small_tiers(base / "tiers")
         self.base, self.port = base, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "up.log"
         self.config = base / "fleet.toml"
-        self.write()
+        self.write(fleet=fleet)
         command = [sys.executable, "-m", "keepwarm", "fleet", "up", "--config", str(self.config)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -138,7 +138,8 @@ dir = "{base / "tiers"}"
     def status(self) -> dict[str, Any]:
         """What the fleet says of itself."""
         command = [sys.executable, "-m", "keepwarm", "fleet", "status", "--json", "--url"]
-        told = subprocess.run([*command, self.url], capture_output=True, check=True)
+        told = subprocess.run([*command, self.url], capture_output=True, check=False)
+        assert told.returncode == 0, told.stderr.decode()
         return dict(json.loads(told.stdout))
 
     def nodes(self) -> dict[str, Any]:
@@ -164,6 +165,14 @@ dir = "{base / "tiers"}"
         self.wait(lambda: self.settled() and pid not in self.pids(), READY_S)
         return self.nodes()
 
+    def stop(self) -> None:
+        """End it, as a user would."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
     def pids(self) -> set[int]:
         return {node["pid"] for node in self.nodes().values()}
 
@@ -175,11 +184,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     try:
         yield running
     finally:
-        running.process.send_signal(signal.SIGTERM)
-        try:
-            running.process.wait(60)
-        finally:
-            running.process.kill()
+        running.stop()
 
 
 def user(text: str) -> dict[str, str]:

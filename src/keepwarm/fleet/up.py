@@ -109,7 +109,7 @@ def application_of(args: dict[str, Any]) -> serve.Application:
 _SEEN_AFTER_S = 1.0
 # Serve gives its proxy 5 s to start and then begins again, for ever on a machine that is busy
 # loading models. The processes that `ray.init` starts read this when they start.
-_PATIENCE = {
+PATIENCE = {
     # By default Ray lowers its processes' priority by 15, and an engine's with it.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -129,7 +129,7 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
         if fleet.address:
             ray.init(address=fleet.address, namespace=NAME, log_to_driver=False)
         else:
-            for name, value in _PATIENCE.items():
+            for name, value in PATIENCE.items():
                 os.environ.setdefault(name, value)
             ray.init(
                 namespace=NAME,
