@@ -75,7 +75,9 @@ async def _described(runtime: Runtime) -> dict[str, str]:
 
 def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     """Hand a request that has ended, however it did, to the explainer."""
-    now_s = time.monotonic()
+    # Both at once: between them nothing may happen, or requests of one moment seem to follow each
+    # other and are explained by each other.
+    now_s, clock_s = time.monotonic(), time.time()
     asked = exchange.asked
     runtime.router.note(asked.api, asked.body, exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
@@ -93,7 +95,7 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
             plan=grant.plan if grant else None,
             tier=tiered.tier.name if tiered.tier else "none",
             tier_reason=tiered.reason,
-            at_s=time.time() - (now_s - exchange.received_s),
+            at_s=clock_s - (now_s - exchange.received_s),
             received_s=exchange.received_s,
             arrived_s=job.arrived_s,
             queued_s=grant.queued_s if grant else now_s - job.arrived_s,
