@@ -52,8 +52,9 @@ T = TypeVar("T")
 _BACKLOG = 1000
 # What has ended is on disk this much later, if nobody asks for it before.
 _WRITE_S = 0.5
-# A slot is given back a moment before its request is over.
-_GRACE_S = 0.05
+# A slot is given back a moment before its request is over. Not more: a small model answers all that
+# came in one moment within some tens of milliseconds.
+_GRACE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
