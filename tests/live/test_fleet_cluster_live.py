@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from test_fleet_live import NOT_INSTALLED, READY_S, STORY, RunningFleet, user
+from runningfleet import NEEDS_RAY, READY_S, STORY, RunningFleet, user
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("ray", "obstore")),
-        reason=NOT_INSTALLED,
-    ),
-]
+pytestmark = NEEDS_RAY
 
 
 @pytest.fixture

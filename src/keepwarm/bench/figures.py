@@ -199,14 +199,14 @@ def _page(samples: Sequence[Sample], amounts: Sequence[Amount]) -> list[Figure]:
     value, error = median(added), standard_error(added)
     # A difference that chance alone could make says neither that it is reached nor missed.
     told = "" if error <= PAGE_AT_MOST_MS else ": too much to tell, take more --pairs"
-    cpu = {
-        state: [a.value for a in amounts if a.unit == CPU_PER_REQUEST and a.step == state]
+    cpu = [
+        [a.value for a in amounts if a.unit == CPU_PER_REQUEST and a.step == state]
         for state in (CLOSED, OPEN)
-    }
+    ]
     own = ""
-    if all(cpu.values()):
-        shut, ajar = (sum(values) / len(values) for values in cpu.values())
-        own = f"; of the gateway's CPU a request {shut:,.0f} µs closed, {ajar:,.0f} µs open"
+    if all(cpu):
+        closed_us, open_us = (sum(values) / len(values) for values in cpu)
+        own = f"; of the gateway's CPU a request {closed_us:,.0f} µs closed, {open_us:,.0f} µs open"
     return [
         Figure(
             what="TTFT of 16 clients with the page's event stream open",

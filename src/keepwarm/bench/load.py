@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 
 from keepwarm.bench.arms import KEEPWARM, Arm
-from keepwarm.bench.client import Answer
 from keepwarm.bench.prompts import OWN_BYTES, direct_request, keepwarm_request, own_request, user
 from keepwarm.bench.scenarios import REPLY_TOKENS, Bench
 from keepwarm.bench.servers import KeepwarmServer
@@ -30,10 +29,9 @@ QUEUED, LISTENING = "queued requests", "open event streams"
 TOKENS_A_S, MEGABYTES = "tokens/s", "MB"
 CPU_PER_TOKEN, CPU_PER_REQUEST = "µs/token", "µs/request"
 CLIENTS = 16
-# Long enough that decoding is what is measured, and a round of both ways takes under a minute on
-# two cores with a small model.
+# Long enough that decoding is what is measured; a round of both ways takes somewhat over a minute
+# on two cores with a small model.
 _LONG_REPLY_TOKENS = 256
-_EACH = 1
 # Until buffers and tasks of a change are where they stay.
 _SETTLE_S = 1.0
 # A queue of 200 requests fills in well under a second.
@@ -41,7 +39,7 @@ _FILL_TIMEOUT_S = 60.0
 
 
 async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
-    """Sixteen clients that each ask again as soon as they are answered, both ways in turns.
+    """Sixteen clients at a time with long replies, both ways in turns.
 
     The smallest tier is asked, so that a token costs as little engine time as it can and the
     gateway's own shows most. Every reply has the same length (`ignore_eos`).
@@ -56,14 +54,12 @@ async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
     for turn in range(-1, rounds):  # the first warms sockets, code paths and slots
         for way in rotated((KEEPWARM, ENGINE), turn):
             bench.watcher.doing(f"load: round {max(turn + 1, 0)} of {rounds}, {way}")
-            texts = [[bench.questions.new() for _ in range(_EACH)] for _ in range(CLIENTS)]
+            texts = [bench.questions.new() for _ in range(CLIENTS)]
             began, began_cpu_s = time.perf_counter(), keepwarm.cpu_seconds()
             base = keepwarm.base_url if way == KEEPWARM else engine
             make = keepwarm_request if way == KEEPWARM else direct_request
-            lanes = (
-                _lane(arm, base, [_long(make, tier, text) for text in of_one]) for of_one in texts
-            )
-            answers = [answer for lane in await asyncio.gather(*lanes) for answer in lane]
+            asked = (arm.client.ask(base, _long(make, tier, text)) for text in texts)
+            answers = await asyncio.gather(*asked)
             seconds = time.perf_counter() - began
             if turn < 0:
                 continue
@@ -85,10 +81,6 @@ async def throughput(bench: Bench, arm: Arm, *, rounds: int) -> None:
 def _long(make: Any, tier: Tier, text: str) -> dict[str, Any]:
     body: dict[str, Any] = make(tier, [user(text)], reply_tokens=_LONG_REPLY_TOKENS)
     return {**body, "ignore_eos": True}
-
-
-async def _lane(arm: Arm, base_url: str, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-    return [await arm.client.ask(base_url, body) for body in bodies]
 
 
 async def page_open(bench: Bench, arm: Arm, *, pairs: int) -> None:

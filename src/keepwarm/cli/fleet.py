@@ -33,7 +33,7 @@ def bring_up(config: _Config = Path("fleet.toml")) -> None:
     """Start a fleet and stay until interrupted; ready when every node's tiers are warm.
 
     Without an `address` in the file a Ray of this machine is started with it, and ends with it.
-    After SIGHUP the file is read again and the nodes are replaced one by one.
+    After SIGHUP the file is read again and the nodes are replaced, a fifth of them at a time.
     """
     fleet = load_fleet(config)
     _check(fleet)
@@ -53,7 +53,7 @@ def bring_up(config: _Config = Path("fleet.toml")) -> None:
 
 
 def _updated(path: Path, running: FleetConfig, fleet_up: Any) -> FleetConfig:
-    """Change a fleet that runs to what its file says now; if that can't be, it stays as it was."""
+    """Change a fleet that runs to what its file says now; a file that is wrong changes nothing."""
     try:
         fleet = load_fleet(path)
         _check(fleet)

@@ -1,1 +1,1 @@
-"""The page at /keepwarm/: one static file, a client of the public routes only."""
+"""The pages at /keepwarm/: static files, clients of the public routes only."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from typing import Any
 
 import msgspec
@@ -25,7 +24,7 @@ from keepwarm.fleet.replica import Head
 from keepwarm.fleet.status import fleet_metrics, fleet_status
 from keepwarm.fleet.wire import ask_of
 from keepwarm.gateway.keys import load_keys
-from keepwarm.gateway.pages import page_headers
+from keepwarm.gateway.pages import load_page
 from keepwarm.settings import load_settings
 
 log = logging.getLogger("keepwarm.fleet")
@@ -54,8 +53,7 @@ class Front:
         settings = load_settings(flags=config.node_flags())[0]
         self._keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
         self._hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
-        self._html = files("keepwarm.dashboard").joinpath("fleet.html").read_bytes()
-        self._html_headers = page_headers(self._html)
+        self._html, self._html_headers = load_page("fleet.html")
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""

@@ -147,8 +147,8 @@ def up(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
 def deploy(config: FleetConfig, *, tell: Callable[[str], None]) -> None:
     """Have the fleet be as `config` says; returns when it is.
 
-    What runs already is replaced node by node: one at a time is taken away, its streams end, and
-    the next one is taken away only when the new one is warm.
+    What runs already is replaced a fifth at a time, at least one node: these are taken away, their
+    streams end, and the next ones are taken away only when the new ones are warm.
 
     Raises: EngineStartError if no node comes up.
     """

@@ -55,9 +55,7 @@ class _Pages:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._feed = Feed(lambda namespace: slots_now(runtime, namespace))
-        html = files("keepwarm.dashboard").joinpath("index.html").read_bytes()
-        self._html = html
-        self._headers = page_headers(html)
+        self._html, self._headers = load_page("index.html")
 
     def on_record(self, namespace: str, record: dict[str, Any]) -> None:
         """A request was explained: tell who looks."""
@@ -230,9 +228,12 @@ def _is_local_name(host: str) -> bool:
     return True
 
 
-def page_headers(html: bytes) -> dict[str, str]:
-    """What a page of ours is sent with."""
-    return {
+def load_page(name: str) -> tuple[bytes, dict[str, str]]:
+    """A page of ours, with the colors that all share put in, and the headers it is sent with."""
+    folder = files("keepwarm.dashboard")
+    colors = folder.joinpath("colors.css").read_bytes()
+    html = folder.joinpath(name).read_bytes().replace(b"/* colors.css */", colors, 1)
+    return html, {
         "Content-Security-Policy": content_policy(html),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
