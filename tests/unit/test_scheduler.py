@@ -118,6 +118,33 @@ def test_a_second_fill_of_one_static_part_never_begins() -> None:
     assert len(steps(sim, FillSlot)) == 1
 
 
+def test_who_is_to_save_a_short_static_part_waits_for_the_fill_that_makes_it() -> None:
+    sim = Simulation(slots=2)
+    requests = [
+        request_of(
+            name,
+            {"messages": [{"role": "system", "content": "Be brief."}, USER]},
+            namespace="a",
+            shared_segments=0,
+            now_s=sim.now_s,
+        )
+        for name in (1, 2)
+    ]
+    for request in requests:
+        request.job.must_save, request.job.can_fill = True, True
+        request.job.static_tokens = request.static_tokens
+        sim.submit(request)
+    first, second = requests
+    (fill,) = sim.pending
+    assert isinstance(fill, FillSlot)
+    assert second.job.plan is None
+    sim.complete(fill)
+    sim.complete(sim.pending[0])
+    (restore,) = steps(sim, RestoreSlot)  # from what the first has saved
+    assert isinstance(restore, RestoreSlot)
+    assert (restore.job, restore.stored.tokens) == (second.id, first.static_tokens)
+
+
 def test_the_queue_is_bounded_and_first_come_is_first_served() -> None:
     sim = Simulation(slots=1, queue_limit=2)
     for name in range(4):

@@ -320,11 +320,13 @@ class Scheduler:
         """Whether another request is prefilling this one's static part right now.
 
         Waiting is never slower than prefilling the same beside it: the fill is ahead of us, and
-        two prefills share the machine.
+        two prefills share the machine. Who is here to have it saved has nothing else to wait for.
         """
         static = job.prompt.static
         if static is None or static.digest not in self._fills or not job.can_fill:
             return False
+        if job.must_save:
+            return True
         known = stored.tokens if stored else 0
         return static_tokens(job.demand(), self.rates) - known >= FILL_MIN_TOKENS
 
