@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import signal
 import threading
@@ -172,6 +174,24 @@ def test_stopping_lets_a_running_reply_end_and_saves_what_only_slots_hold(serve:
     assert answer.plan == "snapshot"
     assert answer.cached >= last["timings"]["cache_n"] + last["timings"]["prompt_n"]
     again.stop()
+
+
+def test_keepwarm_killed_while_a_prompt_is_prefilled_leaves_no_engine(serve: Serve) -> None:
+    served = start(serve)
+    engine = served.engine_pid
+    long = {"role": "user", "content": "Name the disk, then the hour, then the reason why. " * 150}
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            served.chat(long, max_tokens=1)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    served.until(lambda: any(s["state"] != "idle" for s in served.get("/keepwarm/slots")["slots"]))
+    served.kill()
+    asking.join()
+    # Not even what it computes is waited for: its threads don't always end.
+    served.until(lambda: not pid_runs(engine))
 
 
 def test_who_prefers_availability_is_served_before_the_tiers_are_warm(serve: Serve) -> None:

@@ -20,10 +20,10 @@ def main() -> NoReturn:
     # Ctrl-C in a terminal goes to the whole process group; the parent decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    server = _start(params)
+    _server = _start(params)
     sys.stdin.read()
-    del server
-    # The C++ server's threads are still running; a normal exit would wait for them.
+    # Nor is the server ended first: that waits for its threads, until a prefill is through, and now
+    # and then for ever, as any normal exit would. Nobody is left to wait for them.
     os._exit(0)
 
 
