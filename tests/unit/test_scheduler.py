@@ -222,6 +222,21 @@ def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
     assert slot.idle_since_s == 100.0
 
 
+def test_what_was_asked_and_answered_before_isnt_saved_again() -> None:
+    sim = Simulation(slots=1)
+    for name in (1, 2, 3):
+        ask(sim, name)
+        while sim.pending:
+            sim.complete(sim.pending[0])
+        sim.finish(sim.running[0], decoded=200, heard=True)
+        sim.tick(2 * SAVE_AFTER_IDLE_S)
+        while sim.pending:
+            sim.complete(sim.pending[0])
+        for file in list(sim.arriving):
+            sim.absorb(file)
+    assert sim.said["SaveSlot"] == 2, "the rules, and the first request with its reply"
+
+
 def test_a_save_that_failed_isnt_tried_over_and_over() -> None:
     slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
     made = scheduler(slot)

@@ -6,14 +6,11 @@ engine isn't taken for a difference.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import msgspec
-
-from keepwarm.core.prompt import Api, Segment, head_of, segments_of
+from keepwarm.core.prompt import Api, Segment, dump, head_of, segments_of
 
 # Role and turn tokens that `prompt` counts for each message.
 _TURN_CHARS = 16
@@ -83,15 +80,6 @@ def _raw_segment(prompt: object) -> Segment:
 def _tool_name(tool: object) -> str:
     inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
     return str(inner.get("name", ""))[:80] if isinstance(inner, Mapping) else ""
-
-
-def dump(value: object) -> str:
-    """JSON with the keys in the order they came in."""
-    try:
-        # A tenth of the time of the standard library's, and this runs for every tool of a request.
-        return msgspec.json.encode(value).decode()
-    except (msgspec.MsgspecError, UnicodeError, TypeError, ValueError):
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def chars_before(segments: Sequence[Segment], index: int) -> int:

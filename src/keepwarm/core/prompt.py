@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 # 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
 # on a slow CPU), and about one digest a microsecond of hashing.
 BLOCK_CHARS = 256
@@ -133,7 +135,7 @@ def prompt_of(
     head = head_of(body)
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
-    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")) if head else ""
+    text = dump(head) if head else ""
     marks = [Mark(_digest(key, _bytes(text)), len(text))]
     segments = segments_of(api, body)
     statics = _leading(segments, shared_segments)
@@ -257,6 +259,15 @@ def _call(call: Mapping[str, Any]) -> str:
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
     return _dump([call.get("name"), arguments])
+
+
+def dump(value: object) -> str:
+    """JSON with the keys in the order they came in."""
+    try:
+        # A tenth of the time of the standard library's, and this runs for every tool of a request.
+        return msgspec.json.encode(value).decode()
+    except (msgspec.MsgspecError, UnicodeError, TypeError, ValueError):
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def _dump(value: object) -> str:

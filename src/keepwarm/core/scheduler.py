@@ -486,10 +486,21 @@ class Scheduler:
     def _learn(self, job: Job, slot: Slot, counts: Counts, reply: Segment | None) -> None:
         """A slot's new content after a request, and the rates that its reply taught."""
         slot.content = after_reply(job, slot.content, counts, reply)
+        if reply is not None and self._is_kept(job, reply):
+            # Asked and answered before, word for word: there is nothing new to save.
+            slot.content.saved_tokens = slot.content.tokens
         slot.held_tokens = slot.content.tokens
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         if counts.prompt >= 64 and job.prompt.marks[-1].tokens is None:
             self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))
+
+    def _is_kept(self, job: Job, reply: Segment) -> bool:
+        """Whether the store has a prompt with this very reply, or is to have it in a moment."""
+        marks = (*job.prompt.marks, job.prompt.continued(reply))
+        if any(marks[-1].digest in content.marks for content in self._absorbing.values()):
+            return True
+        stored = self.lookup(replace(job.prompt, marks=marks), job.namespace)
+        return stored is not None and stored.mark_index == len(marks) - 1
 
     def _unsure(self, job: Job, slot: Slot) -> None:
         """A reply ended without counts: the slot may hold all that was granted."""
