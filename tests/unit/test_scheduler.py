@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -291,6 +292,43 @@ def test_who_goes_on_while_the_slot_is_being_saved_gets_that_slot() -> None:
     assert third.plan
     assert third.plan.source is Source.SLOT
     assert third.plan.slot == second.plan.slot
+
+
+def test_a_loop_of_short_turns_stays_in_its_slot() -> None:
+    sim = Simulation(slots=2)
+    last = saved_after_its_second_turn(sim)
+    for number in range(3, 7):
+        turn = request_of(
+            number,
+            sim.continued(last, trimmed=False),
+            namespace="a",
+            shared_segments=0,
+            now_s=sim.now_s,
+        )
+        sim.submit(turn)
+        while sim.pending:
+            sim.complete(sim.pending[0])
+        for file in list(sim.arriving):
+            sim.absorb(file)
+        assert turn.plan
+        assert turn.plan.slot == last.plan.slot, "what it said last would be prefilled twice"
+        sim.finish(turn, decoded=3, heard=True)
+        assert steps(sim, SaveSlot)
+        last = turn
+
+
+def test_a_turn_that_costs_little_beside_its_save_is_saved_when_its_client_pauses() -> None:
+    sim = Simulation(slots=1)
+    sim.scheduler.machine = replace(sim.scheduler.machine, row_bytes=1_000_000)
+    first = ask(sim, 1, text="A long question. " * 60, rules=False)
+    sim.finish(sim.requests[first], decoded=3, heard=True)
+    body = sim.continued(sim.requests[first], trimmed=False)
+    second = request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(second)
+    sim.finish(second, decoded=3, heard=True)
+    assert not sim.pending, "its next turn would wait for the save"
+    sim.tick(2 * SAVE_AFTER_IDLE_S)
+    assert steps(sim, SaveSlot)
 
 
 def test_others_dont_wait_for_a_save_that_is_none_of_theirs() -> None:

@@ -60,6 +60,9 @@ from keepwarm.core.slots import Content, Slot, SlotState, loss
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
 SAVE_AFTER_IDLE_S = 0.3
+# What only a slot holds is saved behind a reply if computing it again costs so many times the save:
+# a loop of short turns is then slowed by a twentieth at most.
+SAVE_AT_ONCE = 20.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
 # and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
 # ten milliseconds. Slots in use by turns stay.
@@ -154,8 +157,7 @@ class Scheduler:
             slot.owner = job.namespace
         self._free(slot, now_s)
         effects: list[Effect] = []
-        if slot.content and slot.content.turns > 1:
-            # A conversation that has gone on before will go on again, perhaps after a crash.
+        if slot.content and self._is_cheap_to_keep(slot.content):
             effects += self._save_if_worth(slot, now_s)
         return [*effects, *self._dispatch(now_s)]
 
@@ -351,7 +353,7 @@ class Scheduler:
         for content, saves in soon:
             lacking = self._reusable(job, content) - known
             wait_s = saves * self.rates.save_s(content.tokens * self.machine.row_bytes)
-            if lacking >= FILL_MIN_TOKENS and wait_s < self.rates.prefill_s(lacking):
+            if lacking > 0 and wait_s < self.rates.prefill_s(lacking):
                 return True
         return False
 
@@ -520,6 +522,16 @@ class Scheduler:
             now_s=now_s,
             can_save=True,
         ).save
+
+    def _is_cheap_to_keep(self, content: Content) -> bool:
+        """Whether a conversation is saved at once: it has gone on before, so it will again.
+
+        An agent in a loop never leaves its slot idle, and a crash would cost it all of the loop;
+        but its next turn comes in a moment, and waits for the save.
+        """
+        save_s = self.rates.save_s(content.tokens * self.machine.row_bytes)
+        unsaved_s = self.rates.prefill_s(content.tokens - content.saved_tokens)
+        return content.turns > 1 and unsaved_s >= SAVE_AT_ONCE * save_s
 
     def _thin_out(self, now_s: float) -> list[Effect]:
         """Empty slots of a shared pool that have been idle, but for the one used last."""
