@@ -94,7 +94,9 @@ def test_a_request_whose_engine_dies_before_its_first_byte_is_answered_by_the_ne
 
 def test_keepwarm_killed_leaves_no_engine_and_a_store_that_is_used(serve: Serve) -> None:
     served = start(serve)
-    talk: list[dict[str, Any]] = [RULES, {"role": "user", "content": "What is this?"}]
+    # Long enough that each turn is worth a save at once.
+    question = "What is this, and what was it before it came here? " * 10
+    talk: list[dict[str, Any]] = [RULES, {"role": "user", "content": question}]
     first = served.chat(*talk, max_tokens=12)
     said = {"role": "assistant", "content": first.text}
     talk += [said, {"role": "user", "content": "And who looks after it?"}]

@@ -21,14 +21,25 @@ def test_nine_tenths_of_the_past_are_forgotten_in_about_ten_observations() -> No
     assert mean.value < 0.1
 
 
-def test_a_short_prefill_teaches_nothing_of_the_rate() -> None:
+def test_a_short_prefill_teaches_nothing_of_long_ones() -> None:
     rates = Rates()
     before = rates.prefill_s_per_token.value
-    rates.observe_prefill(tokens=5, seconds=3.0)
+    for tokens in (1, 5, 40, 100):
+        rates.observe_prefill(tokens=tokens, seconds=3.0)
     rates.observe_prefill(tokens=500, seconds=0.0)
     assert rates.prefill_s_per_token.value == before
+    rates = Rates()
     rates.observe_prefill(tokens=500, seconds=1.0)
     assert rates.prefill_s(1000) == pytest.approx(2.0)
+
+
+def test_the_first_tokens_of_a_prefill_cost_what_short_ones_did() -> None:
+    rates = Rates()
+    rates.observe_prefill(tokens=1000, seconds=4.0)
+    assert rates.prefill_s(20) == pytest.approx(0.08)
+    rates.observe_prefill(tokens=20, seconds=0.2)
+    assert rates.prefill_s(30) == pytest.approx(0.3)
+    assert rates.prefill_s(64 + 1000) == pytest.approx(0.64 + 4.0)
 
 
 def test_a_small_file_teaches_nothing_of_the_bandwidth() -> None:

@@ -296,6 +296,7 @@ def test_who_goes_on_while_the_slot_is_being_saved_gets_that_slot() -> None:
 
 def test_a_loop_of_short_turns_stays_in_its_slot() -> None:
     sim = Simulation(slots=2)
+    sim.scheduler.rates.call_s = 0.0  # so that each turn is saved at once
     last = saved_after_its_second_turn(sim)
     for number in range(3, 7):
         turn = request_of(

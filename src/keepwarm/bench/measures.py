@@ -29,6 +29,8 @@ BARE = "engine alone"
 _SETTLING_PAIRS = 5
 _AT_ONCE = 4
 _CONVERSATIONS, _TURNS = 6, 3
+# An agent that calls tools asks again as soon as it is answered, and says little each time.
+_LOOP_TURNS = 8
 
 
 async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
@@ -142,7 +144,7 @@ async def switching(bench: Bench, arm: Arm, *, runs: int) -> None:
 
 
 async def conversations(bench: Bench, *, runs: int) -> None:
-    """Several at a time: four new ones at once, six interleaved, and all six after a crash.
+    """Four new ones at once, a loop of short turns, six interleaved, and all six after a crash.
 
     Each arm goes through the whole of it before the next begins, since what its slots hold is what
     is looked at; arms begin in turn.
@@ -164,6 +166,11 @@ async def _converse(bench: Bench, arm: Arm, run: int) -> None:
         await rounds.one("first on each tier", tier, [user(bench.questions.new())])
     texts = [bench.questions.new() for _ in range(_AT_ONCE)]
     await rounds.at_once(f"{_AT_ONCE} new at once", bench.tiers.default, texts)
+    loop: list[Turn] = []
+    for _ in range(_LOOP_TURNS):
+        loop.append(user(bench.questions.new()))
+        said = await rounds.one(f"loop of {_LOOP_TURNS} turns", bench.tiers.default, loop)
+        loop.append(assistant(said))
     talks: list[tuple[Tier, list[Turn]]] = [
         (tiers[i % len(tiers)], []) for i in range(_CONVERSATIONS)
     ]

@@ -61,8 +61,8 @@ from keepwarm.core.slots import Content, Slot, SlotState, loss
 # gone, and nobody waits for the engine's loop.
 SAVE_AFTER_IDLE_S = 0.3
 # What only a slot holds is saved behind a reply if computing it again costs so many times the save:
-# a loop of short turns is then slowed by a twentieth at most.
-SAVE_AT_ONCE = 20.0
+# a loop of short turns is then slowed by a fiftieth at most.
+SAVE_AT_ONCE = 50.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
 # and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
 # ten milliseconds. Slots in use by turns stay.
