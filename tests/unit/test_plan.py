@@ -105,6 +105,14 @@ def test_a_slot_that_holds_as_much_wins_over_a_snapshot() -> None:
     assert plan.restore is None
 
 
+def test_dense_text_doesnt_make_a_slot_that_holds_more_look_like_one_that_holds_less() -> None:
+    # By its characters the whole prompt comes to fewer tokens than either holds of it.
+    held = holding("abc", 3 * 800, saved_tokens=1600)
+    plan = best([slot(0, held), slot(1)], stored(1, 1600))
+    assert (plan.source, plan.slot, plan.reuse_tokens) == (Source.SLOT, 0, 2400)
+    assert plan.prompt_tokens > 2400
+
+
 def test_where_prefill_is_cheap_a_restore_isnt_worth_it() -> None:
     rates = Rates()
     rates.prefill_s_per_token.value = 1e-6

@@ -154,7 +154,7 @@ def choose(
     now_s: float,
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
-    total = prompt_tokens(demand, rates)
+    total = _total_tokens(demand, slots, stored, rates)
     best: tuple[float, Option, Loss, int] | None = None
     considered: list[Option] = []
     for slot in slots:
@@ -197,6 +197,27 @@ def choose(
         evict=evict,
         considered=tuple(considered),
     )
+
+
+def _total_tokens(
+    demand: Demand, slots: Sequence[Slot], stored: Stored | None, rates: Rates
+) -> int:
+    """A prompt's length, from the longest part of it whose tokens were counted once.
+
+    From its characters alone it could come out shorter than what a slot holds of it, and then the
+    slot that holds more would look no better than one that holds less.
+    """
+    prompt = demand.prompt
+    index, tokens = (stored.mark_index, stored.tokens) if stored else (-1, 0)
+    for slot in slots:
+        if slot.content and not slot.is_foreign(demand.namespace):
+            matched, position = slot.content.match(prompt)
+            if position.tokens > tokens:
+                index, tokens = matched, position.tokens
+    if index < 0 or prompt.marks[-1].tokens is not None:
+        return prompt_tokens(demand, rates)
+    rest = prompt.chars - prompt.marks[index].chars
+    return tokens + int(rest * rates.tokens_per_char.value) + _TURN_TOKENS
 
 
 def _options(
