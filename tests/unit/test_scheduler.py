@@ -268,14 +268,20 @@ def test_a_conversation_that_went_on_is_saved_when_its_reply_has_ended() -> None
     assert len(steps(sim, SaveSlot)) == 1
 
 
-def saved_after_its_second_turn(sim: Simulation) -> Any:
-    """A conversation whose second reply has just ended, so that its slot is being saved."""
+def after_its_second_turn(sim: Simulation) -> Any:
+    """A conversation whose second reply has just ended."""
     first = ask(sim, 1, text="A long question. " * 60, rules=False)
     sim.finish(sim.requests[first], decoded=3, heard=True)
     body = sim.continued(sim.requests[first], trimmed=False)
     second = request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s)
     sim.submit(second)
     sim.finish(second, decoded=3, heard=True)
+    return second
+
+
+def saved_after_its_second_turn(sim: Simulation) -> Any:
+    """The same, with its slot being saved."""
+    second = after_its_second_turn(sim)
     assert steps(sim, SaveSlot)
     return second
 
@@ -321,12 +327,7 @@ def test_a_loop_of_short_turns_stays_in_its_slot() -> None:
 def test_a_turn_that_costs_little_beside_its_save_is_saved_when_its_client_pauses() -> None:
     sim = Simulation(slots=1)
     sim.scheduler.machine = replace(sim.scheduler.machine, row_bytes=1_000_000)
-    first = ask(sim, 1, text="A long question. " * 60, rules=False)
-    sim.finish(sim.requests[first], decoded=3, heard=True)
-    body = sim.continued(sim.requests[first], trimmed=False)
-    second = request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s)
-    sim.submit(second)
-    sim.finish(second, decoded=3, heard=True)
+    after_its_second_turn(sim)
     assert not sim.pending, "its next turn would wait for the save"
     sim.tick(2 * SAVE_AFTER_IDLE_S)
     assert steps(sim, SaveSlot)

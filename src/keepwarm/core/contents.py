@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
-from keepwarm.core.prompt import Segment
+from keepwarm.core.prompt import Mark
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import Content, Position, positions
 
@@ -44,8 +44,8 @@ def after_restore(job: Job, stored: Stored, tokens: int) -> Content:
     return Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens)
 
 
-def after_reply(job: Job, before: Content | None, counts: Counts, reply: Segment | None) -> Content:
-    """A slot whose request was answered to the end."""
+def after_reply(job: Job, before: Content | None, counts: Counts, said: Mark | None) -> Content:
+    """A slot whose request was answered to the end; `said` is the mark behind its reply."""
     prompt = job.prompt
     known = dict(before.marks) if before else {}
     if job.static_tokens is not None and prompt.static:
@@ -54,8 +54,8 @@ def after_reply(job: Job, before: Content | None, counts: Counts, reply: Segment
     saved = min(before.saved_tokens, counts.cached) if before else 0
     # The last token that was generated isn't computed itself.
     total = counts.prompt + max(counts.decoded - 1, 0)
-    if reply is not None:
-        marks[prompt.continued(reply).digest] = Position(total, exact=False)
+    if said is not None:
+        marks[said.digest] = Position(total, exact=False)
     return Content(job.namespace, marks, total, saved, prompt.turns, job.is_final)
 
 

@@ -154,14 +154,17 @@ def choose(
     now_s: float,
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
-    total = _total_tokens(demand, slots, stored, rates)
+    idle = [
+        (slot, _reusable(demand, slot, cuttable=machine.cuttable))
+        for slot in slots
+        if slot.state == "idle"
+    ]
+    total = _total_tokens(demand, [reusable for _, reusable in idle], stored, rates)
     best: tuple[float, Option, Loss, int] | None = None
     considered: list[Option] = []
-    for slot in slots:
-        if slot.state != "idle":
-            continue
+    for slot, reusable in idle:
         for option, lost, promise in _options(
-            demand, slot, stored, total, machine=machine, rates=rates, now_s=now_s
+            demand, slot, reusable, stored, total, machine=machine, rates=rates, now_s=now_s
         ):
             considered.append(option)
             cost = option.ttft_s + option.loss_s
@@ -199,8 +202,18 @@ def choose(
     )
 
 
+def _reusable(demand: Demand, slot: Slot, *, cuttable: bool) -> tuple[int, Position]:
+    """The last of the prompt's marks up to which a slot spares it, and where that lies there."""
+    if slot.content is None or slot.is_foreign(demand.namespace):
+        return -1, Position(0, exact=True)
+    return slot.content.reusable(demand.prompt, cuttable=cuttable)
+
+
 def _total_tokens(
-    demand: Demand, slots: Sequence[Slot], stored: Stored | None, rates: Rates
+    demand: Demand,
+    reusables: Sequence[tuple[int, Position]],
+    stored: Stored | None,
+    rates: Rates,
 ) -> int:
     """A prompt's length, from the longest part of it whose tokens were counted once.
 
@@ -208,12 +221,10 @@ def _total_tokens(
     slot that holds more would look no better than one that holds less.
     """
     prompt = demand.prompt
-    index, tokens = (stored.mark_index, stored.tokens) if stored else (-1, 0)
-    for slot in slots:
-        if slot.content and not slot.is_foreign(demand.namespace):
-            matched, position = slot.content.match(prompt)
-            if position.tokens > tokens:
-                index, tokens = matched, position.tokens
+    known = [(position.tokens, index) for index, position in reusables]
+    if stored:
+        known.append((stored.tokens, stored.mark_index))
+    tokens, index = max(known, default=(0, -1))
     if index < 0 or prompt.marks[-1].tokens is not None:
         return prompt_tokens(demand, rates)
     rest = prompt.chars - prompt.marks[index].chars
@@ -223,6 +234,7 @@ def _total_tokens(
 def _options(
     demand: Demand,
     slot: Slot,
+    reusable: tuple[int, Position],
     stored: Stored | None,
     total: int,
     *,
@@ -232,9 +244,7 @@ def _options(
 ) -> list[tuple[Option, Loss, int]]:
     """The ways one idle slot could serve a prompt of `total` tokens."""
     content = slot.content
-    index, position = -1, Position(0, exact=True)
-    if content and not slot.is_foreign(demand.namespace):
-        index, position = content.reusable(demand.prompt, cuttable=machine.cuttable)
+    index, position = reusable
     kept = min(position.tokens, total - 1)
 
     def lose(tokens: int) -> Loss:

@@ -52,7 +52,7 @@ from keepwarm.core.plan import (
     choose,
     static_tokens,
 )
-from keepwarm.core.prompt import Prompt, Segment
+from keepwarm.core.prompt import Mark, Prompt, Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import Content, Slot, SlotState, loss
@@ -487,8 +487,9 @@ class Scheduler:
 
     def _learn(self, job: Job, slot: Slot, counts: Counts, reply: Segment | None) -> None:
         """A slot's new content after a request, and the rates that its reply taught."""
-        slot.content = after_reply(job, slot.content, counts, reply)
-        if reply is not None and self._is_kept(job, reply):
+        said = job.prompt.continued(reply) if reply else None
+        slot.content = after_reply(job, slot.content, counts, said)
+        if said and self._is_kept(job, said):
             # Asked and answered before, word for word: there is nothing new to save.
             slot.content.saved_tokens = slot.content.tokens
         slot.held_tokens = slot.content.tokens
@@ -496,13 +497,12 @@ class Scheduler:
         if counts.prompt >= 64 and job.prompt.marks[-1].tokens is None:
             self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))
 
-    def _is_kept(self, job: Job, reply: Segment) -> bool:
+    def _is_kept(self, job: Job, said: Mark) -> bool:
         """Whether the store has a prompt with this very reply, or is to have it in a moment."""
-        marks = (*job.prompt.marks, job.prompt.continued(reply))
-        if any(marks[-1].digest in content.marks for content in self._absorbing.values()):
+        if any(said.digest in content.marks for content in self._absorbing.values()):
             return True
-        stored = self.lookup(replace(job.prompt, marks=marks), job.namespace)
-        return stored is not None and stored.mark_index == len(marks) - 1
+        whole = replace(job.prompt, marks=(said,), static_index=-1)
+        return self.lookup(whole, job.namespace) is not None
 
     def _unsure(self, job: Job, slot: Slot) -> None:
         """A reply ended without counts: the slot may hold all that was granted."""
