@@ -247,7 +247,7 @@ def _options(
     index, position = reusable
     kept = min(position.tokens, total - 1)
 
-    def lose(tokens: int) -> Loss:
+    def lose(tokens: int, *, asked_again: bool = False) -> Loss:
         return loss(
             slot,
             kept_tokens=tokens,
@@ -255,10 +255,11 @@ def _options(
             rates=rates,
             now_s=now_s,
             can_save=machine.can_save,
+            asked_again=asked_again,
         )
 
     out: list[tuple[Option, Loss, int]] = []
-    lost = lose(kept)
+    lost = lose(kept, asked_again=index == len(demand.prompt.marks) - 1)
     source = Source.SLOT if kept else Source.COLD
     promise = content.promise(demand.prompt, index) if content and kept else 0
     if not machine.cuttable and not position.exact:
