@@ -113,14 +113,6 @@ def test_dense_text_doesnt_make_a_slot_that_holds_more_look_like_one_that_holds_
     assert plan.prompt_tokens > 2400
 
 
-def test_who_asks_again_stays_in_the_slot_whatever_little_was_answered() -> None:
-    rates = Rates()
-    rates.observe_prefill(tokens=20, seconds=0.4)
-    held = replace(holding("abcd", 1000), tokens=1003, saved_tokens=0)
-    plan = best([slot(0, held), slot(1)], stored(3, 1000), rates=rates)
-    assert (plan.source, plan.slot, plan.save_first) == (Source.SLOT, 0, False)
-
-
 def test_where_prefill_is_cheap_a_restore_isnt_worth_it() -> None:
     rates = Rates()
     rates.prefill_s_per_token.value = 1e-6

@@ -247,7 +247,7 @@ def _options(
     index, position = reusable
     kept = min(position.tokens, total - 1)
 
-    def lose(tokens: int, *, asked_again: bool = False) -> Loss:
+    def lose(tokens: int) -> Loss:
         return loss(
             slot,
             kept_tokens=tokens,
@@ -255,11 +255,10 @@ def _options(
             rates=rates,
             now_s=now_s,
             can_save=machine.can_save,
-            asked_again=asked_again,
         )
 
     out: list[tuple[Option, Loss, int]] = []
-    lost = lose(kept, asked_again=index == len(demand.prompt.marks) - 1)
+    lost = lose(kept)
     source = Source.SLOT if kept else Source.COLD
     promise = content.promise(demand.prompt, index) if content and kept else 0
     if not machine.cuttable and not position.exact:

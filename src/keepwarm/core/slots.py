@@ -12,8 +12,6 @@ from keepwarm.core.rates import Rates
 # A prior, not a measurement: half of the first turns are followed by a second, and nine in ten
 # conversations that have gone on go on again. What it decides (save or not) is cheap to get wrong.
 _RETURNS_FIRST, _RETURNS_LATER = 0.5, 0.9
-# Who asks the same again seldom goes on from the answer before.
-_RETURNS_ASKED_AGAIN = 0.1
 # The chance that a conversation comes back halves with every ten minutes of silence.
 _RETURN_HALF_LIFE_S = 600.0
 
@@ -124,27 +122,18 @@ class Loss:
 
 
 def loss(
-    slot: Slot,
-    *,
-    kept_tokens: int,
-    row_bytes: int,
-    rates: Rates,
-    now_s: float,
-    can_save: bool,
-    asked_again: bool = False,
+    slot: Slot, *, kept_tokens: int, row_bytes: int, rates: Rates, now_s: float, can_save: bool
 ) -> Loss:
     """What is lost when a slot keeps only its first `kept_tokens`.
 
     If the conversation goes on, its tail must come back: by a restore, or by a prefill behind what
     the slot has kept, whichever is less. What only the slot holds can't be restored unless it is
-    saved now. `asked_again`: what goes is an answer to the very prompt that comes.
+    saved now.
     """
     content = slot.content
     if content is None or content.tokens <= kept_tokens:
         return Loss(0.0, save=False)
     returns = slot.returns(now_s)
-    if asked_again:
-        returns = min(returns, _RETURNS_ASKED_AGAIN)
     size_bytes = content.tokens * row_bytes
     can_save = can_save and not content.save_failed
     restore_s = rates.restore_s(size_bytes, ready=False)
