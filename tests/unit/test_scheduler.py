@@ -223,6 +223,15 @@ def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
     assert slot.idle_since_s == 100.0
 
 
+def test_a_slot_that_held_less_than_was_thought_isnt_saved_over_and_over() -> None:
+    slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
+    made = scheduler(slot)
+    (save,) = made.tick(101.0)
+    assert isinstance(save, SaveSlot)
+    made.step_done(save, SavedSlot("f", 1900, 1_900_000), 101.0)
+    assert made.tick(102.0) == []
+
+
 def test_what_was_asked_and_answered_before_isnt_saved_again() -> None:
     sim = Simulation(slots=1)
     for name in (1, 2, 3):

@@ -441,7 +441,9 @@ class Scheduler:
             slot.content, slot.held_tokens, slot.owner = None, 0, ""
         elif isinstance(step, SaveSlot) and isinstance(outcome, SavedSlot):
             if slot.content:
-                slot.content.saved_tokens = outcome.tokens
+                # All that the slot holds, even if that is less than was thought: another save would
+                # bring no more.
+                slot.content.saved_tokens = max(outcome.tokens, slot.content.tokens)
                 self._absorbing[outcome.staged_name] = slot.content
             if step.static and job and job.prompt.static:
                 self._fresh[job.prompt.static.digest] = _Fresh(
