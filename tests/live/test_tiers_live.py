@@ -99,7 +99,6 @@ def running(slot_dir: Path, template: Path | None) -> Iterator[Engine]:
         try:
             client = runner.run(start())
             yield Engine(runner, client)
-            runner.run(client.close())
         finally:
             runner.run(process.stop())
 

@@ -107,4 +107,3 @@ async def test_who_looks_for_an_engine_that_is_known_to_be_gone_does_not_wait_fo
     async with asyncio.timeout(5):
         await supervisor.look()
     watching.cancel()
-    await deployment.client.close()

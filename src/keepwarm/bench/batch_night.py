@@ -218,11 +218,8 @@ async def least_tokens(
     client = EngineClient(base_url)
     probe = {"role": "user", "content": "x"}
     static = [compose(tier, {"messages": [probe]}) for tier in tiers]
-    try:
-        rendered = [await client.render(body) for body in (*bodies, *static)]
-        prompts = [await client.tokenize(text) for text in rendered]
-    finally:
-        await client.close()
+    rendered = [await client.render(body) for body in (*bodies, *static)]
+    prompts = [await client.tokenize(text) for text in rendered]
     own = sorted(prompts[: len(bodies)])
     everything = sorted(prompts)
     unique = sum(

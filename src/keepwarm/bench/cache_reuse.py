@@ -21,6 +21,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -211,10 +212,16 @@ class _Bare:
         first_s: float | None = None
         counts: Counts | None = None
         probs: list[dict[str, Any]] = []
-        async with self._client.session.post(self._url, json=body) as response:
+        sent = self._client.http.request(
+            "POST",
+            "/completion",
+            headers={"Content-Type": "application/json"},
+            body=msgspec.json.encode(body),
+        )
+        with closing(await sent) as response:
             if response.status != 200:
                 raise EngineError(f"The engine answered {response.status} to a completion.")
-            async for line in response.content:
+            async for line in response.lines():
                 for event in stream_events(line):
                     first_s = first_s or time.perf_counter()
                     counts = counts_of(event) or counts
@@ -330,7 +337,6 @@ async def measure(
         finally:
             for server in (bare, keepwarm):
                 await server.stop()
-            await asking.close()
             await client.close()
     return Report(
         kind=SCENARIO,

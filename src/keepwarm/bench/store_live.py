@@ -153,7 +153,6 @@ async def measure_restores(
         return await _restored(client, store, rounds=rounds)
     finally:
         await process.stop()
-        await client.close()
 
 
 async def _restored(client: EngineClient, store: Store, *, rounds: int) -> dict[str, Any]:

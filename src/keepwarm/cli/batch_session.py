@@ -99,7 +99,6 @@ async def _own(settings: Settings, places: Places) -> AsyncIterator[Session]:
         )
     finally:
         await runtime.stop()
-        await proxy.close()
 
 
 def _tiers_of(warmed: list[dict[str, object]]) -> dict[str, int]:

@@ -158,13 +158,10 @@ async def _prove(
 ) -> list[Proof]:
     """One short request on each tier, as a client would send it."""
     client = EngineClient(settings.engine.upstream, api_key=settings.engine.upstream_key or None)
-    try:
-        return [
-            await _prove_one(client, tier, tokens.get(tier.name, 0), is_keepwarm=is_keepwarm)
-            for tier in tiers
-        ]
-    finally:
-        await client.close()
+    return [
+        await _prove_one(client, tier, tokens.get(tier.name, 0), is_keepwarm=is_keepwarm)
+        for tier in tiers
+    ]
 
 
 async def _prove_one(client: EngineClient, tier: Tier, tokens: int, *, is_keepwarm: bool) -> Proof:

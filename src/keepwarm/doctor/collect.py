@@ -68,8 +68,6 @@ async def collect(asked: Asked) -> Facts:
         return await _tried(facts, asked, client) if status is None else facts
     except EngineError as error:
         return _without_server(replace(facts, failure=str(error)), asked)
-    finally:
-        await client.close()
 
 
 async def _keepwarm_status(asked: Asked) -> dict[str, Any] | None:

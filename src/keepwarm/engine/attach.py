@@ -68,8 +68,6 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
             f"({str(error).rstrip('.')}). Check the URL, and the key if it asks for one "
             "(engine.upstream_key)."
         ) from error
-    finally:
-        await client.close()
     identity, model = _seen(props)
     return Launch(identity, model, None, None, settings.upstream.rstrip("/"), slot_dir, 0)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from keepwarm.core.reply import Counts, counts_of, stream_events
+from keepwarm.engine.http import EngineHttp
 from keepwarm.engine.options import EXACT
 from keepwarm.errors import EngineDownError, EngineError, EngineRefusedError
 
 # An engine busy with a large batch answers nothing for as long as the batch takes.
 _CALL_TIMEOUT_S = 60.0
 _FILL_TIMEOUT_S = 1800.0
+_JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class SlotFileInfo:
 
 
 class EngineClient:
-    """Calls to one engine at one address. Safe for many tasks; close it when done.
+    """Calls to one engine at one address. Safe for many tasks.
 
     Every method raises `EngineDownError` if the engine can't be reached or stops answering,
     `EngineRefusedError` for its 4xx and `EngineError` for its 5xx or an answer that isn't JSON.
@@ -37,23 +39,8 @@ class EngineClient:
 
     def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # The engine's HTTP layer closes kept connections as it likes, so none is kept for long.
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
-            auto_decompress=False,
-        )
-
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        """The connection pool, for the gateway's pass-through."""
-        return self._session
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._session.close()
+        # For what is passed through as it is.
+        self.http = EngineHttp(base_url, api_key=api_key)
 
     async def health(self) -> bool:
         """Whether the engine is up and its model loaded."""
@@ -122,20 +109,17 @@ class EngineClient:
         self, body: Mapping[str, Any], progress: Callable[[int, int], None]
     ) -> dict[str, Any]:
         last: dict[str, Any] = {}
-        try:
-            async with self._session.post(self.base_url + "/completion", json=body) as response:
-                if response.status != 200:
-                    raise EngineError(
-                        f"The engine can't prefill: {_message(await response.read())}"
-                    )
-                async for line in response.content:
-                    for event in stream_events(line):
-                        last = event
-                        if (at := event.get("prompt_progress")) and at.get("total"):
-                            done = int(at.get("cache", 0)) + int(at.get("processed", 0))
-                            progress(min(done, int(at["total"])), int(at["total"]))
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"The engine went away while prefilling: {error}.") from error
+        data = msgspec.json.encode(body)
+        sent = self.http.request("POST", "/completion", headers=_JSON, body=data)
+        with closing(await sent) as response:
+            if response.status != 200:
+                raise EngineError(f"The engine can't prefill: {_message(await response.read())}")
+            async for line in response.lines():
+                for event in stream_events(line):
+                    last = event
+                    if (at := event.get("prompt_progress")) and at.get("total"):
+                        done = int(at.get("cache", 0)) + int(at.get("processed", 0))
+                        progress(min(done, int(at["total"])), int(at["total"]))
         return last
 
     async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,33 +168,21 @@ class EngineClient:
         timeout_s: float = _CALL_TIMEOUT_S,
     ) -> Any:
         data = None if body is None else msgspec.json.encode(body)
-        for attempt in (1, 2):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self._once(method, path, data)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # A kept connection that the engine has closed meanwhile; a fresh one tells
-                # whether the engine is there.
-                if attempt == 2 or isinstance(error, aiohttp.ClientConnectorError):
-                    raise EngineDownError(f"The engine doesn't answer: {error}.") from error
-            except (aiohttp.ClientError, TimeoutError) as error:
-                raise EngineDownError(
-                    f"The engine gave no answer to {path}: {error or type(error).__name__}."
-                ) from error
-        raise AssertionError("unreachable")
-
-    async def _once(self, method: str, path: str, data: bytes | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        async with self._session.request(
-            method, self.base_url + path, data=data, headers=headers
-        ) as response:
-            raw = await response.read()
-            if response.status == 503:
-                raise EngineDownError(f"The engine isn't ready: {_message(raw)}")
-            if 400 <= response.status < 500:
-                raise EngineRefusedError(_message(raw), status=response.status, body=raw)
-            if response.status >= 500:
-                raise EngineError(f"The engine failed on {path}: {_message(raw)}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                sent = self.http.request(method, path, headers=_JSON, body=data)
+                with closing(await sent) as response:
+                    raw = await response.read()
+        except TimeoutError as error:
+            raise EngineDownError(
+                f"The engine gave no answer to {path} within {timeout_s:.0f} s."
+            ) from error
+        if response.status == 503:
+            raise EngineDownError(f"The engine isn't ready: {_message(raw)}")
+        if 400 <= response.status < 500:
+            raise EngineRefusedError(_message(raw), status=response.status, body=raw)
+        if response.status >= 500:
+            raise EngineError(f"The engine failed on {path}: {_message(raw)}")
         try:
             return msgspec.json.decode(raw)
         except msgspec.DecodeError as error:

@@ -59,6 +59,5 @@ async def engine_session(
             await wait_ready(client, process, timeout_s=settings.start_timeout_s)
             yield client, launch
         finally:
-            await client.close()
             if process:
                 await process.stop()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
-import aiohttp
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from keepwarm.core.prompt import Api
-from keepwarm.errors import EngineRefusedError, KeepwarmError, RequestError, TooLargeError
+from keepwarm.errors import (
+    EngineDownError,
+    EngineRefusedError,
+    KeepwarmError,
+    RequestError,
+    TooLargeError,
+)
 from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
@@ -41,11 +47,6 @@ def make_app(runtime: Runtime) -> web.Application:
     )
     proxy = Proxy(runtime)
     site = _Site(runtime)
-
-    async def close(_: web.Application) -> None:
-        await proxy.close()
-
-    app.on_cleanup.append(close)
 
     def planned(api: Api) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -116,10 +117,11 @@ class _Site:
         observe_deployment(runtime)
         text = runtime.metrics.text()
         try:
-            async with runtime.client.session.get(runtime.client.base_url + "/metrics") as reply:
+            sent = runtime.client.http.request("GET", "/metrics", headers={})
+            with closing(await sent) as reply:
                 if reply.status == 200:
                     text = merged(text, await reply.read())
-        except (aiohttp.ClientError, AttributeError):
+        except (EngineDownError, AttributeError):
             log.debug("the engine's metrics aren't available")
         return web.Response(body=text, content_type="text/plain", charset="utf-8")
 

@@ -11,11 +11,10 @@ import logging
 import math
 import time
 import uuid
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import web
 
@@ -24,6 +23,7 @@ from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
+from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
@@ -38,9 +38,7 @@ from keepwarm.gateway.tiering import HEADER, Tiered
 from keepwarm.gateway.upstream import (
     Fetched,
     forwarded,
-    is_stream,
     posted,
-    read_some,
     read_whole,
     returned,
 )
@@ -108,21 +106,10 @@ class Proxy:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        # One connection a request: the engine closes kept ones under its client after a stream.
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            auto_decompress=False,
-            read_bufsize=1 << 20,
-        )
         tiers = runtime.settings.tiers
         self._judge = (
             Judge(self._ask_judge, timeout_s=tiers.judge_timeout_s) if tiers.judge else None
         )
-
-    async def close(self) -> None:
-        """Close all connections to the engine."""
-        await self._session.close()
 
     async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
         """Serve one request of a planned API."""
@@ -285,18 +272,17 @@ class Proxy:
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        url = self._runtime.client.base_url + asked.path
-        sent = posted(self._session, url, body, forwarded(asked.headers))
+        sent = posted(self._runtime.client.http, asked.path, body, forwarded(asked.headers))
         if not body.get("stream"):
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
-            if gathers or not is_stream(upstream):
+            if gathers or not upstream.is_stream:
                 return self._whole(exchange, await read_whole(upstream))
             assert request, "only a client's request may stream"
             return await self._stream(request, exchange, upstream)
 
     async def _outlasting(
-        self, exchange: Exchange, sent: AbstractAsyncContextManager[aiohttp.ClientResponse]
+        self, exchange: Exchange, sent: AbstractAsyncContextManager[Response]
     ) -> Fetched:
         """Have a whole reply; if the client leaves, the slot is kept until the engine is done.
 
@@ -338,14 +324,14 @@ class Proxy:
         return web.Response(body=raw, status=fetched.status, headers=headers)
 
     async def _stream(
-        self, request: web.Request, exchange: Exchange, upstream: aiohttp.ClientResponse
+        self, request: web.Request, exchange: Exchange, upstream: Response
     ) -> web.StreamResponse:
         exchange.streamed = True
-        chunks = [await read_some(upstream)]
+        chunks = [await upstream.read_some()]
         if not chunks[0]:
             raise EngineDownError("The engine closed the stream before its first byte.")
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
-            chunks.append(await read_some(upstream))
+            chunks.append(await upstream.read_some())
         exchange.first_byte_s = time.monotonic()
         headers = returned(upstream.headers) | exchange.headers
         response = web.StreamResponse(status=upstream.status, headers=headers)
@@ -355,7 +341,7 @@ class Proxy:
         translator = exchange.asked.dialect.stream()
         await response.write(translator.feed(b"".join(chunks)))
         try:
-            while chunk := await read_some(upstream):
+            while chunk := await upstream.read_some():
                 chunks.append(chunk)
                 await response.write(translator.feed(chunk))
             await response.write(translator.end())
@@ -418,20 +404,18 @@ class Proxy:
         runtime = self._runtime
         runtime.keys.namespace(request.headers)
         await runtime.admitted()
-        url = runtime.client.base_url + request.path_qs
-        data = await request.read() if request.body_exists else None
-        try:
-            upstream = await self._session.request(
-                request.method, url, data=data, headers=forwarded(request.headers, keep_type=True)
-            )
-        except aiohttp.ClientError as error:
-            raise EngineDownError(f"The engine can't be reached: {error}.") from error
-        async with upstream:
+        sent = runtime.client.http.request(
+            request.method,
+            request.path_qs,
+            headers=forwarded(request.headers, keep_type=True),
+            body=await request.read() if request.body_exists else None,
+        )
+        with closing(await sent) as upstream:
             response = web.StreamResponse(
                 status=upstream.status, headers=returned(upstream.headers, keep_encoding=True)
             )
             await response.prepare(request)
-            async for chunk in upstream.content.iter_any():
+            while chunk := await upstream.read_some():
                 await response.write(chunk)
             await response.write_eof()
             return response

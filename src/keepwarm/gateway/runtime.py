@@ -341,8 +341,6 @@ class Runtime:
         if hasattr(self, "store"):
             await self.store.close()
         await self._stop_engine()
-        if hasattr(self, "client"):
-            await self.client.close()
 
     def supervise(
         self, work: Coroutine[Any, Any, None], *, name: str | None = None

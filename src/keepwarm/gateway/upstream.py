@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from keepwarm.core.gathered import gather_chat
 from keepwarm.core.reply import stream_events
+from keepwarm.engine.http import EngineHttp, Response
 from keepwarm.errors import EngineDownError, EngineError
 
 _SKIPPED = frozenset(
@@ -35,56 +35,35 @@ class Fetched:
 
 @asynccontextmanager
 async def posted(
-    session: aiohttp.ClientSession,
-    url: str,
-    body: Mapping[str, Any],
-    headers: Mapping[str, str],
-) -> AsyncIterator[aiohttp.ClientResponse]:
+    http: EngineHttp, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> AsyncIterator[Response]:
     """Send a request and have its response, closed at the end: that ends a stream's decode.
 
     Raises:
         EngineDownError: there is no engine, or it loads its model: nothing was computed.
     """
-    try:
-        upstream = await session.post(url, data=msgspec.json.encode(body), headers=headers)
-    except aiohttp.ClientError as error:
-        raise EngineDownError(f"The engine can't be reached: {error}.") from error
-    try:
+    sent = http.request("POST", path, headers=headers, body=msgspec.json.encode(body))
+    with closing(await sent) as upstream:
         if upstream.status == 503:
             # Only while its model loads: it was started anew, and its slots are empty.
             raise EngineDownError("The engine is loading its model.")
         yield upstream
-    finally:
-        upstream.close()
 
 
-async def read_some(upstream: aiohttp.ClientResponse) -> bytes:
-    """The next bytes of a stream, empty at its end.
-
-    Raises:
-        EngineDownError: it broke off. Writing to a client that left raises aiohttp's errors too;
-            those aren't the engine's.
-    """
-    try:
-        return await upstream.content.readany()
-    except aiohttp.ClientError as error:
-        raise EngineDownError(f"The engine went away while it answered: {error}.") from error
-
-
-async def read_whole(upstream: aiohttp.ClientResponse) -> Fetched:
+async def read_whole(upstream: Response) -> Fetched:
     """Read a reply to its end; a stream of chat chunks becomes the whole completion.
 
     Raises:
         EngineDownError: it broke off.
         EngineError: it has status 200 and isn't JSON: garbage is never passed on as an answer.
     """
-    chunks = [await read_some(upstream)]
+    chunks = [await upstream.read_some()]
     first_byte_s = time.monotonic()
     while chunks[-1]:
-        chunks.append(await read_some(upstream))
+        chunks.append(await upstream.read_some())
     raw, status = b"".join(chunks), upstream.status
     headers = returned(upstream.headers)
-    if is_stream(upstream):
+    if upstream.is_stream:
         whole = gather_chat(stream_events(raw))
         if whole is None:
             raise EngineDownError("The engine closed the stream before its end.")
@@ -96,11 +75,6 @@ async def read_whole(upstream: aiohttp.ClientResponse) -> Fetched:
     elif status == 200:
         _check_json(raw)
     return Fetched(status, headers, raw, first_byte_s)
-
-
-def is_stream(upstream: aiohttp.ClientResponse) -> bool:
-    """Whether server-sent events come."""
-    return upstream.content_type == "text/event-stream"
 
 
 def _check_json(raw: bytes) -> None:
