@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from fakeengine import FakeEngine
+from fakeengine import KEY, FakeEngine
 from rig import Keepwarm
 
 from keepwarm.gateway.app import make_app
@@ -48,7 +48,7 @@ def server_settings() -> ServerSettings:
 @pytest.fixture
 def settings(tmp_path: Path, engine: FakeEngine, server_settings: ServerSettings) -> Settings:
     return Settings(
-        engine=EngineSettings(upstream=engine.url, slot_dir=str(engine.slot_dir)),
+        engine=EngineSettings(upstream=engine.url, upstream_key=KEY, slot_dir=str(engine.slot_dir)),
         server=server_settings,
         store=StoreSettings(dir=str(tmp_path / "store")),
         tiers=TierSettings(dir=str(write_small_tiers(tmp_path / "tiers"))),

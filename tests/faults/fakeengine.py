@@ -21,6 +21,7 @@ from aiohttp import web
 
 from slotfile_bytes import CacheSpec, FileSpec
 
+KEY = "the engine's own key"
 REPLY = ["It", " is", " noon", "."]
 
 
@@ -43,6 +44,7 @@ class Fault(Enum):
 
 REFUSAL = {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}
 FAILURE = {"error": {"code": 500, "message": "compute error", "type": "server_error"}}
+STRANGER = {"error": {"code": 401, "message": "Invalid API Key", "type": "authentication_error"}}
 LOADING = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
 
 
@@ -107,6 +109,11 @@ class FakeEngine:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path
+        # As the real one: health and its model's name are for everybody.
+        if path not in ("/health", "/v1/models") and (
+            request.headers.get("Authorization") != f"Bearer {KEY}"
+        ):
+            return web.json_response(STRANGER, status=401)
         body = await request.json() if request.can_read_body else {}
         self.asked.append((path, body))
         if self.is_loading:

@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -31,6 +32,9 @@ BLOCK_CHARS = 256
 BLOCK_TOKENS = 64
 # A message costs a few characters (role and turn tokens) beyond its text.
 _TURN_CHARS = 16
+# A request brings all that was said before it once more, so marks are remembered: of so many
+# messages, and of none that is so long that together they would fill the memory.
+_REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
 Api = Literal["chat", "responses", "completion"]
 
@@ -291,8 +295,14 @@ def _digest(*parts: bytes) -> bytes:
     return h.digest()
 
 
-def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> list[Mark]:
+def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> tuple[Mark, ...]:
     """Marks inside and behind one segment that follows `before`."""
+    if len(segment.text) + len(segment.extra) > _REMEMBERED_CHARS:
+        return _marked(before, segment, tuple(cuts))
+    return _remembered(before, segment, tuple(cuts))
+
+
+def _marked(before: Mark, segment: Segment, cuts: tuple[int, ...]) -> tuple[Mark, ...]:
     h = hashlib.blake2b(digest_size=16)
     h.update(before.digest)
     h.update(_bytes(segment.role))
@@ -312,14 +322,17 @@ def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> 
     h.update(b"\0end")
     chars = before.chars + len(text) + len(segment.extra) + _TURN_CHARS
     marks.append(Mark(h.digest(), chars))
-    return marks
+    return tuple(marks)
+
+
+_remembered = lru_cache(_REMEMBERED_SEGMENTS)(_marked)
 
 
 def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
     """Identity of a `/completion` prompt: text, token ids, or anything else (never shared)."""
     if isinstance(prompt, str):
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
-        return Prompt("completion", tuple(marks), -1, 1)
+        return Prompt("completion", marks, -1, 1)
     if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
         return Prompt("completion", token_marks(prompt, key), -1, 1)
     opaque = _digest(key, _bytes(_dump(prompt)))
