@@ -64,13 +64,7 @@ class Engine:
         return self._runner.run(self._client.fill(tokens, slot=slot)).cached
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        async def post() -> dict[str, Any]:
-            url = f"{self._client.base_url}/v1/chat/completions"
-            async with self._client.session.post(url, json=body) as response:
-                assert response.status == 200, await response.text()
-                return dict(await response.json())
-
-        return self._runner.run(post())
+        return self._runner.run(self._client.chat(body))
 
 
 @contextmanager
