@@ -224,6 +224,20 @@ def test_more_conversations_than_slots_prefill_their_new_turns_only(served: Serv
         served.settled()
 
 
+def test_a_conversation_goes_on_when_json_is_asked_for_now_and_then(served: Served) -> None:
+    """This model's template renders nothing of a schema, nor of a tool choice."""
+    turns = [system("Now and then an object is asked for. " + RULES)]
+    asked = [{}, {"response_format": {"type": "json_object"}}, {"tool_choice": "none"}, {}]
+    for number, extra in enumerate(asked):
+        turns.append(user(f"Which disk is number {number}, and at what hour?"))
+        answer = served.chat(*turns, model="any", max_tokens=8, **extra)
+        assert answer.status == 200
+        if number:
+            assert answer.prefilled < 40
+        turns.append({"role": "assistant", "content": answer.text})
+        served.settled()
+
+
 def test_a_conversation_goes_on_when_its_reply_comes_back_trimmed(served: Served) -> None:
     talk = [system("A trimming client. " + RULES), user("Tell me of the disks.")]
     first = served.chat(*talk, max_tokens=16)

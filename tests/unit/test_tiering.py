@@ -41,6 +41,18 @@ def identity(tiered: Tiered, namespace: str, *, api: Api = "chat") -> Prompt:
     )
 
 
+def test_an_argument_that_renders_nothing_leaves_a_tier_shared(tiers: TierSet) -> None:
+    minimal = tiers.get("minimal")
+    assert minimal
+    body = {"messages": [USER], "response_format": {"type": "json_object"}}
+    unrendered = frozenset({"response_format"})
+    tiered = apply_tier("chat", body, minimal, "explicit", unrendered=unrendered)
+    assert tiered.shared_segments == put(tiers, {"messages": [USER]}).shared_segments > 0
+    assert tiered.body["response_format"] == {"type": "json_object"}
+    assert tiered.shaping == put(tiers, {"messages": [USER]}).body
+    assert not put(tiers, body).shared_segments
+
+
 def test_a_header_wins_over_the_models_name(tiers: TierSet) -> None:
     assert asked_tier("chat", {"model": "minimal"}, "standard", tiers) == "standard"
     assert asked_tier("chat", {"model": "minimal"}, None, tiers) == "minimal"

@@ -38,8 +38,8 @@ _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
 Api = Literal["chat", "responses", "completion"]
 
-# Arguments that change how the template renders. `response_format` is among them because some of
-# llama-server's template handlers write the schema into the system turn.
+# Arguments that may change how the template renders; those that this engine's doesn't look at are
+# taken out of a body before (`engine.rendering`).
 _HEAD_KEYS = (
     "tools",
     "functions",

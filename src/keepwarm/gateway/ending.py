@@ -90,7 +90,7 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
             else exchange.asked.api,
             namespace=exchange.asked.namespace,
             model=str(exchange.asked.body.get("model") or "")[:100],
-            body=tiered.body,
+            body=tiered.shaping,
             prompt=job.prompt,
             plan=grant.plan if grant else None,
             tier=tiered.tier.name if tiered.tier else "none",

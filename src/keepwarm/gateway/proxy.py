@@ -249,7 +249,7 @@ class Proxy:
     def _prompt(self, asked: Asked, tiered: Tiered) -> Prompt:
         return prompt_of(
             asked.api,
-            tiered.body,
+            tiered.shaping,
             fingerprint=self._runtime.fingerprint,
             namespace=asked.namespace,
             shared_segments=tiered.shared_segments,

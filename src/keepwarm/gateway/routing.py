@@ -17,7 +17,14 @@ from keepwarm.core.prompt import Api, prompt_of, segments_of
 from keepwarm.core.reply import Reply
 from keepwarm.core.tiers import Tier, TierSet
 from keepwarm.errors import RequestError
-from keepwarm.gateway.tiering import AUTO, Tiered, apply_tier, asked_tier, has_own_system
+from keepwarm.gateway.tiering import (
+    AUTO,
+    Tiered,
+    apply_tier,
+    asked_tier,
+    has_own_system,
+    shaping,
+)
 from keepwarm.router import (
     Decision,
     Escalation,
@@ -57,6 +64,8 @@ class TierRouter:
         self._untiered = untiered
         self._conversations: OrderedDict[bytes, str] = OrderedDict()
         self.outcomes = outcomes
+        # Set once the engine is up and has been asked; see `engine.rendering`.
+        self.unrendered: frozenset[str] = frozenset()
 
     def tier(self, api: Api, body: dict[str, Any], header: str | None, namespace: str) -> Tiered:
         """The request with its tier in it.
@@ -70,20 +79,21 @@ class TierRouter:
         """
         asked = asked_tier(api, body, header, self._tiers)
         if asked and asked != AUTO:
-            return apply_tier(api, body, self._named(asked), "explicit")
+            return self._apply(api, body, self._named(asked), "explicit")
         own = has_own_system(api, body)
         if not asked and (self._untiered == "pass" or own or api == "completion"):
-            return Tiered(body, None, "own-prompt" if own else "untiered")
+            reason = "own-prompt" if own else "untiered"
+            return Tiered(body, None, reason, unrendered=self.unrendered)
         conversation = self._conversation(api, body, namespace)
         decision = self.decide(api, body, tier_so_far=self._tier_so_far(conversation))
         tier = self._tiers.get(decision.tier) or self._tiers.default
         try:
-            tiered = apply_tier(api, body, tier, decision.reason.value)
+            tiered = self._apply(api, body, tier, decision.reason.value)
         except RequestError:
             # The client defines one of the tier's tools otherwise; its own tools are what it
             # wants, so the tier without any goes with them.
             tier = next(iter(self._tiers))
-            tiered = apply_tier(api, body, tier, "client-tools")
+            tiered = self._apply(api, body, tier, "client-tools")
         self._remember(conversation, tier.name)
         return replace(tiered, decision=decision)
 
@@ -96,7 +106,7 @@ class TierRouter:
         if tier is None:
             return tiered
         try:
-            judged = apply_tier(api, body, tier, Reason.JUDGED.value)
+            judged = self._apply(api, body, tier, Reason.JUDGED.value)
         except RequestError:  # its own tools stand against this tier's, as in `tier`
             return tiered
         self._remember(self._conversation(api, body, namespace), tier.name)
@@ -154,16 +164,20 @@ class TierRouter:
             outcome = Outcome(time.time(), now.tier.name, now.reason, now.decision.logits)
             self.outcomes.record(replace(outcome, escalated=escalation.cause))
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
-        return apply_tier(api, body, up, reason)
+        return self._apply(api, body, up, reason)
+
+    def _apply(self, api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
+        return apply_tier(api, body, tier, reason, unrendered=self.unrendered)
 
     def _named(self, name: str) -> Tier:
         tier = self._tiers.get(name)
         assert tier is not None
         return tier
 
-    def _conversation(self, api: Api, body: Mapping[str, Any], namespace: str) -> list[bytes]:
+    def _conversation(self, api: Api, body: dict[str, Any], namespace: str) -> list[bytes]:
         """Digests of the conversation so far, the longest last."""
-        prompt = prompt_of(api, body, fingerprint="conversation", namespace=namespace)
+        shaped = shaping(body, self.unrendered)
+        prompt = prompt_of(api, shaped, fingerprint="conversation", namespace=namespace)
         return [mark.digest for mark in prompt.marks[1:]]
 
     def _tier_so_far(self, conversation: list[bytes]) -> str | None:

@@ -34,6 +34,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
+from keepwarm.engine.rendering import unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
@@ -256,6 +257,7 @@ class Runtime:
                 "the engine's slot files aren't understood (%s): whole snapshots only",
                 self.probed.reason,
             )
+        self.router.unrendered = await unrendered_arguments(self.client)
         pool = None
         if self._shares_pool(slots):
             # A slot's own limit is the model's trained context, which the pool may exceed.

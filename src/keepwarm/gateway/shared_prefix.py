@@ -80,7 +80,7 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
         raise RequestError("Nothing of this request comes before the place that is named.")
     prompt = prompt_of(
         asked.api,
-        tiered.body,
+        tiered.shaping,
         fingerprint=runtime.fingerprint,
         namespace=asked.namespace,
         shared_segments=tiered.shared_segments,

@@ -21,7 +21,8 @@ class Tiered:
 
     `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
     system text, tools or schema are mixed into them, since those belong to its namespace.
-    `decision` is the router's, where it decided.
+    `decision` is the router's, where it decided. `unrendered` are arguments of a body that this
+    engine's template renders nothing of.
     """
 
     body: dict[str, Any]
@@ -29,6 +30,19 @@ class Tiered:
     reason: str
     shared_segments: int = 0
     decision: Decision | None = None
+    unrendered: frozenset[str] = frozenset()
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The body without those arguments: all that shapes the prompt."""
+        return shaping(self.body, self.unrendered)
+
+
+def shaping(body: dict[str, Any], unrendered: frozenset[str]) -> dict[str, Any]:
+    """A body without the arguments that render nothing."""
+    if unrendered.isdisjoint(body):
+        return body
+    return {key: value for key, value in body.items() if key not in unrendered}
 
 
 def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:
@@ -57,22 +71,29 @@ def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
     return any(s.role in ("system", "developer") and s.text for s in segments_of(api, body))
 
 
-def apply_tier(api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
+def apply_tier(
+    api: Api,
+    body: dict[str, Any],
+    tier: Tier,
+    reason: str,
+    *,
+    unrendered: frozenset[str] = frozenset(),
+) -> Tiered:
     """Put a tier's static prompt and tools into a request of any chat-like API."""
     # A schema or a template's arguments are the client's own as much as tools are.
-    mixed = bool(head_of(body)) or (
+    mixed = bool(head_of(shaping(body, unrendered))) or (
         tier.client_role is ContextRole.MERGE and has_own_system(api, body)
     )
     shared = 0 if mixed else len(tier.messages)
     if api == "chat":
-        return Tiered(compose(tier, body), tier, reason, shared)
+        return Tiered(compose(tier, body), tier, reason, shared, unrendered=unrendered)
     static = compose(tier, {"messages": []})
     out = dict(body)
     out["input"] = _responses_input(static, body.get("input"))
     tools = [_responses_tool(tool) for tool in static.get("tools") or []]
     if tools or body.get("tools"):
         out["tools"] = [*tools, *(body.get("tools") or [])]
-    return Tiered(out, tier, reason, shared)
+    return Tiered(out, tier, reason, shared, unrendered=unrendered)
 
 
 def _responses_input(static: Mapping[str, Any], own: object) -> list[Any]:

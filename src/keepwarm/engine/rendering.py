@@ -1,0 +1,74 @@
+"""Which arguments of a request this engine's template renders nothing of.
+
+`response_format`, `tool_choice: "none"` and their like may change a prompt or not: that is up to
+the template, and to what llama.cpp makes of it. A prompt's identity must hold whatever does, and
+nothing else: an agent that asks for JSON now and then would have two prompts where the engine sees
+one. So each is rendered once, with and without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from keepwarm.engine.client import EngineClient
+from keepwarm.errors import EngineDownError, EngineError
+
+_SCHEMA = {"type": "object", "properties": {"hour": {"type": "integer"}}, "required": ["hour"]}
+_FUNCTION = {"name": "look", "description": "Look it up.", "parameters": _SCHEMA}
+# Values that a template would tell apart if it looked at the argument at all.
+_TRIED: Mapping[str, tuple[Any, ...]] = {
+    "response_format": (
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "hour", "schema": _SCHEMA}},
+    ),
+    "json_schema": (_SCHEMA,),
+    "tool_choice": ("none",),
+    "reasoning_effort": ("low", "medium", "high"),
+    "thinking": ({"type": "enabled", "budget_tokens": 1024}, {"type": "disabled"}),
+}
+# A template may look at one of them only beside tools, a system message or an earlier turn.
+_CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What hour is it?"},
+    {"role": "assistant", "content": "Noon."},
+    {"role": "user", "content": "And now?"},
+]
+_BODIES: tuple[dict[str, Any], ...] = (
+    {"messages": _CONVERSATION},
+    {"messages": _CONVERSATION[1:2]},
+    {"messages": _CONVERSATION, "tools": [{"type": "function", "function": _FUNCTION}]},
+)
+
+
+async def unrendered_arguments(client: EngineClient) -> frozenset[str]:
+    """The arguments that change no rendered prompt, whatever their value.
+
+    Raises:
+        EngineDownError: the engine can't be reached.
+    """
+    plain = await asyncio.gather(*(_rendered(client, body) for body in _BODIES))
+    # What is refused without the argument is never asked with it.
+    asked = [(body, text) for body, text in zip(_BODIES, plain, strict=True) if text is not None]
+
+    async def is_unrendered(name: str) -> bool:
+        for value in _TRIED[name]:
+            for body, without in asked:
+                if await _rendered(client, {**body, name: value}) != without:
+                    return False
+        return bool(asked)
+
+    names = list(_TRIED)
+    found = await asyncio.gather(*map(is_unrendered, names))
+    return frozenset(name for name, is_so in zip(names, found, strict=True) if is_so)
+
+
+async def _rendered(client: EngineClient, body: Mapping[str, Any]) -> str | None:
+    """None where the engine refuses to render it: nothing is known of the argument then."""
+    try:
+        return await client.render(body)
+    except EngineDownError:
+        raise
+    except EngineError:
+        return None

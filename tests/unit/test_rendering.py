@@ -1,0 +1,94 @@
+"""Which arguments a template renders nothing of, with templates that look at one each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from keepwarm.engine.client import EngineClient
+from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.errors import EngineDownError, EngineRefusedError
+
+ALL = {"response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"}
+Template = Callable[[Mapping[str, Any]], str]
+
+
+class Rendering(EngineClient):
+    """An engine that only renders."""
+
+    def __init__(self, template: Template) -> None:
+        super().__init__("http://127.0.0.1:9")
+        self._template = template
+
+    async def render(self, body: Mapping[str, Any]) -> str:
+        return self._template(body)
+
+
+def plain(body: Mapping[str, Any]) -> str:
+    return json.dumps([body["messages"], body.get("tools")])
+
+
+def without_tools_if_none_may_be_called(body: Mapping[str, Any]) -> str:
+    return plain({**body, "tools": None} if body.get("tool_choice") == "none" else body)
+
+
+def with_the_schema_beside_tools(body: Mapping[str, Any]) -> str:
+    return plain(body) + str(body.get("tools") and body.get("response_format"))
+
+
+def with_one_effort(body: Mapping[str, Any]) -> str:
+    return plain(body) + ("!" if body.get("reasoning_effort") == "medium" else "")
+
+
+def with_thinking_in_a_first_turn(body: Mapping[str, Any]) -> str:
+    return plain(body) + (str(body.get("thinking")) if len(body["messages"]) == 1 else "")
+
+
+def with_a_bare_schema(body: Mapping[str, Any]) -> str:
+    if body["messages"][0]["role"] == "system":
+        raise EngineRefusedError("no system messages", status=400, body=b"")
+    return plain(body) + str(body.get("json_schema"))
+
+
+@pytest.mark.parametrize(
+    ("template", "looked_at"),
+    [
+        (plain, set()),
+        (without_tools_if_none_may_be_called, {"tool_choice"}),
+        (with_the_schema_beside_tools, {"response_format"}),
+        (with_one_effort, {"reasoning_effort"}),
+        (with_thinking_in_a_first_turn, {"thinking"}),
+        (with_a_bare_schema, {"json_schema"}),
+    ],
+)
+async def test_an_argument_that_changes_any_prompt_is_no_unrendered_one(
+    template: Template, looked_at: set[str]
+) -> None:
+    assert await unrendered_arguments(Rendering(template)) == ALL - looked_at
+
+
+async def test_an_argument_that_is_refused_somewhere_counts_as_rendered() -> None:
+    def template(body: Mapping[str, Any]) -> str:
+        if body.get("tools") and "response_format" in body:
+            raise EngineRefusedError("not both", status=400, body=b"")
+        return plain(body)
+
+    assert "response_format" not in await unrendered_arguments(Rendering(template))
+
+
+async def test_nothing_is_known_of_a_template_that_renders_nothing() -> None:
+    def template(_: Mapping[str, Any]) -> str:
+        raise EngineRefusedError("no", status=400, body=b"")
+
+    assert await unrendered_arguments(Rendering(template)) == set()
+
+
+async def test_an_engine_that_is_gone_is_no_answer() -> None:
+    def template(_: Mapping[str, Any]) -> str:
+        raise EngineDownError("gone")
+
+    with pytest.raises(EngineDownError):
+        await unrendered_arguments(Rendering(template))
