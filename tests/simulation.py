@@ -92,6 +92,7 @@ def request_of(
     shared_segments: int,
     now_s: float,
     wait_s: float = 1e9,
+    is_alone: bool = False,
 ) -> Request:
     """A request with its identity and its real tokens."""
     api = "completion" if "prompt" in body else "chat"
@@ -131,6 +132,7 @@ def request_of(
         reply_tokens=40,
         can_fill=prompt.static is not None,
         static_shared=prompt.is_static_shared,
+        is_alone=is_alone,
     )
     return Request(job.id, namespace, body, prompt, tokens, static, shared, job)
 
@@ -419,6 +421,12 @@ class Simulation:
         assert plan.slot not in [step.slot for step in self.pending]
         assert self.scheduler.up, "a request was started on an engine that is down"
         request.plan = plan
+        if request.job.is_alone:
+            for other in self.scheduler.slots:
+                if other.id != plan.slot:
+                    assert other.content is None, "what another slot holds is about to be lost"
+                    # It empties them in the end; a shared pool has to rely on that.
+                    self.engine[other.id] = [] if self.pool_tokens else request.held(99_999)
         if plan.discard:
             self.engine[plan.slot] = []  # what `cache_prompt: false` does
         reused = self.reusable(plan.slot, request.tokens)
@@ -463,6 +471,9 @@ class Simulation:
                 helpers = {s.id for s in scheduler.slots if s.job is not None and s.job == slot.job}
                 assert ({slot.id} | helpers) & working, "nothing prepares a preparing slot"
         serving = [s.job for s in scheduler.slots if s.state is SlotState.SERVING]
+        if any(self.requests[job].job.is_alone for job in serving if job):
+            busy = [s.id for s in scheduler.slots if s.state is not SlotState.IDLE]
+            assert len(busy) == 1, "a request that must be alone isn't"
         assert len(serving) == len(set(serving)), "a job has two slots"
         fills = [
             self.requests[step.job].prompt.static

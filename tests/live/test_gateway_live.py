@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,9 @@ CLOCK = {
         {"tools": [CLOCK]},
         {"stop": ["the"], "max_tokens": 30},
         {"response_format": {"type": "json_object"}, "max_tokens": 20},
+        {"n": 2},
     ],
-    ids=["text", "logprobs", "tools", "stop", "format"],
+    ids=["text", "logprobs", "tools", "stop", "format", "several"],
 )
 def test_a_whole_reply_is_what_the_engine_itself_would_say(
     served: Served, extra: dict[str, Any]
@@ -236,6 +238,27 @@ def test_a_conversation_goes_on_when_json_is_asked_for_now_and_then(served: Serv
             assert answer.prefilled < 40
         turns.append({"role": "assistant", "content": answer.text})
         served.settled()
+
+
+def test_several_replies_at_once_cost_no_conversation_its_tokens(served: Served) -> None:
+    """The engine computes them in other slots, whatever those hold."""
+    talks = [
+        [system(f"You are worker {n}. " + RULES), user("Which disk?")] for n in range(SLOTS - 1)
+    ]
+    held = []
+    for talk in talks:
+        answer = served.chat(*talk, max_tokens=4)
+        held.append(answer.cached + int(answer.body["timings"]["prompt_n"]))
+        served.settled()
+    draft = [system("You write drafts. " + RULES), user("A name for a disk, please.")]
+    bodies = [[*talk, {"role": "assistant", "content": "It."}, user("So?")] for talk in talks]
+    with ThreadPoolExecutor(SLOTS) as pool:
+        several = pool.submit(served.chat, *draft, n=SLOTS - 1, max_tokens=12)
+        others = [pool.submit(served.chat, *body, max_tokens=4) for body in bodies]
+        assert len(several.result().body["choices"]) == SLOTS - 1
+        for other, known in zip(others, held, strict=True):
+            # All of the first turn's prompt, but for the opening of the reply.
+            assert other.result().cached >= known - 4
 
 
 def test_a_conversation_goes_on_when_its_reply_comes_back_trimmed(served: Served) -> None:

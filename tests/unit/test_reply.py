@@ -59,6 +59,14 @@ def test_a_streamed_chat_reply_reads_as_the_whole_one() -> None:
     assert reply.segment == Segment("assistant", "It is noon.")
 
 
+def test_of_several_replies_in_one_stream_the_first_is_what_the_slot_keeps() -> None:
+    def said(index: int, text: str) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": None}]}
+
+    raw = sse(said(1, "Ten."), said(0, "It is "), said(1, " Perhaps."), said(0, "noon."))
+    assert read_reply(raw, streamed=True).segment == Segment("assistant", "It is noon.")
+
+
 def test_tool_calls_read_alike_whole_and_in_pieces() -> None:
     whole = {"choices": [{"message": {"content": None, "tool_calls": [CALL, CALL]}}]}
 

@@ -44,7 +44,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.number = 0
         self.is_up = True
 
-    def send(self, body: dict[str, Any], shared: int, namespace: str, wait_s: float) -> None:
+    def send(
+        self,
+        body: dict[str, Any],
+        shared: int,
+        namespace: str,
+        wait_s: float,
+        *,
+        is_alone: bool = False,
+    ) -> None:
         self.number += 1
         self.sim.submit(
             request_of(
@@ -54,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 shared_segments=shared,
                 now_s=self.sim.now_s,
                 wait_s=wait_s,
+                is_alone=is_alone,
             )
         )
 
@@ -62,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         user=st.sampled_from(USERS),
         namespace=st.sampled_from("ab"),
         wait_s=st.sampled_from([1e9, 20.0]),
+        is_alone=st.sampled_from([False, False, False, True]),
     )
     def a_request_comes(
         self,
@@ -69,9 +79,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         user: dict[str, Any],
         namespace: str,
         wait_s: float,
+        is_alone: bool,
     ) -> None:
         messages, shared = static
-        self.send({"messages": [*messages, user]}, shared, namespace, wait_s)
+        body = {"messages": [*messages, user]}
+        self.send(body, shared, namespace, wait_s, is_alone=is_alone)
 
     @precondition(lambda self: any(r.reply for r in self.sim.requests.values()))
     @rule(data=st.data(), trimmed=st.booleans())

@@ -109,6 +109,7 @@ class Storm:
                 shared_segments=shared,
                 now_s=sim.now_s,
                 wait_s=random.choice((1e9, 30.0)),
+                is_alone=random.random() < 0.05,
             )
         )
 

@@ -15,7 +15,9 @@ class Job:
     `is_final`: nothing is expected to continue its prompt, so its tail isn't worth saving.
     `must_save`: it is here to have its static part filled and saved, even if a slot holds it.
     `filled_tokens` is how many tokens its fill prefilled, once that has ended; `failed_restore` the
-    reason why its restore failed, if it did. `gone`: its client has left.
+    reason why its restore failed, if it did. `gone`: its client has left. `is_alone`: the engine
+    computes several replies to it at once (`n`), in other slots of its own choice, so that those
+    must be idle, and what they hold is lost.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Job:
     waited_for_fill: bool = False
     is_final: bool = False
     must_save: bool = False
+    is_alone: bool = False
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False
@@ -45,4 +48,5 @@ class Job:
             self.namespace,
             self.static_tokens,
             self.waited_for_fill,
+            self.is_alone,
         )

@@ -114,7 +114,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one request asks for. `static_tokens` is known once its static part was tokenized."""
+    """What one request asks for. `static_tokens` is known once its static part was tokenized.
+
+    `is_alone`: every other slot must be idle, and is emptied; see `Job`.
+    """
 
     prompt: Prompt
     reply_tokens: int
@@ -122,6 +125,7 @@ class Demand:
     namespace: str = ""
     static_tokens: int | None = None
     waited_for_fill: bool = False
+    is_alone: bool = False
 
 
 def prompt_tokens(demand: Demand, rates: Rates) -> int:
@@ -286,18 +290,12 @@ def _make_room(
     rates: Rates,
     now_s: float,
 ) -> tuple[tuple[int, bool], ...] | None:
-    """Idle slots to empty so that the prompt and its reply fit into a shared pool.
+    """Idle slots to empty so that the prompt and its reply fit into a shared pool, or are alone.
 
     None: no room until a busy slot is free. When the pool overflows, llama-server purges idle
     slots by itself, unsaved and unasked, so the sum is kept here.
     """
-    if machine.pool_tokens is None:
-        return ()
     others = [s for s in slots if s.id != option.slot]
-    need = total + demand.reply_tokens + sum(s.most_tokens for s in others)
-    over = need - machine.pool_tokens
-    if over <= 0:
-        return ()
 
     def lose(slot: Slot) -> Loss:
         return loss(
@@ -309,6 +307,16 @@ def _make_room(
             can_save=machine.can_save,
         )
 
+    if demand.is_alone:
+        if any(s.state != "idle" for s in others):
+            return None
+        return tuple((s.id, lose(s).save) for s in others if s.most_tokens)
+    if machine.pool_tokens is None:
+        return ()
+    need = total + demand.reply_tokens + sum(s.most_tokens for s in others)
+    over = need - machine.pool_tokens
+    if over <= 0:
+        return ()
     idle = [(s, lose(s)) for s in others if s.state == "idle" and s.most_tokens]
     out: list[tuple[int, bool]] = []
     for slot, lost in sorted(idle, key=lambda pair: pair[1].seconds):

@@ -149,7 +149,8 @@ def _add_chat(event: dict[str, Any], said: _Said) -> None:
         said.text += _text(event.get("content"))
         return
     # Several choices (`n`) go on from one prompt; the slot keeps the first.
-    choice = _dict(next(iter(_list(event.get("choices"))), None))
+    choices = map(_dict, _list(event.get("choices")))
+    choice = next((c for c in choices if c.get("index", 0) == 0), {})
     part = _dict(choice.get("delta")) or _dict(choice.get("message")) or choice
     said.text += _text(part.get("content")) or _text(part.get("text"))
     for item in _list(part.get("tool_calls")):

@@ -278,6 +278,8 @@ class Scheduler:
         if not self.up:
             return effects
         for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
+            if any(job.is_alone and job.plan for job in self.jobs.values()):
+                break
             job = self.jobs[job_id]
             stored = self._stored(job)
             if self._waits_for_fill(job, stored):
@@ -429,6 +431,9 @@ class Scheduler:
             self._free(slot, now_s)
             return []
         slot.state = SlotState.SERVING
+        if job.is_alone:
+            for other in self.slots:
+                other.owner = job.namespace
         return [Start(job.id, job.plan)]
 
     def _apply(self, slot: Slot, step: Step, outcome: Outcome) -> None:

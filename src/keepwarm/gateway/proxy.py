@@ -225,6 +225,10 @@ class Proxy:
         # A batch has hours; who sent it decides how long to wait.
         wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
         limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
+        replies = tiered.body.get("n_cmpl", tiered.body.get("n"))
+        # More than there are slots are refused by the engine, before it looks at any.
+        slots = len(self._runtime.dispatcher.scheduler.slots)
+        is_alone = isinstance(replies, int) and 1 < replies <= slots
         job = Job(
             id=uuid.uuid4().hex[:16],
             namespace=asked.namespace,
@@ -235,6 +239,7 @@ class Proxy:
             priority=priority,
             is_final=priority > 0,
             static_shared=prompt.is_static_shared,
+            is_alone=is_alone,
         )
         static = static_body(asked.api, tiered.body) if prompt.static else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
