@@ -23,6 +23,7 @@ FEED_FORWARD = 128
 HEADS = 2
 HEAD_ELEMENTS = 32  # quantized KV comes in blocks of 32
 CONV_TOKENS = 3  # LFM2's short convolution
+UNUSED_TOKEN = 3  # and the next ones: names of files and repositories, which no test writes
 LFM2_KV_HEADS = (0, 0, 1, 0, 0, 1)  # 0: a convolution layer
 
 
@@ -38,6 +39,8 @@ def small_model() -> Path:
 def write_tiny_qwen3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
     """A model of plain attention (6 layers), about 9 MB: as fast as a test could wish.
 
+    It has the tokens of an infill, which the real small one lacks.
+
     `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
     made = _Model(path, "qwen3", source_gguf, seed)
@@ -45,6 +48,8 @@ def write_tiny_qwen3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None
     writer.add_key_length(HEAD_ELEMENTS)
     writer.add_value_length(HEAD_ELEMENTS)
     writer.add_head_count_kv(1)
+    for number, name in enumerate(("pre", "suf", "mid")):
+        writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", UNUSED_TOKEN + number)
     made.norm("output_norm.weight")
     for layer in range(TINY_LAYERS):
         made.norm(f"blk.{layer}.attn_norm.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 import urllib.request
@@ -174,6 +175,11 @@ def test_everything_else_is_served_too(served: Served) -> None:
     assert {"minimal", "standard", "auto"} <= set(names)
     assert "chat_template" in served.get("/props")
     assert len(served.get("/slots")) == SLOTS
+    page = urllib.request.Request(served.base + "/", headers={"Accept-Encoding": "gzip"})
+    page.add_header("Authorization", f"Bearer {ALICE}")
+    with urllib.request.urlopen(page) as reply:
+        assert reply.headers["Content-Encoding"] == "gzip"
+        assert b"</html>" in gzip.decompress(reply.read())
     metrics = served.read("/metrics")
     assert "llamacpp:prompt_tokens_total" in metrics
     assert "keepwarm_prompt_tokens_total" in metrics

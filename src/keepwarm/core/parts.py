@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keepwarm.core.prompt import Api, Segment, dump, head_of, segments_of
+from keepwarm.core.prompt import Api, Segment, dump, head_of, raw_of, segments_of
 
 # Role and turn tokens that `prompt` counts for each message.
 _TURN_CHARS = 16
@@ -53,7 +53,7 @@ class Parts:
 def parts_of(api: Api, body: Mapping[str, Any]) -> Parts:
     """Take a request's body apart."""
     if api == "completion":
-        return Parts((), (), (_raw_segment(body.get("prompt")),), (None,))
+        return Parts((), (), (_raw_segment(raw_of(body)),), (None,))
     head = head_of(body)
     tools = head.pop("tools", None)
     listed = tools if isinstance(tools, list) else []

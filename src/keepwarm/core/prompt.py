@@ -135,7 +135,7 @@ def prompt_of(
     own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
     key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
     if api == "completion":
-        return _raw_prompt(body.get("prompt"), key, [e.chars for e in ends])
+        return _raw_prompt(raw_of(body), key, [e.chars for e in ends])
     head = head_of(body)
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
@@ -326,6 +326,17 @@ def _marked(before: Mark, segment: Segment, cuts: tuple[int, ...]) -> tuple[Mark
 
 
 _remembered = lru_cache(_REMEMBERED_SEGMENTS)(_marked)
+
+
+def raw_of(body: Mapping[str, Any]) -> object:
+    """What a raw prompt begins with: text, token ids, or whatever stands there instead.
+
+    An infill has its context files first and then what comes before the gap.
+    """
+    if "input_prefix" not in body:
+        return body.get("prompt")
+    extra = body.get("input_extra")
+    return (dump(extra) if extra else "") + str(body["input_prefix"])
 
 
 def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:

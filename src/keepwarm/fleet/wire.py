@@ -24,17 +24,8 @@ from keepwarm.core.prompt import Api, prompt_of
 from keepwarm.errors import KeepwarmError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
-from keepwarm.gateway.asked import cleaned_body
+from keepwarm.gateway.asked import PLANNED, cleaned_body
 
-_APIS: dict[str, Api] = {
-    "/v1/chat/completions": "chat",
-    "/chat/completions": "chat",
-    "/v1/responses": "responses",
-    "/responses": "responses",
-    "/completion": "completion",
-    "/completions": "completion",
-    "/v1/completions": "completion",
-}
 _MESSAGES = "/v1/messages"
 # An estimate that serves until a node has reported what it measured (English text, common models).
 TOKENS_PER_CHAR = 0.26
@@ -111,11 +102,11 @@ def ask_of(
     prefixes: list[int] = []
     ends: list[int] = []
     path = path_qs.partition("?")[0]
-    if method == "POST" and (path in _APIS or path == _MESSAGES):
+    if method == "POST" and (path in PLANNED or path == _MESSAGES):
         # Whatever is wrong with a body is for the node to say; any node can.
         with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
             decoded = msgspec.json.decode(body, type=dict)
-            api = _APIS.get(path, "chat")
+            api = PLANNED.get(path, "chat")
             if api != "completion":
                 kind = "messages" if path == _MESSAGES else api
                 decoded = cleaned_body(hygiene, kind, decoded, dict(headers)).body

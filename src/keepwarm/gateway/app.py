@@ -17,6 +17,7 @@ from keepwarm.errors import (
     RequestError,
     TooLargeError,
 )
+from keepwarm.gateway.asked import PLANNED
 from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
@@ -27,16 +28,6 @@ from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
 
 log = logging.getLogger("keepwarm")
-
-_PLANNED: dict[str, Api] = {
-    "/v1/chat/completions": "chat",
-    "/chat/completions": "chat",
-    "/v1/responses": "responses",
-    "/responses": "responses",
-    "/completion": "completion",
-    "/completions": "completion",
-    "/v1/completions": "completion",
-}
 
 
 def make_app(runtime: Runtime) -> web.Application:
@@ -54,7 +45,7 @@ def make_app(runtime: Runtime) -> web.Application:
 
         return handle
 
-    for path, api in _PLANNED.items():
+    for path, api in PLANNED.items():
         app.router.add_post(path, planned(api))
     app.router.add_post("/v1/messages", proxy.handle_messages)
     app.router.add_get("/health", site.health)

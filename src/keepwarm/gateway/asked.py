@@ -19,6 +19,20 @@ from keepwarm.errors import RequestError
 from keepwarm.gateway.dialect import OPENAI, Dialect
 from keepwarm.gateway.tiering import Tiered
 
+# An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.
+INFILL = "/infill"
+# Paths whose requests get a slot that was chosen for them, and the shape of their bodies.
+PLANNED: Mapping[str, Api] = {
+    "/v1/chat/completions": "chat",
+    "/chat/completions": "chat",
+    "/v1/responses": "responses",
+    "/responses": "responses",
+    "/completion": "completion",
+    "/completions": "completion",
+    "/v1/completions": "completion",
+    INFILL: "completion",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:

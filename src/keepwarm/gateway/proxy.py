@@ -27,7 +27,7 @@ from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
+from keepwarm.gateway.asked import INFILL, Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
@@ -237,7 +237,7 @@ class Proxy:
             deadline_s=now_s + wait_s,
             reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
             priority=priority,
-            is_final=priority > 0,
+            is_final=priority > 0 or asked.path.startswith(INFILL),
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
         )
@@ -268,7 +268,10 @@ class Proxy:
             EngineDownError: no byte of an answer came; nothing was sent to the client.
         """
         assert exchange.grant
-        body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot, **EXACT}
+        body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
+        if not exchange.asked.path.startswith(INFILL):
+            # Nobody saves an infill, and editors count on moved chunks of it.
+            body |= EXACT
         body.setdefault("cache_prompt", True)
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
@@ -391,8 +394,8 @@ class Proxy:
         reply = read_reply(raw, streamed=exchange.streamed) if status == 200 else Reply(None, None)
         counts = reply.counts
         exchange.status, exchange.reply = status, reply
-        # A 4xx was refused before the engine looked at the slot.
-        touched = not 400 <= status < 500
+        # A 4xx was refused before the engine looked at the slot, and so is what it can't do at all.
+        touched = not (400 <= status < 500 or status == 501)
         self._runtime.dispatcher.finish(
             exchange.job, counts=counts, reply=reply.segment, touched=touched
         )
@@ -412,12 +415,12 @@ class Proxy:
         sent = runtime.client.http.request(
             request.method,
             request.path_qs,
-            headers=forwarded(request.headers, keep_type=True),
+            headers=forwarded(request.headers, is_unchanged=True),
             body=await request.read() if request.body_exists else None,
         )
         with closing(await sent) as upstream:
             response = web.StreamResponse(
-                status=upstream.status, headers=returned(upstream.headers, keep_encoding=True)
+                status=upstream.status, headers=returned(upstream.headers, is_unchanged=True)
             )
             await response.prepare(request)
             while chunk := await upstream.read_some():
