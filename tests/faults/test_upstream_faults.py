@@ -304,6 +304,19 @@ async def test_a_body_that_isnt_a_json_object_is_a_400(keepwarm: Keepwarm, raw: 
     await assert_well(keepwarm)
 
 
+async def test_a_client_that_asks_before_it_sends_its_body_is_answered(keepwarm: Keepwarm) -> None:
+    """As curl does with a long one; what it asks is between it and Keepwarm."""
+    url = f"{keepwarm.base}/v1/chat/completions"
+    async with keepwarm.session.post(url, json=keepwarm.body(), expect100=True) as response:
+        assert response.status == 200
+        assert answer_of(await response.json()) == ANSWER
+    async with keepwarm.session.post(
+        f"{keepwarm.base}/tokenize", json={"content": "a disk"}, expect100=True
+    ) as response:
+        assert response.status == 200
+        assert len((await response.json())["tokens"]) == 3
+
+
 async def test_slots_cant_be_changed_from_outside(keepwarm: Keepwarm) -> None:
     url = f"{keepwarm.base}/slots/0?action=erase"
     async with keepwarm.session.post(url, json={}) as response:

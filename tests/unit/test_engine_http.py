@@ -116,6 +116,14 @@ async def test_what_came_before_it_broke_off_is_given_first() -> None:
                 await response.read_some()
 
 
+async def test_a_go_on_is_no_answer_yet() -> None:
+    going = b"HTTP/1.1 100 Continue\r\nX-Going: on\r\n\r\n"
+    async with serving(going, OK + b"Content-Length: 2\r\n\r\nhi") as server:
+        with closing(await EngineHttp(server.url).request("POST", "/x", headers={})) as response:
+            assert (response.status, await response.read()) == (200, b"hi")
+            assert "X-Going" not in response.headers
+
+
 async def test_nobody_listening_is_told_at_once() -> None:
     async with serving() as server:
         url = server.url

@@ -219,6 +219,9 @@ class _Received(asyncio.Protocol):
         self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
 
     def on_headers_complete(self) -> None:
+        if self.status < 200:
+            self.headers.clear()  # the answer itself is still to come
+            return
         self.has_headers = True
         # To HEAD, the length is that of a body that doesn't come.
         self.is_complete = self._is_head
@@ -227,7 +230,7 @@ class _Received(asyncio.Protocol):
         self.body += body
 
     def on_message_complete(self) -> None:
-        self.is_complete = True
+        self.is_complete = self.has_headers
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():

@@ -15,9 +15,11 @@ from keepwarm.core.reply import stream_events
 from keepwarm.engine.http import EngineHttp, Response
 from keepwarm.errors import EngineDownError, EngineError
 
+# What is between two neighbours only (RFC 9110, 7.6.1), and what each end says of itself.
 _SKIPPED = frozenset(
     (
         *("connection", "content-length", "transfer-encoding", "keep-alive"),
+        *("expect", "te", "trailer", "upgrade", "proxy-connection"),
         *("host", "content-encoding", "server"),
     )
 )
