@@ -67,6 +67,14 @@ def test_of_several_replies_in_one_stream_the_first_is_what_the_slot_keeps() -> 
     assert read_reply(raw, streamed=True).segment == Segment("assistant", "It is noon.")
 
 
+def test_of_the_replies_to_several_prompts_the_last_is_what_the_slot_keeps() -> None:
+    replies = [
+        {"content": text, "tokens_cached": 9, "timings": TIMINGS} for text in ("No.", "Yes.")
+    ]
+    reply = read_reply(json.dumps(replies).encode(), streamed=False)
+    assert (reply.counts, reply.segment) == (COUNTS, Segment("assistant", "Yes."))
+
+
 def test_tool_calls_read_alike_whole_and_in_pieces() -> None:
     whole = {"choices": [{"message": {"content": None, "tool_calls": [CALL, CALL]}}]}
 

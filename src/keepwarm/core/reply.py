@@ -55,7 +55,7 @@ class Reply:
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
     """Read a reply of any of the engine's APIs. Unreadable parts are left out, never raised."""
-    events = list(stream_events(raw)) if streamed else [_json(raw)]
+    events = list(stream_events(raw)) if streamed else _whole(raw)
     counts: Counts | None = None
     finish: str | None = None
     error: str | None = None
@@ -173,11 +173,21 @@ def _add_responses(event: dict[str, Any], said: _Said) -> None:
             said.calls.append(_Call(_text(item.get("name")), _text(item.get("arguments"))))
 
 
+def _whole(raw: bytes) -> list[dict[str, Any]]:
+    """A reply's object; to several prompts at once, one each, of which the slot keeps the last."""
+    value = _decoded(raw)
+    return [_dict(item) for item in (_list(value)[-1:] or [value])]
+
+
 def _json(raw: bytes) -> dict[str, Any]:
+    return _dict(_decoded(raw))
+
+
+def _decoded(raw: bytes) -> object:
     try:
-        return _dict(msgspec.json.decode(raw))
+        return msgspec.json.decode(raw)
     except (ValueError, RecursionError):
-        return {}
+        return None
 
 
 def _dict(value: object) -> dict[str, Any]:
