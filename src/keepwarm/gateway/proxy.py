@@ -226,7 +226,7 @@ class Proxy:
         wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
         limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
         replies = tiered.body.get("n_cmpl", tiered.body.get("n"))
-        # More than there are slots are refused by the engine, before it looks at any.
+        # It needs a slot for each; more than there are it refuses, before it looks at any.
         slots = len(self._runtime.dispatcher.scheduler.slots)
         is_alone = isinstance(replies, int) and 1 < replies <= slots
         job = Job(
