@@ -432,8 +432,10 @@ class Scheduler:
             return []
         slot.state = SlotState.SERVING
         if job.is_alone:
+            # Nothing is known any more of what they hold, but whose it is.
             for other in self.slots:
-                other.owner = job.namespace
+                if other is not slot:
+                    other.content, other.owner = None, job.namespace
         return [Start(job.id, job.plan)]
 
     def _apply(self, slot: Slot, step: Step, outcome: Outcome) -> None:
