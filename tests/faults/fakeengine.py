@@ -38,11 +38,13 @@ class Fault(Enum):
     STALL_MID_STREAM = "two events, and no more until `resume` is set"
     LOADING = "503, as while the model loads"
     REFUSED = "400, as for a prompt that is too long"
+    UNABLE = "501, as for an infill by a model without its tokens"
     FAILED = "500"
     LIES = "the slot was restored, but nothing of it is reused"
 
 
 REFUSAL = {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}
+INABILITY = {"error": {"code": 501, "message": "no infill", "type": "not_supported_error"}}
 FAILURE = {"error": {"code": 500, "message": "compute error", "type": "server_error"}}
 STRANGER = {"error": {"code": 401, "message": "Invalid API Key", "type": "authentication_error"}}
 LOADING = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
@@ -217,6 +219,7 @@ class FakeEngine:
         known = {
             Fault.LOADING: (LOADING, 503),
             Fault.REFUSED: (REFUSAL, 400),
+            Fault.UNABLE: (INABILITY, 501),
             Fault.FAILED: (FAILURE, 500),
         }
         if fault in known:

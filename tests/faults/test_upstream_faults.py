@@ -7,7 +7,7 @@ import json
 
 import aiohttp
 import pytest
-from fakeengine import FAILURE, REFUSAL, FakeEngine, Fault
+from fakeengine import FAILURE, INABILITY, REFUSAL, FakeEngine, Fault
 from rig import Keepwarm, until
 
 from keepwarm.gateway.runtime import State
@@ -119,6 +119,23 @@ async def test_garbage_with_status_200_is_a_502(keepwarm: Keepwarm) -> None:
     assert body["error"]["type"] == "upstream_error"
     assert headers["x-keepwarm-request-id"]
     await assert_well(keepwarm)
+
+
+@pytest.mark.parametrize(
+    ("fault", "answer"), [(Fault.REFUSED, (400, REFUSAL)), (Fault.UNABLE, (501, INABILITY))]
+)
+async def test_a_refusal_of_something_else_costs_no_slot_its_content(
+    keepwarm: Keepwarm, fault: Fault, answer: tuple[int, dict[str, object]]
+) -> None:
+    await keepwarm.occupy()
+    held = [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots]
+    keepwarm.engine.faults.append(fault)
+    body = {"prompt": list(range(7000, 7200)), "max_tokens": 4}
+    async with keepwarm.session.post(f"{keepwarm.base}/completion", json=body) as response:
+        assert (response.status, await response.json()) == answer
+    await keepwarm.settled()
+    assert all(held)
+    assert [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots] == held
 
 
 async def test_a_refusal_is_passed_on_unchanged_and_keeps_the_slot_warm(
@@ -307,7 +324,13 @@ async def test_a_body_that_isnt_a_json_object_is_a_400(keepwarm: Keepwarm, raw: 
 async def test_a_client_that_asks_before_it_sends_its_body_is_answered(keepwarm: Keepwarm) -> None:
     """As curl does with a long one; what it asks is between it and Keepwarm."""
     url = f"{keepwarm.base}/v1/chat/completions"
-    async with keepwarm.session.post(url, json=keepwarm.body(), expect100=True) as response:
+    # Long enough for the engine's leave to come by itself, were it asked for one.
+    keepwarm.engine.faults.append(Fault.STALL)
+    asking = asyncio.ensure_future(keepwarm.session.post(url, json=keepwarm.body(), expect100=True))
+    await until(lambda: keepwarm.engine.busy)
+    await asyncio.sleep(0.05)
+    keepwarm.engine.resume.set()
+    async with await asking as response:
         assert response.status == 200
         assert answer_of(await response.json()) == ANSWER
     async with keepwarm.session.post(

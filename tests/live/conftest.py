@@ -11,6 +11,7 @@ import pytest
 from bareengine import BareEngine, StartEngine, end_engine, start_engine
 from served import Serve, Served
 from smalltiers import write_small_tiers
+from tinymodels import small_model, write_tiny_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,14 @@ def bare_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngin
 def small_tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of two small tiers."""
     return write_small_tiers(tmp_path_factory.mktemp("tiers"))
+
+
+@pytest.fixture(scope="session")
+def quick_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose words mean nothing: what is warm doesn't depend on them."""
+    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen3(model, small_model())
+    return model
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import pytest
 from keepwarm.store.files import FileKey
 from keepwarm.tierfiles import packaged_configs
 from served import Answer, Serve, Served
-from tinymodels import small_model, write_tiny_lfm2, write_tiny_qwen3
+from tinymodels import small_model, write_tiny_lfm2
 
 pytestmark = pytest.mark.live
 
@@ -95,14 +95,6 @@ def read(served: Served, path: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(served.base + path, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as reply:
         return str(reply.read().decode())
-
-
-@pytest.fixture(scope="module")
-def quick_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose words mean nothing: what is warm doesn't depend on them."""
-    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny_qwen3(model, small_model())
-    return model
 
 
 @pytest.fixture(scope="module")

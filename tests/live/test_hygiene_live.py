@@ -15,7 +15,6 @@ import pytest
 from keepwarm.core.hygiene import RULES
 from keepwarm.tierfiles import packaged_configs
 from served import Answer, Served
-from tinymodels import small_model, write_tiny_qwen3
 
 pytestmark = pytest.mark.live
 
@@ -28,14 +27,6 @@ class Ruled(Served):
     """A Keepwarm with all rules of hygiene, or with none."""
 
     is_tidy = False
-
-
-@pytest.fixture(scope="module")
-def quick_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose words mean nothing: what is warm doesn't depend on them."""
-    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny_qwen3(model, small_model())
-    return model
 
 
 @pytest.fixture(scope="module", params=[(), RULES], ids=["off", "on"])

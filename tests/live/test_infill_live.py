@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from served import Answer, Served
-from tinymodels import small_model, write_tiny_qwen3
 
 pytestmark = pytest.mark.live
 
@@ -18,12 +17,12 @@ CODE = "".join(f"def disk_{n}(hour):\n    return hour + {n}\n\n\n" for n in rang
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, small_tiers: Path) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny_qwen3(model, small_model())
+def served(
+    tmp_path_factory: pytest.TempPathFactory, small_tiers: Path, quick_model: Path
+) -> Iterator[Served]:
     served = Served(
         tmp_path_factory.mktemp("served"),
-        engine={"model": str(model), "slots": SLOTS, "context": 12288},
+        engine={"model": str(quick_model), "slots": SLOTS, "context": 12288},
         tiers={"dir": str(small_tiers), "warm": ["minimal"]},
     ).wait_ready()
     yield served

@@ -15,7 +15,6 @@ import pytest
 from browser import Page
 from keepwarm.tierfiles import packaged_configs
 from served import Answer, Served
-from tinymodels import small_model, write_tiny_qwen3
 
 pytestmark = [pytest.mark.live, pytest.mark.browser]
 
@@ -24,13 +23,13 @@ RULES = "Always answer with the name of the disk, the hour and one short reason.
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, small_tiers: Path) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny_qwen3(model, small_model())
+def served(
+    tmp_path_factory: pytest.TempPathFactory, small_tiers: Path, quick_model: Path
+) -> Iterator[Served]:
     served = Served(
         tmp_path_factory.mktemp("served"),
         engine={
-            "model": str(model),
+            "model": str(quick_model),
             "threads": 1,
             "slots": 2,
             "context": 4096,

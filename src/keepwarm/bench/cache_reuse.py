@@ -21,7 +21,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +39,7 @@ from keepwarm.bench.report import markdown, terminal
 from keepwarm.bench.results import Amount, Figure, Report, Sample, select, ttfts, write_json
 from keepwarm.bench.servers import KeepwarmServer, Workplace, bare_engine
 from keepwarm.bench.stats import median, rotated, times_faster
-from keepwarm.core.reply import Counts, counts_of, stream_events
+from keepwarm.core.reply import Counts, counts_of
 from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError, KeepwarmError
@@ -170,9 +169,8 @@ def figures_of(samples: Sequence[Sample], amounts: Sequence[Amount]) -> list[Fig
 class _Bare:
     """Asks one slot of a bare engine."""
 
-    def __init__(self, client: EngineClient, base_url: str) -> None:
+    def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._url = base_url + "/completion"
 
     async def tokens(self, turns: Sequence[Turn]) -> list[int]:
         """A conversation's tokens, as the engine renders it."""
@@ -212,20 +210,10 @@ class _Bare:
         first_s: float | None = None
         counts: Counts | None = None
         probs: list[dict[str, Any]] = []
-        sent = self._client.http.request(
-            "POST",
-            "/completion",
-            headers={"Content-Type": "application/json"},
-            body=msgspec.json.encode(body),
-        )
-        with closing(await sent) as response:
-            if response.status != 200:
-                raise EngineError(f"The engine answered {response.status} to a completion.")
-            async for line in response.lines():
-                for event in stream_events(line):
-                    first_s = first_s or time.perf_counter()
-                    counts = counts_of(event) or counts
-                    probs += event.get("completion_probabilities") or []
+        async for event in self._client.stream(body):
+            first_s = first_s or time.perf_counter()
+            counts = counts_of(event) or counts
+            probs += event.get("completion_probabilities") or []
         ended = time.perf_counter()
         if counts is None or not probs or first_s is None:
             raise EngineError("The engine's completion holds no counts or no logprobs.")
@@ -326,7 +314,7 @@ async def measure(
         try:
             await bare.start()
             for run in range(runs):
-                asks = _Bare(asking, bare.base_url)
+                asks = _Bare(asking)
                 await on_bare(asks, cases_of(run, chars=chars), record, run=run, step=step)
             await bare.stop()
             await keepwarm.start()

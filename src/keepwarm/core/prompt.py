@@ -297,9 +297,8 @@ def _digest(*parts: bytes) -> bytes:
 
 def _segment_marks(before: Mark, segment: Segment, cuts: Sequence[int] = ()) -> tuple[Mark, ...]:
     """Marks inside and behind one segment that follows `before`."""
-    if len(segment.text) + len(segment.extra) > _REMEMBERED_CHARS:
-        return _marked(before, segment, tuple(cuts))
-    return _remembered(before, segment, tuple(cuts))
+    is_long = len(segment.text) + len(segment.extra) > _REMEMBERED_CHARS
+    return (_marked if is_long else _remembered)(before, segment, tuple(cuts))
 
 
 def _marked(before: Mark, segment: Segment, cuts: tuple[int, ...]) -> tuple[Mark, ...]:

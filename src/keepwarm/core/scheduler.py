@@ -275,11 +275,9 @@ class Scheduler:
     def _dispatch(self, now_s: float) -> list[Effect]:
         """Give idle slots to waiting requests, first come first served within a priority."""
         effects: list[Effect] = []
-        if not self.up:
+        if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):
             return effects
         for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
-            if any(job.is_alone and job.plan for job in self.jobs.values()):
-                break
             job = self.jobs[job_id]
             stored = self._stored(job)
             if self._waits_for_fill(job, stored):
@@ -299,6 +297,8 @@ class Scheduler:
                 break
             self._queue.remove(job_id)
             effects += self._begin(job, plan, now_s)
+            if job.is_alone:
+                break
         return effects
 
     def _stored(self, job: Job) -> Stored | None:

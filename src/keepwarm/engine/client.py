@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -109,18 +109,24 @@ class EngineClient:
         self, body: Mapping[str, Any], progress: Callable[[int, int], None]
     ) -> dict[str, Any]:
         last: dict[str, Any] = {}
+        async for event in self.stream(body):
+            last = event
+            if (at := event.get("prompt_progress")) and at.get("total"):
+                done = int(at.get("cache", 0)) + int(at.get("processed", 0))
+                progress(min(done, int(at["total"])), int(at["total"]))
+        return last
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The events of a streamed `/completion`, as they come."""
         data = msgspec.json.encode(body)
         sent = self.http.request("POST", "/completion", headers=_JSON, body=data)
         with closing(await sent) as response:
             if response.status != 200:
-                raise EngineError(f"The engine can't prefill: {_message(await response.read())}")
+                said = _message(await response.read())
+                raise EngineError(f"The engine answered {response.status} to a completion: {said}")
             async for line in response.lines():
                 for event in stream_events(line):
-                    last = event
-                    if (at := event.get("prompt_progress")) and at.get("total"):
-                        done = int(at.get("cache", 0)) + int(at.get("processed", 0))
-                        progress(min(done, int(at["total"])), int(at["total"]))
-        return last
+                    yield event
 
     async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A whole chat completion, not streamed."""

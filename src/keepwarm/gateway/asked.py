@@ -50,6 +50,11 @@ class Asked:
     rewrites: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def is_infill(self) -> bool:
+        """Whether code for a gap is asked for."""
+        return self.path.startswith(INFILL)
+
+    @property
     def priority(self) -> int:
         """The scheduler's: 0 interactive, 1 batch.
 

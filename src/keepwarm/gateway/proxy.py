@@ -27,7 +27,7 @@ from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import INFILL, Asked, cleaned, cleaned_body
+from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
@@ -35,13 +35,7 @@ from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
-from keepwarm.gateway.upstream import (
-    Fetched,
-    forwarded,
-    posted,
-    read_whole,
-    returned,
-)
+from keepwarm.gateway.upstream import Fetched, forwarded, posted, read_whole, returned
 from keepwarm.router import Escalation
 
 log = logging.getLogger("keepwarm")
@@ -237,7 +231,7 @@ class Proxy:
             deadline_s=now_s + wait_s,
             reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
             priority=priority,
-            is_final=priority > 0 or asked.path.startswith(INFILL),
+            is_final=priority > 0 or asked.is_infill,
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
         )
@@ -269,7 +263,7 @@ class Proxy:
         """
         assert exchange.grant
         body = {**exchange.tiered.body, "id_slot": exchange.grant.plan.slot}
-        if not exchange.asked.path.startswith(INFILL):
+        if not exchange.asked.is_infill:
             # Nobody saves an infill, and editors count on moved chunks of it.
             body |= EXACT
         body.setdefault("cache_prompt", True)

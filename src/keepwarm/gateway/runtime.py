@@ -246,18 +246,21 @@ class Runtime:
         slots = int(props.get("total_slots") or 1)
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
-        self.probed = await probe(
-            self.client,
-            self.launch.slot_dir,
-            kind=memory_kind(self.launch),
-            max_tokens=slot_tokens,
+        # The one keeps the engine's loop busy, the other its HTTP threads.
+        self.probed, self.router.unrendered = await asyncio.gather(
+            probe(
+                self.client,
+                self.launch.slot_dir,
+                kind=memory_kind(self.launch),
+                max_tokens=slot_tokens,
+            ),
+            unrendered_arguments(self.client),
         )
         if self.probed.layout is None:
             log.warning(
                 "the engine's slot files aren't understood (%s): whole snapshots only",
                 self.probed.reason,
             )
-        self.router.unrendered = await unrendered_arguments(self.client)
         pool = None
         if self._shares_pool(slots):
             # A slot's own limit is the model's trained context, which the pool may exceed.

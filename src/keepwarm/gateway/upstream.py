@@ -59,11 +59,10 @@ async def read_whole(upstream: Response) -> Fetched:
         EngineDownError: it broke off.
         EngineError: it has status 200 and isn't JSON: garbage is never passed on as an answer.
     """
-    chunks = [await upstream.read_some()]
+    raw = await upstream.read_some()
     first_byte_s = time.monotonic()
-    while chunks[-1]:
-        chunks.append(await upstream.read_some())
-    raw, status = b"".join(chunks), upstream.status
+    raw += await upstream.read()
+    status = upstream.status
     headers = returned(upstream.headers)
     if upstream.is_stream:
         whole = gather_chat(stream_events(raw))
