@@ -55,6 +55,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get("/keepwarm/status", site.status)
     app.router.add_post("/keepwarm/route", site.route)
     app.router.add_post("/slots/{id}", site.refuse_slot_action)
+    app.router.add_post("/lora-adapters", site.refuse_adapters)
     add_batch_routes(app, runtime, proxy)
     add_page_routes(app, runtime)
     app.router.add_route("*", "/{path:.*}", proxy.pass_through)
@@ -180,6 +181,13 @@ class _Site:
         """Slots are Keepwarm's to change."""
         raise RequestError(
             "Slots are saved, restored and erased by Keepwarm itself; /slots is read-only here."
+        )
+
+    async def refuse_adapters(self, _: web.Request) -> web.StreamResponse:
+        """What is saved and what slots hold was computed with the adapters there were."""
+        raise RequestError(
+            "Adapters for all requests can't be changed while Keepwarm keeps what was computed "
+            'without the change. Name them in a request ("lora"), or start the server with them.'
         )
 
 

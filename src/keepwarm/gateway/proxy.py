@@ -223,6 +223,9 @@ class Proxy:
         # It needs a slot for each; more than there are it refuses, before it looks at any.
         slots = len(self._runtime.dispatcher.scheduler.slots)
         is_alone = isinstance(replies, int) and 1 < replies <= slots
+        # State computed with adapters of a request's own isn't the model's: the store, which knows
+        # tokens by their ids, would take the one for the other.
+        adapts = bool(tiered.body.get("lora"))
         job = Job(
             id=uuid.uuid4().hex[:16],
             namespace=asked.namespace,
@@ -231,11 +234,11 @@ class Proxy:
             deadline_s=now_s + wait_s,
             reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
             priority=priority,
-            is_final=priority > 0 or asked.is_infill,
+            is_final=priority > 0 or asked.is_infill or adapts,
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
         )
-        static = static_body(asked.api, tiered.body) if prompt.static else None
+        static = static_body(asked.api, tiered.body) if prompt.static and not adapts else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
