@@ -71,18 +71,3 @@ def test_what_a_model_cant_do_costs_no_slot_its_content(served: Served) -> None:
     assert refused.status in (400, 500, 501)
     served.settled()
     assert served.chat(*talk, max_tokens=4).prefilled <= 2
-
-
-def test_adapters_of_all_requests_cant_be_changed_under_what_is_kept(served: Served) -> None:
-    refused = served.post("/lora-adapters", {})
-    assert refused.status == 400
-    assert "lora" in refused.body["error"]["message"]
-
-
-def test_a_prompt_with_adapters_of_its_own_is_never_saved(served: Served) -> None:
-    rules = {"role": "system", "content": "Speak of valves, in order of their age. " * 30}
-    before = served.get("/keepwarm/status")["store"]["extents"]
-    asks = {"role": "user", "content": "Which one?"}
-    served.chat(rules, asks, max_tokens=4, lora=[{"id": 0, "scale": 0.5}])
-    served.settled()
-    assert served.get("/keepwarm/status")["store"]["extents"] == before

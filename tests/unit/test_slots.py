@@ -122,6 +122,14 @@ def test_what_cant_be_saved_or_couldnt_isnt_tried() -> None:
     assert not lost(Content("me", {}, 2000, turns=3, save_failed=True))[1]
 
 
+def test_what_may_not_be_saved_is_dearer_to_lose_than_what_may() -> None:
+    savable, save = lost(Content("me", {}, 2000, turns=3))
+    seconds, save_anyway = lost(Content("me", {}, 2000, turns=3, is_savable=False))
+    assert save
+    assert not save_anyway
+    assert seconds > savable
+
+
 def test_what_nobody_goes_on_from_costs_nothing_to_lose() -> None:
     assert lost(Content("me", {}, 2000, turns=1, is_final=True)) == (0.0, False)
 

@@ -6,6 +6,8 @@ and a broken promise quarantines the snapshot it was made for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
 from keepwarm.core.prompt import Mark
@@ -56,7 +58,10 @@ def after_reply(job: Job, before: Content | None, counts: Counts, said: Mark | N
     total = counts.prompt + max(counts.decoded - 1, 0)
     if said is not None:
         marks[said.digest] = Position(total, exact=False)
-    return Content(job.namespace, marks, total, saved, prompt.turns, job.is_final)
+    return Content(
+        *(job.namespace, marks, total, saved, prompt.turns, job.is_final),
+        is_savable=job.is_savable,
+    )
 
 
 def after_silence(before: Content, reused_tokens: int) -> Content | None:
@@ -74,4 +79,4 @@ def after_silence(before: Content, reused_tokens: int) -> Content | None:
         return None
     tokens = max(position.tokens for position in marks.values())
     saved = min(before.saved_tokens, tokens)
-    return Content(before.namespace, marks, tokens, saved, before.turns, before.is_final)
+    return replace(before, marks=marks, tokens=tokens, saved_tokens=saved, save_failed=False)

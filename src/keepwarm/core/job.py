@@ -17,7 +17,8 @@ class Job:
     `filled_tokens` is how many tokens its fill prefilled, once that has ended; `failed_restore` the
     reason why its restore failed, if it did. `gone`: its client has left. `is_alone`: the engine
     computes several replies to it at once (`n`), in other slots of its own choice, so that those
-    must be idle, and what they hold is lost.
+    must be idle, and what they hold is lost. `is_savable`: its state is the model's
+    own, so that the store may have it.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Job:
     is_final: bool = False
     must_save: bool = False
     is_alone: bool = False
+    is_savable: bool = True
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False

@@ -41,7 +41,8 @@ class Content:
 
     `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` the user
     messages in it; `namespace` whose it is ('' for a tier alone); `is_final`: nobody is expected to
-    go on from its end; `save_failed`: it couldn't be saved, and isn't tried again unchanged.
+    go on from its end; `save_failed`: it couldn't be saved, and isn't tried again unchanged;
+    `is_savable`: as its job's.
     """
 
     namespace: str
@@ -51,6 +52,7 @@ class Content:
     turns: int = 0
     is_final: bool = False
     save_failed: bool = False
+    is_savable: bool = True
 
     def match(self, prompt: Prompt) -> tuple[int, Position]:
         """The last of a prompt's marks that this holds: its index (-1: none) and position."""
@@ -135,7 +137,7 @@ def loss(
         return Loss(0.0, save=False)
     returns = slot.returns(now_s)
     size_bytes = content.tokens * row_bytes
-    can_save = can_save and not content.save_failed
+    can_save = can_save and content.is_savable and not content.save_failed
     restore_s = rates.restore_s(size_bytes, ready=False)
     tail_s = returns * min(restore_s, rates.prefill_s(content.tokens - kept_tokens))
     unsaved = content.tokens - max(content.saved_tokens, kept_tokens)

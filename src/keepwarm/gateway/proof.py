@@ -51,6 +51,7 @@ class Prover:
             job.prompt.static
             and not tier.tier
             and not job.is_final
+            and job.is_savable
             and runtime.settings.store.learned
         ):
             self._learn(job)

@@ -225,7 +225,7 @@ class Proxy:
         is_alone = isinstance(replies, int) and 1 < replies <= slots
         # State computed with adapters of a request's own isn't the model's: the store, which knows
         # tokens by their ids, would take the one for the other.
-        adapts = bool(tiered.body.get("lora"))
+        is_savable = not tiered.body.get("lora")
         job = Job(
             id=uuid.uuid4().hex[:16],
             namespace=asked.namespace,
@@ -234,11 +234,13 @@ class Proxy:
             deadline_s=now_s + wait_s,
             reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
             priority=priority,
-            is_final=priority > 0 or asked.is_infill or adapts,
+            is_final=priority > 0 or asked.is_infill,
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
+            is_savable=is_savable,
         )
-        static = static_body(asked.api, tiered.body) if prompt.static and not adapts else None
+        fills = prompt.static and is_savable
+        static = static_body(asked.api, tiered.body) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
