@@ -301,6 +301,11 @@ def service_manager() -> ServiceManager:
     return ServiceManager(environment.get("NOTIFY_SOCKET") or None, watchdog_s)
 
 
+def child_environment(unless_set: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process of ours: the user's own, and these where they aren't set."""
+    return {**unless_set, **os.environ}
+
+
 def gateway_key() -> str | None:
     """The API key that commands give to a running gateway when none is named."""
     return os.environ.get("KEEPWARM_API_KEY") or None

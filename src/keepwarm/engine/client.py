@@ -37,10 +37,12 @@ class EngineClient:
     `EngineRefusedError` for its 4xx and `EngineError` for its 5xx or an answer that isn't JSON.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, opens_ahead: bool = False
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         # For what is passed through as it is.
-        self.http = EngineHttp(base_url, api_key=api_key)
+        self.http = EngineHttp(base_url, api_key=api_key, opens_ahead=opens_ahead)
 
     async def health(self) -> bool:
         """Whether the engine is up and its model loaded."""

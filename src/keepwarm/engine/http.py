@@ -2,14 +2,16 @@
 
 On the way of every request and every token, so it is as thin as it can be: a protocol of asyncio
 around the parser of httptools (docs/decisions/0009-engine-http.md). One connection a request, since
-the engine closes kept ones under its client as it likes.
+the engine closes kept ones under its client as it likes. The next request's may be opened ahead,
+when a reply has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -19,15 +21,26 @@ from multidict import CIMultiDict
 from keepwarm.errors import ConfigError, EngineDownError
 
 _CONNECT_S = 5.0
+# llama-server closes a connection on which nothing comes after five seconds (cpp-httplib's
+# default), so one opened ahead is used well before that.
+_AHEAD_S = 3.0
 # A reader that is slower than the engine: so much waits here before the engine is made to wait.
 _WAITING_BYTES = 1 << 20
 
 
 class EngineHttp:
-    """Requests to one address. It holds no connection, so it needs no closing."""
+    """Requests to one address. Close it if it opens connections ahead."""
 
-    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, opens_ahead: bool = False
+    ) -> None:
         """Take an address and, if the server asks for one, its key.
+
+        Args:
+            base_url: the address.
+            api_key: the server's key.
+            opens_ahead: open the next request's connection behind a POST's reply. It holds one of
+                the server's HTTP threads for some seconds, so only for a server of our own.
 
         Raises:
             ConfigError: it isn't an http or https URL.
@@ -45,6 +58,10 @@ class EngineHttp:
         self._host, self._port = url.hostname, port or (443 if self._tls else 80)
         self._prefix = url.path.rstrip("/")
         self._fixed = f"Host: {url.netloc.rpartition('@')[2]}\r\nConnection: close\r\n"
+        self._opens_ahead = opens_ahead
+        self._opening: asyncio.Future[_Received] | None = None
+        self._ahead: _Received | None = None
+        self._ahead_s = 0.0
         if api_key:
             self._fixed += f"Authorization: Bearer {api_key}\r\n"
 
@@ -72,32 +89,72 @@ class EngineHttp:
         if body is not None:
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("\r\n")
-        received = _Received(is_head=method == "HEAD")
-        try:
-            async with asyncio.timeout(_CONNECT_S):
-                transport, _ = await asyncio.get_running_loop().create_connection(
-                    lambda: received, self._host, self._port, ssl=self._tls
-                )
-        except (OSError, TimeoutError) as error:
-            raise EngineDownError(
-                f"The engine can't be reached: {error or 'no connection in time'}."
-            ) from error
-        response = Response(received, transport)
+        received = self._take_ahead() or await self._connect()
+        received.is_head = method == "HEAD"
+        response = Response(received, self._open_ahead if method == "POST" else _nothing)
         try:
             # A header goes as it came: aiohttp gives and takes bytes that aren't UTF-8 this way.
-            transport.write("".join(head).encode("utf-8", "surrogateescape") + (body or b""))
+            data = "".join(head).encode("utf-8", "surrogateescape") + (body or b"")
+            received.transport.write(data)
             await response.read_headers()
         except BaseException:
             response.close()
             raise
         return response
 
+    def close(self) -> None:
+        """Close what was opened ahead, and open nothing more."""
+        self._opens_ahead = False
+        if self._opening:
+            self._opening.cancel()
+        if ahead := self._take_ahead():
+            ahead.transport.close()
+
+    async def _connect(self) -> _Received:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                _, received = await asyncio.get_running_loop().create_connection(
+                    _Received, self._host, self._port, ssl=self._tls
+                )
+        except (OSError, TimeoutError) as error:
+            raise EngineDownError(
+                f"The engine can't be reached: {error or 'no connection in time'}."
+            ) from error
+        return received
+
+    def _take_ahead(self) -> _Received | None:
+        received, self._ahead = self._ahead, None
+        if received is None or received.is_over:
+            return None
+        if time.monotonic() - self._ahead_s > _AHEAD_S:
+            received.transport.close()
+            return None
+        return received
+
+    def _open_ahead(self) -> None:
+        if self._opens_ahead and self._opening is None:
+            self._opening = asyncio.ensure_future(self._connect())
+            self._opening.add_done_callback(self._opened)
+
+    def _opened(self, opening: asyncio.Future[_Received]) -> None:
+        self._opening = None
+        # The engine may be gone, which the next request finds out by itself.
+        if opening.cancelled() or opening.exception():
+            return
+        if spare := self._take_ahead():
+            spare.transport.close()
+        self._ahead, self._ahead_s = opening.result(), time.monotonic()
+
+
+def _nothing() -> None:
+    pass
+
 
 class Response:
     """A reply: status and headers at once, the body as it comes."""
 
-    def __init__(self, received: _Received, transport: asyncio.Transport) -> None:
-        self._received, self._transport = received, transport
+    def __init__(self, received: _Received, on_close: Callable[[], None]) -> None:
+        self._received, self._on_close = received, on_close
 
     @property
     def status(self) -> int:
@@ -133,8 +190,9 @@ class Response:
             await received.more()
         some = bytes(received.body)
         received.body.clear()
-        if not self._transport.is_reading() and not self._transport.is_closing():
-            self._transport.resume_reading()
+        transport = received.transport
+        if not transport.is_reading() and not transport.is_closing():
+            transport.resume_reading()
         return some
 
     async def read(self) -> bytes:
@@ -162,18 +220,19 @@ class Response:
 
     def close(self) -> None:
         """Close the connection; a stream's decode ends by it."""
-        self._transport.close()
+        self._received.transport.close()
+        self._on_close()
 
 
 class _Received(asyncio.Protocol):
     """What has come of a reply. The names of its methods are asyncio's and httptools'."""
 
-    def __init__(self, *, is_head: bool) -> None:
+    def __init__(self) -> None:
         self.headers: CIMultiDict[str] = CIMultiDict()
         self.body = bytearray()
         self.has_headers = False
         self.is_complete = False
-        self._is_head = is_head
+        self.is_head = False
         self._trouble: Exception | str = ""
         self._waiter: asyncio.Future[None] | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -182,6 +241,11 @@ class _Received(asyncio.Protocol):
     def status(self) -> int:
         """The HTTP status."""
         return self._parser.get_status_code()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can come."""
+        return bool(self._trouble) or self.transport.is_closing()
 
     async def more(self) -> None:
         """Wait for something to come.
@@ -196,7 +260,7 @@ class _Received(asyncio.Protocol):
             raise EngineDownError(f"The engine broke off its answer: {self._trouble}.")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -204,7 +268,7 @@ class _Received(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._trouble = error
         if len(self.body) > _WAITING_BYTES:
-            self._transport.pause_reading()
+            self.transport.pause_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -224,7 +288,7 @@ class _Received(asyncio.Protocol):
             return
         self.has_headers = True
         # To HEAD, the length is that of a body that doesn't come.
-        self.is_complete = self._is_head
+        self.is_complete = self.is_head
 
     def on_body(self, body: bytes) -> None:
         self.body += body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from keepwarm.engine.process import (
 )
 from keepwarm.errors import ConfigError
 from keepwarm.settings import EngineSettings
+
+log = logging.getLogger("keepwarm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ async def plan_own(settings: EngineSettings, *, slot_dir: Path, tier_chars: int 
         kv_type_v=settings.kv_type_v,
         flash_attention=settings.flash_attention,
         chat_template=template,
+        is_talking=log.isEnabledFor(logging.DEBUG),
         extra=settings.extra,
     )
     binary = Path(settings.binary).expanduser() if settings.binary else None

@@ -15,6 +15,14 @@ from typing import Any
 # same size other slots decode in between, progress is reported and a hang-up noticed that often.
 BATCH_TOKENS = 512
 
+# An engine's compute threads wait for each other by spinning, and GNU OpenMP lets them spin for ten
+# milliseconds behind the last token, on cores that the next request's way in needs. So many turns
+# are longer than one waits inside a graph, and soon over (docs/decisions/0015-quiet-engine.md).
+ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
+
+# llama.cpp's levels: warnings, and what it does.
+_QUIET, _TALKING = 2, 3
+
 # What every request says, whatever the client or the server's `--cache-reuse` asks for: no chunk of
 # a slot is shifted to another place. Its state was computed behind other text, and saved under its
 # tokens it would pass for exact (see docs/decisions/0006-cache-reuse.md).
@@ -26,7 +34,8 @@ class EngineOptions:
     """How to run an engine over one model.
 
     `context_tokens` is shared by all slots: one pool if `unified`, else an equal part for each.
-    `extra` goes to an engine binary unchanged, behind all else.
+    `is_talking`: the embedded engine's log tells each request, not only what is wrong. `extra` goes
+    to an engine binary unchanged, behind all else.
     """
 
     model: Path
@@ -40,6 +49,7 @@ class EngineOptions:
     flash_attention: str = "auto"
     chat_template: Path | None = None
     swa_full: bool = False
+    is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
 
     def binary_flags(self, *, host: str, port: int) -> list[str]:
@@ -83,6 +93,7 @@ class EngineOptions:
             "n_batch": BATCH_TOKENS,
             # The memory fit probes devices by loading the model twice; the owner chose the size.
             "fit_params": False,
+            "verbosity": _TALKING if self.is_talking else _QUIET,
         }
         if self.threads:
             params["cpuparams.n_threads"] = self.threads

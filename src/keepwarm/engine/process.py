@@ -14,17 +14,23 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
-from keepwarm.engine.options import EngineOptions
+from keepwarm.engine.options import ENVIRONMENT, EngineOptions
 from keepwarm.errors import EngineStartError
+from keepwarm.settings import child_environment
 
 # What a person needs of a failed start fits on a screen.
 _KEPT_LINES = 40
 _STOP_TIMEOUT_S = 10.0
+# A pipe holds 64 kB, so an engine that writes less than 640 kB a second of log never waits for us.
+_READ_EVERY_S = 0.1
+_LAST_WORDS_S = 0.05
 _GUARD_PID = re.compile(r"^keepwarm-guard: pid (\d+)$")
 
 
@@ -42,12 +48,27 @@ class EngineProcess:
     `exited` is set when the process is gone, for whatever reason; its slots are empty then.
     """
 
-    def __init__(self, command: list[str], *, port: int, stdin_line: str = "") -> None:
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        port: int,
+        stdin_line: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take what to run; nothing is started.
+
+        Args:
+            command: the program and its arguments.
+            port: where it will answer, on the loopback address.
+            stdin_line: written to its standard input first.
+            environment: variables for it, where the user's own environment doesn't set them.
+        """
         self._command = command
         self._stdin_line = stdin_line
-        self._process: asyncio.subprocess.Process | None = None
+        self._environment = environment or {}
+        self._transport: asyncio.SubprocessTransport | None = None
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._tasks: list[asyncio.Task[None]] = []
         self._on_line: Callable[[str], None] | None = None
         self._pid: int | None = None
         self.base_url = f"http://127.0.0.1:{port}"
@@ -74,37 +95,38 @@ class EngineProcess:
         """
         self._on_line = on_line
         try:
-            self._process = await asyncio.create_subprocess_exec(
+            self._transport, _ = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _Child(self._read_line, self.exited),
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                limit=1 << 20,
+                env=child_environment(self._environment),
             )
         except OSError as error:
             raise EngineStartError(
                 f"The engine {self._command[0]} can't be started ({error.strerror}). Check the "
                 "path and that it may be executed."
             ) from error
-        self._pid = self._process.pid
+        self._pid = self._transport.get_pid()
         if self._stdin_line:
-            assert self._process.stdin
-            self._process.stdin.write(self._stdin_line.encode() + b"\n")
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._wait())]
+            stdin = cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
+            stdin.write(self._stdin_line.encode() + b"\n")
 
     async def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL. Does nothing if it is gone."""
-        process = self._process
-        if process is None:
+        transport = self._transport
+        if transport is None:
             return
-        if process.returncode is None:
-            process.terminate()
+        if not self.exited.is_set():
+            with suppress(ProcessLookupError):
+                transport.terminate()
             try:
                 await asyncio.wait_for(self.exited.wait(), _STOP_TIMEOUT_S)
             except TimeoutError:
                 self.kill()
                 await self.exited.wait()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        transport.close()
 
     def kill(self) -> None:
         """SIGKILL, at once: for an engine that hangs."""
@@ -124,7 +146,7 @@ class EngineProcess:
 
     def failure(self) -> EngineStartError:
         """Why the engine ended, with its last lines and what to do."""
-        code = self._process.returncode if self._process else None
+        code = self._transport.get_returncode() if self._transport else None
         text = self.last_lines
         advice = "Run the same model with llama-server by hand to see more."
         if "bind" in text or "address already in use" in text.lower():
@@ -140,22 +162,49 @@ class EngineProcess:
             f"{text or '(it said nothing)'}"
         )
 
-    async def _read(self) -> None:
-        assert self._process
-        assert self._process.stderr
-        async for raw in self._process.stderr:
-            line = raw.decode("utf-8", "replace").rstrip()
-            if match := _GUARD_PID.match(line):
-                self._pid = int(match[1])
-                continue
-            self._lines.append(line)
-            if self._on_line:
-                self._on_line(line)
+    def _read_line(self, line: str) -> None:
+        if match := _GUARD_PID.match(line):
+            self._pid = int(match[1])
+            return
+        self._lines.append(line)
+        if self._on_line:
+            self._on_line(line)
 
-    async def _wait(self) -> None:
-        assert self._process
-        await self._process.wait()
-        self.exited.set()
+
+class _Child(asyncio.SubprocessProtocol):
+    """Reads the log some at a time and sees the end. The names of its methods are asyncio's.
+
+    llama-server writes each line in several pieces, ten lines a request. Read as it comes, each
+    piece woke the gateway, some thirty times before a request's first token.
+    """
+
+    def __init__(self, on_line: Callable[[str], None], exited: asyncio.Event) -> None:
+        self._on_line = on_line
+        self._exited = exited
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        process = cast("asyncio.SubprocessTransport", transport)
+        self._log = cast("asyncio.ReadTransport", process.get_pipe_transport(2))
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for line in whole:
+            self._on_line(line.decode("utf-8", "replace").rstrip())
+        self._log.pause_reading()
+        asyncio.get_running_loop().call_later(_READ_EVERY_S, self._log.resume_reading)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if self._rest:
+            self.pipe_data_received(fd, b"\n")
+
+    def process_exited(self) -> None:
+        # Its last words say why. Somebody else may hold the pipe, so its end isn't waited for.
+        self._log.resume_reading()
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._exited.set)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._exited.set()
 
 
 def free_port() -> int:
@@ -169,7 +218,7 @@ def embedded_engine(options: EngineOptions, *, port: int) -> EngineProcess:
     """The engine from the `xllamacpp` package, in a process of its own."""
     params = options.embedded_params(host="127.0.0.1", port=port)
     command = [sys.executable, "-m", "keepwarm.engine.child"]
-    return EngineProcess(command, port=port, stdin_line=json.dumps(params))
+    return EngineProcess(command, port=port, stdin_line=json.dumps(params), environment=ENVIRONMENT)
 
 
 def embedded_identity() -> EngineIdentity:
@@ -181,7 +230,7 @@ def binary_engine(binary: Path, options: EngineOptions, *, port: int) -> EngineP
     """A `llama-server` binary by path, behind the guard."""
     flags = options.binary_flags(host="127.0.0.1", port=port)
     command = [sys.executable, "-m", "keepwarm.engine.guard", str(binary), *flags]
-    return EngineProcess(command, port=port)
+    return EngineProcess(command, port=port, environment=ENVIRONMENT)
 
 
 async def binary_identity(binary: Path) -> EngineIdentity:

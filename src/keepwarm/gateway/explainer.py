@@ -22,7 +22,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -42,6 +41,7 @@ from keepwarm.core.reply import Reply
 from keepwarm.gateway.history import FILE_NAME, Entry, History, Totals
 from keepwarm.gateway.record import Ended, record_of, without_text
 from keepwarm.logs import log_request
+from keepwarm.worker import Worker
 
 log = logging.getLogger("keepwarm")
 
@@ -80,7 +80,7 @@ class Explainer:
         self.on_record: Callable[[str, dict[str, Any]], None] | None = None
         self._keeps_text = keeps_text
         self._sinks = sinks
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keepwarm-explain")
+        self._worker = Worker("explain", failure="a request couldn't be explained")
         self._room = threading.BoundedSemaphore(_BACKLOG)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._history: History | None = None
@@ -122,18 +122,12 @@ class Explainer:
         if self._loop is not None:
             self._loop = None
             await self._ask(end)
-        self._worker.shutdown(wait=False)
+        self._worker.close()
 
     def ended(self, ended: Ended) -> None:
         """A request has ended. Returns at once."""
         if self._loop is not None and self._room.acquire(blocking=False):
-            self._worker.submit(self._explain, ended).add_done_callback(self._explained)
-
-    def _explained(self, future: Future[None]) -> None:
-        self._room.release()
-        # What can't be explained is a fault of ours, never of a request's.
-        if not future.cancelled() and (error := future.exception()):
-            log.error("a request couldn't be explained", exc_info=error)
+            self._worker.leave(self._explain, ended)
 
     async def settled(self) -> None:
         """Wait until all that has ended is explained and counted."""
@@ -180,9 +174,10 @@ class Explainer:
         return await self._ask(lambda: read(self._history) if self._history else otherwise)
 
     async def _ask(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        return await asyncio.wrap_future(self._worker.submit(work))
 
     def _explain(self, ended: Ended) -> None:
+        self._room.release()
         history = self._history
         if history is None:
             return

@@ -334,14 +334,16 @@ class Proxy:
         self, request: web.Request, exchange: Exchange, upstream: Response
     ) -> web.StreamResponse:
         exchange.streamed = True
+        # Made while the engine computes; sent when it has said something.
+        response = _StreamResponse(
+            status=upstream.status, headers=returned(upstream.headers) | exchange.headers
+        )
         chunks = [await upstream.read_some()]
         if not chunks[0]:
             raise EngineDownError("The engine closed the stream before its first byte.")
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
             chunks.append(await upstream.read_some())
         exchange.first_byte_s = time.monotonic()
-        headers = returned(upstream.headers) | exchange.headers
-        response = web.StreamResponse(status=upstream.status, headers=headers)
         await response.prepare(request)
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
@@ -426,6 +428,15 @@ class Proxy:
                 await response.write(chunk)
             await response.write_eof()
             return response
+
+
+class _StreamResponse(web.StreamResponse):
+    """Its headers go with the first piece of its body, as aiohttp does it for whole responses.
+
+    Sent before it they wake the client, which on a busy machine then takes the core from us.
+    """
+
+    _send_headers_immediately = False
 
 
 class _EscalatedError(Exception):

@@ -178,7 +178,9 @@ class Runtime:
             settings.engine, slot_dir=begun.staging, tier_chars=begun.tier_chars
         )
         self.client = EngineClient(
-            self.launch.base_url, api_key=settings.engine.upstream_key or None
+            self.launch.base_url,
+            api_key=settings.engine.upstream_key or None,
+            opens_ahead=self.launch.attached is None,
         )
         await self._start_engine()
         await self._open_all()
@@ -345,6 +347,8 @@ class Runtime:
             await asyncio.to_thread(self.tracing.close)
         if hasattr(self, "store"):
             await self.store.close()
+        if hasattr(self, "client"):
+            self.client.http.close()
         await self._stop_engine()
 
     def supervise(

@@ -14,12 +14,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from keepwarm.core.tree import Tokens
-from keepwarm.errors import KeepwarmError, SnapshotError
+from keepwarm.errors import SnapshotError
 from keepwarm.store import byhand
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.checks import integrity, verify_extent
@@ -42,6 +42,7 @@ from keepwarm.store.types import (
     StoreStats,
     Verified,
 )
+from keepwarm.worker import Worker
 
 log = logging.getLogger("keepwarm.store")
 
@@ -61,7 +62,7 @@ class Store:
     def __init__(
         self,
         snapshots: Snapshots,
-        worker: ThreadPoolExecutor,
+        worker: Worker,
         clock: Callable[[], float],
     ) -> None:
         self._snapshots = snapshots
@@ -84,13 +85,13 @@ class Store:
         Raises: ConfigError, if another process has it (the message says which) or its directory
         can't be used; SnapshotError('index', 'no_space', 'io').
         """
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keepwarm-store")
+        worker = Worker("store", failure="the store failed")
         try:
             snapshots = await asyncio.wrap_future(
                 worker.submit(Snapshots, settings, disk=disk or Disk(), now_s=clock())
             )
         except BaseException:
-            worker.shutdown(wait=False)
+            worker.close()
             raise
         return cls(snapshots, worker, clock)
 
@@ -180,11 +181,13 @@ class Store:
 
     def release(self, name: str, *, is_read: bool = True) -> None:
         """The engine has restored it. `is_read` False: it may be reading it still."""
-        self._submit_quietly(self._snapshots.staging.release, name, is_read=is_read)
+        if not self._is_closed:
+            self._worker.leave(self._snapshots.staging.release, name, is_read=is_read)
 
     def touch(self, extent_id: int, at_tokens: int) -> None:
         """Note that a prefix was of use. Returns at once; written to the index now and then."""
-        self._submit_quietly(self._snapshots.touch, extent_id, at_tokens, now_s=self._clock())
+        if not self._is_closed:
+            self._worker.leave(self._snapshots.touch, extent_id, at_tokens, now_s=self._clock())
 
     async def pin(
         self,
@@ -306,7 +309,7 @@ class Store:
         try:
             await asyncio.wrap_future(closing)
         finally:
-            self._worker.shutdown(wait=False)
+            self._worker.close()
 
     def _submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._is_closed:
@@ -316,19 +319,7 @@ class Store:
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.wrap_future(self._submit(work, *args, **kwargs))
 
-    def _submit_quietly(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """For what nobody waits for: a failure is logged, and a closed store has nothing to do."""
-        if not self._is_closed:
-            self._worker.submit(work, *args, **kwargs).add_done_callback(_log_failure)
-
     def _let_go(self, future: Future[Ready]) -> None:
+        """Called on the thread itself."""
         if not future.cancelled() and future.exception() is None:
-            self.release(future.result().name)
-
-
-def _log_failure(future: Future[None]) -> None:
-    error = None if future.cancelled() else future.exception()
-    if isinstance(error, KeepwarmError):
-        log.warning("%s", error)
-    elif error is not None:
-        log.error("the store failed", exc_info=error)
+            self._snapshots.staging.release(future.result().name, is_read=True)
