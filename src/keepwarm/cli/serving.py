@@ -22,6 +22,7 @@ from keepwarm.gateway.runtime import Runtime
 from keepwarm.sdnotify import Notifier
 from keepwarm.service.presence import Presence, stop_timeout_s
 from keepwarm.settings import Places, Settings, service_manager
+from keepwarm.timeslice import ask_for_short_turns
 
 
 async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
@@ -72,6 +73,7 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
             gc.freeze()
             # Threads that explain and save must not hold up a token for the default 5 ms.
             sys.setswitchinterval(0.0005)
+            ask_for_short_turns()
             for warmed in runtime.prefixes.warmed:
                 err.print(
                     f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "
