@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import threading
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +20,7 @@ import pytest
 
 from bareengine import BareEngine, StartEngine
 from keepwarm.core.memory import MemoryKind
+from keepwarm.engine import http as http_module
 from keepwarm.engine.client import EngineClient
 from keepwarm.gateway import runtime as runtime_module
 from keepwarm.gateway.probe import Probed, probe
@@ -191,6 +195,17 @@ def test_a_server_that_shifts_moved_chunks_does_not_do_so_for_keepwarm(
         cached.append(answer.body["timings"]["cache_n"])
     assert cached[1] <= common
     served.stop()
+
+
+def test_the_engine_answers_on_a_connection_that_was_opened_seconds_ahead(
+    bare_engine: StartEngine,
+) -> None:
+    # What Keepwarm counts on when it opens the next request's connection behind a reply.
+    address = urllib.parse.urlsplit(bare_engine(small_model()).base)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as waiting:
+        time.sleep(http_module._AHEAD_S)
+        waiting.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert waiting.recv(64).startswith(b"HTTP/1.1 200")
 
 
 def whole_only(client: EngineClient, slot_dir: Path, **kwargs: Any) -> Any:

@@ -173,3 +173,96 @@ async def test_closing_a_reply_ends_it_for_the_engine() -> None:
 def test_what_is_no_url_of_a_server_is_said_so(url: str) -> None:
     with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:8080"):
         EngineHttp(url)
+
+
+@dataclass
+class Counting:
+    """A server that counts connections, and answers one request on each."""
+
+    port: int = 0
+    opened: int = 0
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        self.writers.append(writer)
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return
+        writer.write(OK + b"Content-Length: 2\r\n\r\nok")
+        writer.close()
+
+    async def until_opened(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while self.opened < count:  # noqa: ASYNC110 - another task counts
+                await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def counting() -> AsyncIterator[Counting]:
+    told = Counting()
+    server = await asyncio.start_server(told.answer, "127.0.0.1", 0)
+    told.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield told
+
+
+async def asked(http: EngineHttp, method: str = "POST") -> bytes:
+    with closing(await http.request(method, "/x", headers={})) as response:
+        return await response.read()
+
+
+async def test_the_next_connection_is_opened_behind_a_reply_and_used() -> None:
+    async with counting() as server:
+        http = EngineHttp(server.url, opens_ahead=True)
+        for count in (2, 3):
+            assert await asked(http) == b"ok"
+            await server.until_opened(count)
+        http.close()
+
+
+@pytest.mark.parametrize(("opens_ahead", "method"), [(False, "POST"), (True, "GET")])
+async def test_nothing_is_opened_ahead_for_a_foreign_server_or_behind_a_look(
+    opens_ahead: bool, method: str
+) -> None:
+    async with counting() as server:
+        http = EngineHttp(server.url, opens_ahead=opens_ahead)
+        assert await asked(http, method) == b"ok"
+        await asyncio.sleep(0.05)
+        assert server.opened == 1
+        http.close()
+
+
+async def test_a_connection_that_was_closed_or_has_waited_long_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with counting() as server:
+        http = EngineHttp(server.url, opens_ahead=True)
+        assert await asked(http) == b"ok"
+        await server.until_opened(2)
+        server.writers[-1].close()
+        await asyncio.sleep(0.05)
+        assert await asked(http) == b"ok"
+        await server.until_opened(4)
+        monkeypatch.setattr("keepwarm.engine.http._AHEAD_S", 0.0)
+        assert await asked(http) == b"ok"
+        await server.until_opened(6)
+        http.close()
+
+
+async def test_what_was_opened_ahead_is_closed_at_the_end() -> None:
+    async with counting() as server:
+        http = EngineHttp(server.url, opens_ahead=True)
+        await asked(http)
+        await server.until_opened(2)
+        await asyncio.sleep(0.01)
+        http.close()
+        assert http._ahead is None
+        await asked(http)
+        await asyncio.sleep(0.05)
+        assert server.opened == 3

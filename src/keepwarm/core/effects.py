@@ -34,10 +34,14 @@ class RestoreSlot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FillSlot:
-    """Prefill the static part of a job's prompt, to its exact end."""
+    """Prefill the static part of a job's prompt, to its exact end.
+
+    `whole`: and the rest of the prompt with it, but for the one token that is always evaluated.
+    """
 
     slot: int
     job: str
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,9 +96,10 @@ class RestoredSlot:
 
 @dataclass(frozen=True, slots=True)
 class FilledSlot:
-    """A fill succeeded: the static part is exactly `tokens` long."""
+    """A fill succeeded: the static part is exactly `tokens` long; the slot holds `held_tokens`."""
 
     tokens: int
+    held_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.static_end import static_tokens
+from keepwarm.engine.static_end import Fillable, static_tokens, whole_tokens
 from keepwarm.errors import (
     DeadlineError,
     EngineDownError,
@@ -97,8 +97,8 @@ class Dispatcher:
         self._snapshots = snapshots
         self._supervise = supervise
         self._waiting: dict[str, _Waiting] = {}
-        # What each job's static part is filled from: a body to render, or its very tokens.
-        self._bodies: dict[str, dict[str, Any] | list[int]] = {}
+        # What each job is filled from: a request to render, or its static part's very tokens.
+        self._bodies: dict[str, Fillable | list[int]] = {}
         self._fills: dict[FillSlot, asyncio.Task[Outcome]] = {}
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
         self._is_closed = False
@@ -118,12 +118,12 @@ class Dispatcher:
         for task in self._fills.values():
             task.cancel()
 
-    async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
+    async def acquire(self, job: Job, fill_from: Fillable | list[int] | None) -> Grant:
         """Wait until a slot is ready for a request.
 
         Args:
             job: the request; its id must be new.
-            static: what its static part is filled from, a chat body to render or the token ids;
+            fill_from: what it is filled from, a request to render or its static part's token ids;
                 None if it can't be filled.
 
         Raises:
@@ -132,11 +132,12 @@ class Dispatcher:
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         if known:
             job.static_tokens = len(known)
-        if isinstance(static, list):
-            job.static_tokens = len(static)
-        if static is not None:
-            self._bodies[job.id] = static
+        if isinstance(fill_from, list):
+            job.static_tokens = len(fill_from)
+        if fill_from is not None:
+            self._bodies[job.id] = fill_from
             job.can_fill = True
+            job.can_fill_whole = isinstance(fill_from, Fillable) and bool(fill_from.rest)
         return await self._wait(job, lambda now_s: self.scheduler.submit(job, now_s))
 
     async def retry(self, job: Job) -> Grant:
@@ -351,8 +352,11 @@ class Dispatcher:
             self.rates.observe_bytes(
                 self.rates.assemble_s_per_byte, size_bytes=info.size_bytes, seconds=assembled_s
             )
-        if info.tokens != file.tokens:
-            raise SnapshotError("The engine restored another number of tokens.", reason="restore")
+        # A file that is on its way into the store may hold more than the part that is looked for.
+        if info.tokens < file.tokens:
+            raise SnapshotError(
+                "The engine restored fewer tokens than were saved.", reason="restore"
+            )
         return RestoredSlot(info.tokens)
 
     async def _fill(self, step: FillSlot) -> Outcome:
@@ -371,14 +375,10 @@ class Dispatcher:
         job = self.scheduler.jobs.get(step.job)
         if job is None or job.prompt.static is None:
             return StepFailed(emptied=False)
-        digest = job.prompt.static.digest
-        given = self._bodies[step.job]
-        tokens = given if isinstance(given, list) else self._statics.get(digest)
-        if tokens is None:
-            assert isinstance(given, dict)
-            tokens = await static_tokens(self._client, given)
-            self.know_static(digest, tokens)
-        if not tokens:
+        static, tokens = await self._fill_tokens(
+            job.prompt.static.digest, self._bodies[step.job], whole=step.whole
+        )
+        if not static:
             return StepFailed(emptied=False)
         await self._start_from_store(step.slot, job, tokens)
         # In a stream, since only that is ended when the fill is interrupted.
@@ -386,7 +386,23 @@ class Dispatcher:
         job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)
-        return FilledSlot(len(tokens))
+        return FilledSlot(len(static), len(tokens))
+
+    async def _fill_tokens(
+        self, digest: bytes, given: Fillable | list[int], *, whole: bool
+    ) -> tuple[list[int], list[int]]:
+        """The token ids of a static part, and those to fill: the same, or more of the prompt."""
+        if isinstance(given, list):
+            return given, given
+        static = self._statics.get(digest)
+        if static is None:
+            static = await static_tokens(self._client, given.static)
+            self.know_static(digest, static)
+        if not whole:
+            return static, static
+        prompt = await whole_tokens(self._client, given.static, given.rest)
+        goes_on = len(prompt) > len(static) + 1 and prompt[: len(static)] == static
+        return static, prompt[:-1] if goes_on else static
 
     async def _start_from_store(self, slot: int, job: Job, tokens: list[int]) -> None:
         """Before a fill, restore what the store has of its very tokens, if the slot has less.
