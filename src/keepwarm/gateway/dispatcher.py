@@ -52,10 +52,11 @@ from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.types import Origin
 
 _TICK_S = 0.1
-# A static part is taken in when the request that it was filled for has had its first token: taking
-# in 900 tokens of SmolLM2 keeps a core busy for 50 ms, and that token took 75 ms instead of 15.
-# Others start from the staged file meanwhile.
-_ABSORB_AFTER_S = 0.25
+# A static part that was filled for a request is taken in when nothing is served, or so much later:
+# 900 tokens of SmolLM2 keep a core busy for 50 ms, and the first token behind the fill then took
+# 75 ms instead of 15. Others start from the staged file meanwhile.
+_TAKE_IN_AFTER_S = 5.0
+_LOOK_S = 0.05
 # Static parts whose tokens are remembered, so that filling one again needs no rendering.
 _KNOWN_STATICS = 64
 
@@ -321,13 +322,13 @@ class Dispatcher:
             await self._snapshots.discard(name)
             return StepFailed(emptied=True)
         job = self.scheduler.jobs.get(self.scheduler.slots[step.slot].job or "")
-        later_s = _ABSORB_AFTER_S if step.static and job and not job.must_save else 0.0
-        self._supervise(self._absorb(step, name, info.tokens, later_s), name="absorb")
+        patience_s = _TAKE_IN_AFTER_S if step.static and job and not job.must_save else 0.0
+        self._supervise(self._absorb(step, name, info.tokens, patience_s), name="absorb")
         return SavedSlot(name, info.tokens, info.size_bytes)
 
-    async def _absorb(self, step: SaveSlot, name: str, tokens: int, later_s: float) -> None:
+    async def _absorb(self, step: SaveSlot, name: str, tokens: int, patience_s: float) -> None:
         try:
-            await asyncio.sleep(later_s)
+            await self._rest(patience_s)
             await self._snapshots.absorb(
                 name,
                 namespace=step.namespace,
@@ -342,6 +343,14 @@ class Dispatcher:
             effects = self.scheduler.absorbed(name, time.monotonic())
             if not self._is_closed:
                 self._perform(effects)
+
+    async def _rest(self, patience_s: float) -> None:
+        """Wait until nothing is served, and not only between two requests; at most so long."""
+        latest_s = time.monotonic() + patience_s
+        idle_looks = 0
+        while idle_looks < 2 and time.monotonic() < latest_s:
+            await asyncio.sleep(_LOOK_S)
+            idle_looks = 0 if self.scheduler.busy else idle_looks + 1
 
     async def _restore(self, step: RestoreSlot) -> Outcome:
         began_s = time.monotonic()
