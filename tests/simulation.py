@@ -131,7 +131,6 @@ def request_of(
         deadline_s=now_s + wait_s,
         reply_tokens=40,
         can_fill=prompt.static is not None,
-        can_fill_whole=prompt.static is not None,
         static_shared=prompt.is_static_shared,
         is_alone=is_alone,
     )
@@ -280,9 +279,8 @@ class Simulation:
             return None
         if isinstance(step, FillSlot):
             request = self.requests[step.job]
-            upto = max(request.static_tokens, len(request.tokens) - 1 if step.whole else 0)
-            self.write(slot, request, upto)
-            return FilledSlot(request.static_tokens, upto)
+            self.write(slot, request, request.static_tokens)
+            return FilledSlot(request.static_tokens)
         if isinstance(step, RestoreSlot):
             stored = step.stored
             if stored.staged_name is not None:
@@ -290,9 +288,7 @@ class Simulation:
             else:
                 assert stored.extent_id is not None
                 held = self.store[stored.extent_id].held
-            # A staged file is taken as it is, a kept one cut to what is looked for.
-            upto = len(held) if stored.staged_name is not None else stored.tokens
-            self.engine[slot] = list(held[:upto])
+            self.engine[slot] = list(held[: stored.tokens])
             return RestoredSlot(len(self.engine[slot]))
         self._files += 1
         name = f"file-{self._files}"

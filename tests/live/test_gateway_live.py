@@ -211,23 +211,6 @@ def test_four_new_conversations_with_an_unknown_prefix_prefill_it_once(served: S
     assert set(plans) <= {"cold", "shared", "slot", "snapshot"}
 
 
-def test_a_short_question_is_prefilled_together_with_an_unknown_prompt_before_it(
-    served: Served,
-) -> None:
-    rules = system("Mind this as well: " + RULES)
-    first = served.chat(rules, user("Which disk?"), max_tokens=4)
-    prompt = first.cached + int(first.body["timings"]["prompt_n"])
-    # All but the last one ahead, and no token twice; the template's opening is the store's.
-    assert first.cached == prompt - 1
-    assert prompt - 8 < first.prefilled <= prompt
-    # What is kept for others ends where their questions begin: none of the first one's tokens.
-    other = served.chat(rules, user("Which hour is it, and why do you think so?"), max_tokens=4)
-    again = served.chat(rules, user("Which hour is it, and why do you say so?"), max_tokens=4)
-    assert other.plan in ("slot", "snapshot", "shared")
-    assert 200 < other.cached < prompt - 4
-    assert other.cached <= again.cached
-
-
 def test_more_conversations_than_slots_prefill_their_new_turns_only(served: Served) -> None:
     count = SLOTS + 2
     talks: list[list[dict[str, Any]]] = [

@@ -151,7 +151,7 @@ class Desk:
         """Carry a fill and its save out; what follows."""
         (step,) = effects
         assert isinstance(step, FillSlot)
-        (save,) = self.scheduler.step_done(step, FilledSlot(tokens, tokens), self.now_s)
+        (save,) = self.scheduler.step_done(step, FilledSlot(tokens), self.now_s)
         assert isinstance(save, SaveSlot)
         return self.scheduler.step_done(save, SavedSlot("file", tokens, 400_000), self.now_s)
 

@@ -150,6 +150,18 @@ def test_whole_conversations_are_compared_by_what_they_took_together() -> None:
     assert found.value == pytest.approx(20.0)
 
 
+@pytest.mark.parametrize(("own_s", "met"), [(2.0, True), (2.2, False)])
+def test_a_prompt_nobody_has_seen_may_take_a_twentieth_longer(own_s: float, met: bool) -> None:
+    step = "the first request"
+    found = figure(
+        durations=(
+            duration("unknown", DEFAULTS, 2.0, step),
+            duration("unknown", KEEPWARM, own_s, step),
+        )
+    )
+    assert (found.value, found.met) == (pytest.approx(own_s / 2), met)
+
+
 def test_nothing_measured_comes_to_nothing() -> None:
     assert figures_of([], []) == []
 

@@ -81,48 +81,6 @@ def test_who_needs_the_same_waits_for_the_fill_and_starts_from_its_file_at_once(
     assert sorted(plans) == [Source.COLD, Source.SHARED, Source.SHARED]
 
 
-@pytest.mark.parametrize(
-    ("change", "is_whole"),
-    [
-        ({}, True),
-        ({"text": "What about this? " * 40}, False),
-        ({"shared_segments": 1}, False),
-        ({"cuttable": False}, False),
-    ],
-    ids=["a short rest", "a long rest", "a tier's static part", "can't be cut"],
-)
-def test_a_short_rest_is_filled_with_the_tenants_own_static_part(
-    change: dict[str, Any], is_whole: bool
-) -> None:
-    sim = Simulation(slots=2, cuttable=change.get("cuttable", True))
-    user = {"role": "user", "content": change.get("text", "What now?")}
-    request = request_of(
-        1,
-        {"messages": [RULES, user]},
-        namespace="a",
-        shared_segments=change.get("shared_segments", 0),
-        now_s=sim.now_s,
-    )
-    sim.submit(request)
-    (fill,) = sim.pending
-    assert isinstance(fill, FillSlot)
-    assert fill.whole is is_whole
-    sim.complete(fill)
-    held = len(sim.engine[0])
-    assert held == (len(request.tokens) - 1 if is_whole else request.static_tokens)
-    assert sim.scheduler.slots[0].held_tokens == held
-    # Only the static part is promised, to it and to those who start from the file.
-    assert request.plan is None
-    (save,) = sim.pending
-    sim.complete(save)
-    assert request.plan
-    assert request.plan.promise_tokens == request.static_tokens
-    other = ask(sim, 2, text="Another?") if not change.get("shared_segments") else None
-    if other:
-        (restore,) = steps(sim, RestoreSlot)
-        assert restore.stored.tokens == request.static_tokens  # type: ignore[attr-defined]
-
-
 def test_when_the_filling_client_leaves_the_fill_goes_on_for_those_who_wait() -> None:
     sim = Simulation(slots=2)
     first = ask(sim, 1)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from keepwarm.core.prompt import Api
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.static_end import common_length, fillable, static_body, static_tokens
+from keepwarm.engine.static_end import common_length, static_body, static_tokens
 
 TOOL = {"type": "function", "function": {"name": "clock", "description": "", "parameters": {}}}
 SYSTEM = {"role": "system", "content": "You help."}
@@ -99,19 +98,3 @@ def test_what_isnt_messages_has_no_leading_ones(messages: object) -> None:
     static = static_body("chat", {"messages": messages})
     assert static is not None
     assert static["messages"] == []
-
-
-def test_the_rest_of_a_chat_is_what_follows_its_static_part() -> None:
-    told = fillable("chat", {"messages": [SYSTEM, USER, SYSTEM], "tools": [TOOL]})
-    assert told is not None
-    assert (told.static["messages"], told.rest) == ([SYSTEM], [USER, SYSTEM])
-
-
-@pytest.mark.parametrize(
-    ("api", "body"),
-    [("responses", {"instructions": "You help.", "input": "Hello"}), ("chat", {"messages": "hi"})],
-)
-def test_no_rest_is_told_that_isnt_messages_of_a_chat(api: Api, body: dict[str, Any]) -> None:
-    told = fillable(api, body)
-    assert told is not None
-    assert not told.rest

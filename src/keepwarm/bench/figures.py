@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.load import (
@@ -26,6 +26,7 @@ WARM_AT_LEAST_TIMES = 50.0
 RESTART_AT_MOST_TIMES = 1.25
 OVERHEAD_AT_MOST_MS = 2.0
 READY_AT_MOST_S = 1.0
+UNKNOWN_AT_MOST = 1.05
 THROUGHPUT_AT_LEAST = 0.99
 STREAMS_AT_MOST_MB = 50.0
 PAGE_AT_MOST_MS = 1.0
@@ -44,6 +45,7 @@ def figures_of(
     out += _restart(samples)
     for step in _steps(samples, "overhead"):
         out += _overhead(samples, step)
+    out += _unknown(durations)
     out += _throughput(amounts)
     out += _page(samples, amounts)
     out += _idle(amounts)
@@ -156,6 +158,39 @@ def _overhead(samples: Sequence[Sample], step: str) -> list[Figure]:
             f"{len(direct)} requests each",
         ),
     ]
+
+
+def _unknown(durations: Sequence[Duration]) -> list[Figure]:
+    """Each step's sum, Keepwarm's against llama-server's."""
+    out = []
+    for step, own, other in _sums(durations, "unknown"):
+        value = median(own) / median(other)
+        out.append(
+            Figure(
+                what=f"a prompt nobody has seen, {step}: Keepwarm against llama-server",
+                value=value,
+                unit="times as long",
+                goal=f"at most {UNKNOWN_AT_MOST}",
+                met=value <= UNKNOWN_AT_MOST,
+                detail=f"{median(other):.3f} s to {median(own):.3f} s in all; medians of "
+                f"{len(own)} rounds",
+            )
+        )
+    return out
+
+
+def _sums(
+    durations: Sequence[Duration], scenario: str
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """What each step of a scenario took in all: its name, Keepwarm's times, llama-server's."""
+    chosen = [d for d in durations if d.scenario == scenario]
+    for step in dict.fromkeys(d.step for d in chosen):
+        own, other = (
+            [d.seconds for d in chosen if d.step == step and d.arm == arm]
+            for arm in (KEEPWARM, DEFAULTS)
+        )
+        if own and other:
+            yield step, own, other
 
 
 def _throughput(amounts: Sequence[Amount]) -> list[Figure]:
@@ -284,29 +319,16 @@ def _switch(samples: Sequence[Sample]) -> list[Figure]:
 
 def _conversations(durations: Sequence[Duration]) -> list[Figure]:
     """Sums of whole steps, Keepwarm beside llama-server."""
-    steps = dict.fromkeys(
-        d.step for d in durations if d.scenario == "conversations" and "ready" not in d.step
-    )
-    out = []
-    for step in steps:
-        own, other = (
-            [
-                d.seconds
-                for d in durations
-                if d.scenario == "conversations" and d.step == step and d.arm == arm
-            ]
-            for arm in (KEEPWARM, DEFAULTS)
+    return [
+        Figure(
+            what=f"conversations, {step}",
+            value=times_faster(other, own),
+            unit="times faster than llama-server",
+            detail=f"{median(other):.2f} s to {median(own):.2f} s in all",
         )
-        if own and other:
-            out.append(
-                Figure(
-                    what=f"conversations, {step}",
-                    value=times_faster(other, own),
-                    unit="times faster than llama-server",
-                    detail=f"{median(other):.2f} s to {median(own):.2f} s in all",
-                )
-            )
-    return out
+        for step, own, other in _sums(durations, "conversations")
+        if "ready" not in step
+    ]
 
 
 def _steps(samples: Iterable[Sample], scenario: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Single measures: what the gateway costs, how soon it is ready, switching tiers, conversations."""
+"""Single measures: the gateway's cost, unknown prompts, ready again, switching, conversations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from keepwarm.bench.prompts import (
     direct_request,
     keepwarm_request,
     own_request,
+    rules,
     user,
 )
 from keepwarm.bench.scenarios import REPLY_TOKENS, Bench
@@ -29,6 +30,12 @@ BARE = "engine alone"
 _SETTLING_PAIRS = 5
 _AT_ONCE = 4
 _CONVERSATIONS, _TURNS = 6, 3
+# About 900 tokens, as the outside client's.
+_UNKNOWN_CHARS = 3600
+_UNKNOWN_NEW = 5
+UNKNOWN_FIRST = "the first request"
+# Until what a server does behind the last replies is done: the other arm is asked next.
+_UNKNOWN_REST_S = 1.0
 # An agent that calls tools asks again as soon as it is answered, and says little each time.
 _LOOP_TURNS = 8
 
@@ -107,6 +114,47 @@ async def _last_slot(client: ChatClient, engine: str) -> int:
     if not isinstance(slots, list) or not slots:
         raise EngineError("The engine doesn't list its slots.")
     return int(max(slots, key=lambda s: s.get("id_task", -1))["id"])
+
+
+async def unknown(bench: Bench, *, rounds: int, requests: int) -> None:
+    """Prompts that no server has seen, asked first, again and again, and in new conversations.
+
+    Where nothing is known beforehand a gateway can only lose. Both arms go through the three steps
+    in turns, each time with a system prompt of the client's own that is new to it; told is what
+    each step takes in all.
+    """
+    arms = [arm for arm in bench.arms if arm.name in (DEFAULTS, KEEPWARM)]
+    for arm in arms:
+        await bench.start(arm)
+    number = 1
+    for turn in range(rounds):
+        for arm in rotated(arms, turn):
+            await asyncio.sleep(_UNKNOWN_REST_S)
+            number += _UNKNOWN_CHARS
+            # Numbered otherwise, so prompts have no more in common than their opening.
+            system = {"role": "system", "content": rules(_UNKNOWN_CHARS, start=number)}
+            same = [system, user(bench.questions.new())]
+            steps = {
+                UNKNOWN_FIRST: [same],
+                f"{requests} identical": [same] * requests,
+                f"{_UNKNOWN_NEW} new conversations": [
+                    [system, user(bench.questions.new())] for _ in range(_UNKNOWN_NEW)
+                ],
+            }
+            for step, asked in steps.items():
+                bench.watcher.doing(f"unknown: round {turn + 1} of {rounds}, {step}, {arm.name}")
+                seconds = 0.0
+                for messages in asked:
+                    body = {"model": "own", "messages": messages, "temperature": 0}
+                    body["max_tokens"] = REPLY_TOKENS
+                    answer = await arm.client.ask(arm.server.base_url, body)
+                    seconds += answer.total_s
+                    bench.record.sample(
+                        answer, scenario="unknown", step=step, arm=arm.name, run=turn
+                    )
+                bench.record.duration(
+                    seconds, scenario="unknown", step=step, arm=arm.name, run=turn
+                )
 
 
 async def readiness(bench: Bench, keepwarm: Server, bare: Server, *, runs: int) -> None:

@@ -23,6 +23,7 @@ TITLES = {
     "new": "New conversations",
     "restart": "After the engine's SIGKILL",
     "overhead": "An identical request through Keepwarm and directly to the engine's hot slot",
+    "unknown": "Prompts of the client's own that nobody has seen before",
     "load": "Sixteen clients at a time, through Keepwarm and directly to the engine",
     "page": "Bursts of sixteen requests, with the page's event stream open and without",
     "idle": "Resident memory of the gateway with 200 idle streams",

@@ -27,7 +27,7 @@ from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 
 BEFORE_AFTER = ("first", "identical", "new", "restart")
-MEASURES = ("overhead", "load", "page", "idle", "ready", "switch", "conversations")
+MEASURES = ("overhead", "unknown", "load", "page", "idle", "ready", "switch", "conversations")
 # Streams that are open and idle at a time in `idle`.
 STREAMS = 200
 SCENARIOS = (*BEFORE_AFTER, *MEASURES)
@@ -128,16 +128,11 @@ def _check(settings: Settings, chosen: Sequence[str]) -> None:
 async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale) -> None:
     """The chosen scenarios in an order that lets one use what another has left running."""
     keepwarm = lineup.keepwarm
-    if "first" in chosen:
-        await scenarios.first_use(bench, runs=scale.runs)
-    if "identical" in chosen:
-        await scenarios.identical(bench, runs=scale.runs, requests=scale.requests)
-    if "new" in chosen:
-        await scenarios.new_conversations(bench, runs=scale.runs, requests=scale.requests)
-    if "restart" in chosen:
-        await scenarios.restart(bench, runs=scale.runs)
+    await _before_after(bench, chosen, scale)
     if "overhead" in chosen:
         await measures.overhead(bench, keepwarm, pairs=scale.pairs)
+    if "unknown" in chosen:
+        await measures.unknown(bench, rounds=scale.rounds, requests=scale.requests)
     if "load" in chosen:
         await load.throughput(bench, keepwarm, rounds=scale.rounds)
     if "page" in chosen:
@@ -158,6 +153,17 @@ async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale)
         await bench.start(single)
         await measures.switching(bench, single, runs=scale.runs)
         await single.server.stop()
+
+
+async def _before_after(bench: Bench, chosen: Sequence[str], scale: Scale) -> None:
+    if "first" in chosen:
+        await scenarios.first_use(bench, runs=scale.runs)
+    if "identical" in chosen:
+        await scenarios.identical(bench, runs=scale.runs, requests=scale.requests)
+    if "new" in chosen:
+        await scenarios.new_conversations(bench, runs=scale.runs, requests=scale.requests)
+    if "restart" in chosen:
+        await scenarios.restart(bench, runs=scale.runs)
 
 
 def prefixes_of(server: KeepwarmServer) -> list[Prefix]:

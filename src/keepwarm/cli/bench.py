@@ -43,7 +43,8 @@ def bench(
     ] = ",".join(ARMS),
     runs: Annotated[int, typer.Option("--runs", min=1, help="How often each scenario runs.")] = 1,
     requests: Annotated[
-        int, typer.Option("--requests", min=1, help="Requests in `identical` and in `new`.")
+        int,
+        typer.Option("--requests", min=1, help="Requests in `identical`, `new`, and `unknown`."),
     ] = 10,
     pairs: Annotated[
         int,
@@ -52,7 +53,7 @@ def bench(
         ),
     ] = 200,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Rounds of both ways in `load`.")
+        int, typer.Option("--rounds", min=1, help="Rounds of both ways in `load`, `unknown`.")
     ] = 5,
     starts: Annotated[int, typer.Option("--starts", min=1, help="Starts in `ready`.")] = 5,
     directory: Annotated[

@@ -34,14 +34,10 @@ class RestoreSlot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FillSlot:
-    """Prefill the static part of a job's prompt, to its exact end.
-
-    `whole`: and the rest of the prompt with it, but for the one token that is always evaluated.
-    """
+    """Prefill the static part of a job's prompt, to its exact end."""
 
     slot: int
     job: str
-    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,10 +92,9 @@ class RestoredSlot:
 
 @dataclass(frozen=True, slots=True)
 class FilledSlot:
-    """A fill succeeded: the static part is exactly `tokens` long; the slot holds `held_tokens`."""
+    """A fill succeeded: the static part is exactly `tokens` long."""
 
     tokens: int
-    held_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

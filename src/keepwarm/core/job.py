@@ -12,7 +12,6 @@ from keepwarm.core.prompt import Prompt
 class Job:
     """One request in the scheduler. Lower `priority` goes first (0 interactive, 1 batch).
 
-    `can_fill` and `can_fill_whole`: its static part, and all of it, can be rendered ahead.
     `is_final`: nothing is expected to continue its prompt, so its tail isn't worth saving.
     `must_save`: it is here to have its static part filled and saved, even if a slot holds it.
     `filled_tokens` is how many tokens its fill prefilled, once that has ended; `failed_restore` the
@@ -30,7 +29,6 @@ class Job:
     reply_tokens: int = 512
     priority: int = 0
     can_fill: bool = False
-    can_fill_whole: bool = False
     static_tokens: int | None = None
     static_shared: bool = False
     waited_for_fill: bool = False

@@ -26,10 +26,6 @@ from keepwarm.core.slots import Loss, Position, Slot, loss
 # A static part that is shorter than this isn't worth a fill of its own (render, tokenize, save:
 # about 30 ms) on any machine that needs Keepwarm; a tenth of a second at 1 ms a token.
 FILL_MIN_TOKENS = 96
-# A rest that isn't longer is filled together with the static part before it. On its own it would
-# take as long as so many tokens: llama.cpp's attention on CPUs works on tiles of 64 queries, and
-# goes one by one over fewer (docs/decisions/0008-when-saved.md).
-FILL_REST_TOKENS = 64
 # Turn tokens of a template that follow the last message, and the one token always evaluated again.
 _TURN_TOKENS = 6
 

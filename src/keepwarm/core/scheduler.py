@@ -45,7 +45,6 @@ from keepwarm.core.effects import (
 from keepwarm.core.job import Job
 from keepwarm.core.plan import (
     FILL_MIN_TOKENS,
-    FILL_REST_TOKENS,
     Machine,
     Plan,
     Source,
@@ -390,7 +389,7 @@ class Scheduler:
         static = job.prompt.static
         fill = plan.fill or self._must_fill(job)
         if static and fill and static.digest not in self._fills:
-            script.append(FillSlot(slot.id, job.id, self._fills_whole(job)))
+            script.append(FillSlot(slot.id, job.id))
             self._fills[static.digest] = job.id
         self._scripts[slot.id] = script
         for other_id, _ in plan.evict:
@@ -405,18 +404,6 @@ class Scheduler:
             return False
         stored = self._stored(job)
         return stored is None or stored.promise_tokens < job.static_tokens
-
-    def _fills_whole(self, job: Job) -> bool:
-        """Whether a short rest is prefilled together with the static part before it.
-
-        Only where the static part can be cut out of what is saved then, and is the tenant's own:
-        what is saved under a tier's name must hold nobody's words.
-        """
-        static = job.prompt.static
-        if static is None or job.static_shared or not self.machine.cuttable:
-            return False
-        rest = (job.prompt.chars - static.chars) * self.rates.tokens_per_char.value
-        return job.can_fill_whole and rest <= FILL_REST_TOKENS
 
     def _advance(self, slot: Slot, now_s: float) -> list[Effect]:
         """Take the next step of a slot's script, or end it."""
@@ -465,18 +452,15 @@ class Scheduler:
                 # bring no more.
                 slot.content.saved_tokens = max(outcome.tokens, slot.content.tokens)
                 self._absorbing[outcome.staged_name] = slot.content
-            if step.static and job and job.prompt.static and slot.content:
-                # The file may go on with the rest of this prompt.
+            if step.static and job and job.prompt.static:
                 self._fresh[job.prompt.static.digest] = _Fresh(
-                    outcome.staged_name,
-                    min(slot.content.tokens, outcome.tokens),
-                    outcome.size_bytes,
+                    outcome.staged_name, outcome.tokens, outcome.size_bytes
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
             slot.content = after_restore(job, step.stored, outcome.tokens)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
-            self._filled(slot, job, outcome)
+            self._filled(slot, job, outcome.tokens)
 
     def _failed(self, slot: Slot, step: Step, job: Job | None, *, emptied: bool) -> None:
         """A step failed: the slot's content is as before, or else unknown."""
@@ -500,10 +484,10 @@ class Scheduler:
         if isinstance(step, RestoreSlot) and slot.is_foreign(job.namespace):
             self._scripts.setdefault(slot.id, deque()).appendleft(EraseSlot(slot.id))
 
-    def _filled(self, slot: Slot, job: Job, filled: FilledSlot) -> None:
-        tokens = job.static_tokens = filled.tokens
+    def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
+        job.static_tokens = tokens
         slot.content = after_fill(job, slot.content, tokens)
-        slot.held_tokens, slot.owner = filled.held_tokens, slot.content.namespace
+        slot.held_tokens, slot.owner = tokens, slot.content.namespace
         if job.plan:
             job.plan = replace(job.plan, promise_tokens=tokens)
         if self.machine.can_save:

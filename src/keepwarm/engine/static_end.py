@@ -8,8 +8,7 @@ part begins with. Counting on the text instead would miss tokens that merge acro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from keepwarm.core.prompt import Api
@@ -19,17 +18,6 @@ from keepwarm.engine.client import EngineClient
 _PROBES = ("Quartz", "7 mild steps")
 # What else of a body reaches the template.
 ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
-
-
-@dataclass(frozen=True, slots=True)
-class Fillable:
-    """A request as far as it can be rendered here: a chat body of its static part, and its rest.
-
-    `rest` are the messages behind the static ones; empty where they don't have the shape of chat's.
-    """
-
-    static: dict[str, Any]
-    rest: Sequence[Any] = ()
 
 
 async def static_tokens(client: EngineClient, static: Mapping[str, Any]) -> list[int]:
@@ -42,20 +30,13 @@ async def static_tokens(client: EngineClient, static: Mapping[str, Any]) -> list
     Raises:
         EngineError: the engine refuses to render it or can't be reached.
     """
-    probes = ([{"role": "user", "content": probe}] for probe in _PROBES)
-    first, second = await asyncio.gather(*(whole_tokens(client, static, p) for p in probes))
+    first, second = await asyncio.gather(*(_tokens(client, static, probe) for probe in _PROBES))
     return first[: common_length(first, second)]
 
 
-async def whole_tokens(
-    client: EngineClient, static: Mapping[str, Any], rest: Sequence[Any]
-) -> list[int]:
-    """The token ids of a chat request with these messages behind its static part.
-
-    Raises: as `static_tokens`.
-    """
+async def _tokens(client: EngineClient, static: Mapping[str, Any], probe: str) -> list[int]:
     request = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
-    request["messages"] = [*static["messages"], *rest]
+    request["messages"] = [*static["messages"], {"role": "user", "content": probe}]
     return await client.tokenize(await client.render(request))
 
 
@@ -74,16 +55,6 @@ def common_length(first: list[int], second: list[int]) -> int:
         if a != b:
             return i
     return min(len(first), len(second))
-
-
-def fillable(api: Api, body: Mapping[str, Any]) -> Fillable | None:
-    """What of a request can be filled ahead; None where there is nothing to render."""
-    static = static_body(api, body)
-    if static is None:
-        return None
-    messages = body.get("messages") if api == "chat" else None
-    rest = messages[len(static["messages"]) :] if isinstance(messages, list) else ()
-    return Fillable(static, rest)
 
 
 def static_body(api: Api, body: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,13 +14,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import prompt_tokens
 from keepwarm.core.prompt import prompt_of
 from keepwarm.core.slots import SlotState
 from keepwarm.core.tiers import compose
-from keepwarm.engine.static_end import Fillable
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.second import Objects, SecondLevel
@@ -41,7 +41,7 @@ class _FetchingDispatcher(Dispatcher):
     second: SecondLevel
     moved: OrderedDict[str, int]
 
-    async def acquire(self, job: Job, fill_from: Fillable | list[int] | None) -> Grant:
+    async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """See `Dispatcher.acquire`."""
         total = prompt_tokens(job.demand(), self.rates)
         brought = await self.second.bring(
@@ -55,7 +55,7 @@ class _FetchingDispatcher(Dispatcher):
             self.moved[job.id] = brought.moved_tokens
             if len(self.moved) > _REMEMBERED:
                 self.moved.popitem(last=False)
-        return await super().acquire(job, fill_from)
+        return await super().acquire(job, static)
 
     def _local_tokens(self, job: Job) -> int:
         """How much of a prompt a slot or the node's own store holds."""

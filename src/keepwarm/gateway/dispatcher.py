@@ -38,7 +38,7 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.static_end import Fillable, static_tokens, whole_tokens
+from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import (
     DeadlineError,
     EngineDownError,
@@ -52,11 +52,6 @@ from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.types import Origin
 
 _TICK_S = 0.1
-# A static part that was filled for a request is taken in when nothing is served, or so much later:
-# 900 tokens of SmolLM2 keep a core busy for 50 ms, and the first token behind the fill then took
-# 75 ms instead of 15. Others start from the staged file meanwhile.
-_TAKE_IN_AFTER_S = 5.0
-_LOOK_S = 0.05
 # Static parts whose tokens are remembered, so that filling one again needs no rendering.
 _KNOWN_STATICS = 64
 
@@ -102,8 +97,8 @@ class Dispatcher:
         self._snapshots = snapshots
         self._supervise = supervise
         self._waiting: dict[str, _Waiting] = {}
-        # What each job is filled from: a request to render, or its static part's very tokens.
-        self._bodies: dict[str, Fillable | list[int]] = {}
+        # What each job's static part is filled from: a body to render, or its very tokens.
+        self._bodies: dict[str, dict[str, Any] | list[int]] = {}
         self._fills: dict[FillSlot, asyncio.Task[Outcome]] = {}
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
         self._is_closed = False
@@ -123,12 +118,12 @@ class Dispatcher:
         for task in self._fills.values():
             task.cancel()
 
-    async def acquire(self, job: Job, fill_from: Fillable | list[int] | None) -> Grant:
+    async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """Wait until a slot is ready for a request.
 
         Args:
             job: the request; its id must be new.
-            fill_from: what it is filled from, a request to render or its static part's token ids;
+            static: what its static part is filled from, a chat body to render or the token ids;
                 None if it can't be filled.
 
         Raises:
@@ -137,12 +132,11 @@ class Dispatcher:
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         if known:
             job.static_tokens = len(known)
-        if isinstance(fill_from, list):
-            job.static_tokens = len(fill_from)
-        if fill_from is not None:
-            self._bodies[job.id] = fill_from
+        if isinstance(static, list):
+            job.static_tokens = len(static)
+        if static is not None:
+            self._bodies[job.id] = static
             job.can_fill = True
-            job.can_fill_whole = isinstance(fill_from, Fillable) and bool(fill_from.rest)
         return await self._wait(job, lambda now_s: self.scheduler.submit(job, now_s))
 
     async def retry(self, job: Job) -> Grant:
@@ -321,14 +315,11 @@ class Dispatcher:
         if not info.tokens:
             await self._snapshots.discard(name)
             return StepFailed(emptied=True)
-        job = self.scheduler.jobs.get(self.scheduler.slots[step.slot].job or "")
-        patience_s = _TAKE_IN_AFTER_S if step.static and job and not job.must_save else 0.0
-        self._supervise(self._absorb(step, name, info.tokens, patience_s), name="absorb")
+        self._supervise(self._absorb(step, name, info.tokens), name="absorb")
         return SavedSlot(name, info.tokens, info.size_bytes)
 
-    async def _absorb(self, step: SaveSlot, name: str, tokens: int, patience_s: float) -> None:
+    async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
         try:
-            await self._rest(patience_s)
             await self._snapshots.absorb(
                 name,
                 namespace=step.namespace,
@@ -343,14 +334,6 @@ class Dispatcher:
             effects = self.scheduler.absorbed(name, time.monotonic())
             if not self._is_closed:
                 self._perform(effects)
-
-    async def _rest(self, patience_s: float) -> None:
-        """Wait until nothing is served, and not only between two requests; at most so long."""
-        latest_s = time.monotonic() + patience_s
-        idle_looks = 0
-        while idle_looks < 2 and time.monotonic() < latest_s:
-            await asyncio.sleep(_LOOK_S)
-            idle_looks = 0 if self.scheduler.busy else idle_looks + 1
 
     async def _restore(self, step: RestoreSlot) -> Outcome:
         began_s = time.monotonic()
@@ -368,11 +351,8 @@ class Dispatcher:
             self.rates.observe_bytes(
                 self.rates.assemble_s_per_byte, size_bytes=info.size_bytes, seconds=assembled_s
             )
-        # A file that is on its way into the store may hold more than the part that is looked for.
-        if info.tokens < file.tokens:
-            raise SnapshotError(
-                "The engine restored fewer tokens than were saved.", reason="restore"
-            )
+        if info.tokens != file.tokens:
+            raise SnapshotError("The engine restored another number of tokens.", reason="restore")
         return RestoredSlot(info.tokens)
 
     async def _fill(self, step: FillSlot) -> Outcome:
@@ -391,10 +371,14 @@ class Dispatcher:
         job = self.scheduler.jobs.get(step.job)
         if job is None or job.prompt.static is None:
             return StepFailed(emptied=False)
-        static, tokens = await self._fill_tokens(
-            job.prompt.static.digest, self._bodies[step.job], whole=step.whole
-        )
-        if not static:
+        digest = job.prompt.static.digest
+        given = self._bodies[step.job]
+        tokens = given if isinstance(given, list) else self._statics.get(digest)
+        if tokens is None:
+            assert isinstance(given, dict)
+            tokens = await static_tokens(self._client, given)
+            self.know_static(digest, tokens)
+        if not tokens:
             return StepFailed(emptied=False)
         await self._start_from_store(step.slot, job, tokens)
         # In a stream, since only that is ended when the fill is interrupted.
@@ -402,23 +386,7 @@ class Dispatcher:
         job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)
-        return FilledSlot(len(static), len(tokens))
-
-    async def _fill_tokens(
-        self, digest: bytes, given: Fillable | list[int], *, whole: bool
-    ) -> tuple[list[int], list[int]]:
-        """The token ids of a static part, and those to fill: the same, or more of the prompt."""
-        if isinstance(given, list):
-            return given, given
-        static = self._statics.get(digest)
-        if static is None:
-            static = await static_tokens(self._client, given.static)
-            self.know_static(digest, static)
-        if not whole:
-            return static, static
-        prompt = await whole_tokens(self._client, given.static, given.rest)
-        goes_on = len(prompt) > len(static) + 1 and prompt[: len(static)] == static
-        return static, prompt[:-1] if goes_on else static
+        return FilledSlot(len(tokens))
 
     async def _start_from_store(self, slot: int, job: Job, tokens: list[int]) -> None:
         """Before a fill, restore what the store has of its very tokens, if the slot has less.

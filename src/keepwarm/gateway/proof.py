@@ -144,16 +144,15 @@ class Prover:
             self._seen.pop(next(iter(self._seen)))
         seen = self._seen.pop(static.digest, 0) + 1
         self._seen[static.digest] = seen
-        if seen >= 2 and (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS:
-            self._runtime.supervise(self._pin(job))
+        name = f"learned:{job.namespace}:{static.digest.hex()}"
+        is_long = (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS
+        if seen >= 2 and is_long and not self._runtime.store.pin_named(name):
+            self._runtime.supervise(self._pin(job, name))
 
-    async def _pin(self, job: Job) -> None:
+    async def _pin(self, job: Job, name: str) -> None:
         runtime = self._runtime
         static = job.prompt.static
         assert static
-        name = f"learned:{job.namespace}:{static.digest.hex()}"
-        if runtime.store.pin_named(name):
-            return
         hit = runtime.store.lookup([static.digest], namespace=job.namespace)
         if hit is None or not hit.is_exact:
             return

@@ -25,7 +25,7 @@ from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
-from keepwarm.engine.static_end import Fillable, fillable
+from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
@@ -60,7 +60,7 @@ class Exchange:
     received_s: float
     tiered: Tiered
     job: Job
-    fill_from: Fillable | None
+    static: dict[str, Any] | None
     grant: Grant | None = None
     first_byte_s: float | None = None
     streamed: bool = False
@@ -194,7 +194,7 @@ class Proxy:
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
-        exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.fill_from)
+        exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
             for attempt in range(_RETRIES + 1):
                 try:
@@ -240,8 +240,8 @@ class Proxy:
             is_savable=is_savable,
         )
         fills = prompt.static and is_savable
-        fill_from = fillable(asked.api, tiered.body) if fills else None
-        exchange = Exchange(job.id, asked, received_s, tiered, job, fill_from)
+        static = static_body(asked.api, tiered.body) if fills else None
+        exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
             and tiered.tier is not None

@@ -118,32 +118,16 @@ class Snapshots:
             self.staging.discard(name)
             raise
         if taken.is_restorable:
-            at = self._ready_end(saved, why)
             self.staging.keep(
                 name,
                 extent_id=saved.extent_id,
-                at=at,
+                at=saved.at_tokens,
                 size_bytes=len(buffer),
-                is_pinned=self._is_pinned_end(saved.extent_id, at),
+                is_pinned=self._is_pinned_end(saved.extent_id, saved.at_tokens),
             )
         else:
             self.staging.discard(name)
         return saved
-
-    def _ready_end(self, saved: Saved, why: Why) -> int:
-        """The end that a saved file is ready for: its last mark's, since look-ups find marks.
-
-        It may go on behind that (a static part that was filled together with a question), as the
-        engine cuts what it restores to what a prompt begins with.
-        """
-        if self.form.needs_boundary:
-            return saved.at_tokens
-        extent_id = saved.extent_id
-        last = max((mark.at_tokens for mark in why.marks), default=saved.at_tokens)
-        is_in_it = last > self.shelf.catalog.tree[extent_id].lo
-        if is_in_it and self.shelf.catalog.restorable(extent_id, last) == Match(extent_id, last):
-            return last
-        return saved.at_tokens
 
     def _keep(self, taken: Taken, why: Why, *, file_bytes: int, now_s: float) -> Saved:
         saved, removed = self._intake.keep(taken, why, file_bytes=file_bytes, now_s=now_s)
