@@ -80,6 +80,18 @@ def test_the_first_request_after_the_start_is_warm(base: str) -> None:
     assert body["timings"]["cache_n"] >= 100
 
 
+def test_the_unit_lets_the_gateway_ask_for_short_turns(manager: UserManager, base: str) -> None:
+    asks = (
+        "import sys; from keepwarm.timeslice import ask_for_short_turns as ask; sys.exit(not ask())"
+    )
+    if subprocess.run([sys.executable, "-c", asks], check=False).returncode:
+        pytest.skip("this kernel has no turns of a thread's own")
+    told = Path(f"/proc/{manager.show(UNIT, 'MainPID')}/sched")
+    if not told.exists():
+        pytest.skip("this kernel doesn't tell")
+    assert re.search(r"se\.slice\s*:\s*200000\n", told.read_text(encoding="ascii"))
+
+
 def test_a_killed_engine_comes_back_and_the_queued_requests_with_it(
     manager: UserManager, base: str
 ) -> None:
