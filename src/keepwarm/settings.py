@@ -246,7 +246,8 @@ class LogSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True)
 
     format: Annotated[Literal["human", "json"], Meta(description="a line's form")] = "human"
     level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="least severe level")
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="least severe level; `debug` tells all that the engine says"),
     ] = "info"
     prompts: Annotated[
         bool, Meta(description="keep prompt text in explanations; false: offsets and hashes")

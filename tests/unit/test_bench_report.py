@@ -10,7 +10,7 @@ from rich.console import Console
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.demo import demo_picture, demo_tables
 from keepwarm.bench.figures import figures_of
-from keepwarm.bench.measures import BARE, DIRECT
+from keepwarm.bench.measures import BARE, DIRECT, OWN_PROMPT
 from keepwarm.bench.report import lines_of, markdown, svg, terminal
 from keepwarm.bench.results import (
     Duration,
@@ -103,6 +103,16 @@ def test_the_gateways_cost_is_told_in_milliseconds() -> None:
     assert at_the_median.met is False
     assert at_p99.value == pytest.approx(3.475)
     assert at_p99.met is None
+
+
+def test_a_request_that_is_the_same_both_ways_is_held_to_more() -> None:
+    samples = [
+        sample("overhead", OWN_PROMPT, DIRECT, 0.030),
+        sample("overhead", OWN_PROMPT, KEEPWARM, 0.0315),
+    ]
+    at_the_median, at_p99 = figures_of(samples, [])
+    assert (at_the_median.value, at_the_median.met) == (pytest.approx(1.5), False)
+    assert (at_p99.value, at_p99.met) == (pytest.approx(1.5), True)
 
 
 def test_readiness_is_the_difference_to_the_engine_alone() -> None:

@@ -26,6 +26,7 @@ from keepwarm.errors import EngineError
 
 DIRECT = "engine, hot slot"
 BARE = "engine alone"
+OWN_PROMPT = f"own prompt, {OWN_BYTES // 1000} kB"
 # A pair takes some 60 ms on a small model; the first few warm sockets and code paths.
 _SETTLING_PAIRS = 5
 _AT_ONCE = 4
@@ -62,8 +63,7 @@ async def overhead(bench: Bench, arm: Arm, *, pairs: int) -> None:
     direct = direct_request(tier, turns, reply_tokens=REPLY_TOKENS)
     await _hot_pairs(bench, arm, tier.name, through=through, direct=direct, pairs=pairs)
     own = own_request(OWN_BYTES, bench.questions.new(), reply_tokens=REPLY_TOKENS)
-    step = f"own prompt, {OWN_BYTES // 1000} kB"
-    await _hot_pairs(bench, arm, step, through=own, direct=own, pairs=pairs)
+    await _hot_pairs(bench, arm, OWN_PROMPT, through=own, direct=own, pairs=pairs)
 
 
 async def _hot_pairs(
