@@ -34,8 +34,8 @@ class EngineOptions:
     """How to run an engine over one model.
 
     `context_tokens` is shared by all slots: one pool if `unified`, else an equal part for each.
-    `is_talking`: the embedded engine's log tells each request, not only what is wrong. `extra` goes
-    to an engine binary unchanged, behind all else.
+    `is_talking`: the log tells each request, not only what is wrong. `extra` goes to an engine
+    binary unchanged, behind all else.
     """
 
     model: Path
@@ -52,6 +52,10 @@ class EngineOptions:
     is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
 
+    @property
+    def _verbosity(self) -> int:
+        return _TALKING if self.is_talking else _QUIET
+
     def binary_flags(self, *, host: str, port: int) -> list[str]:
         """Arguments for a `llama-server` binary."""
         flags = [
@@ -62,6 +66,7 @@ class EngineOptions:
             *("--cache-type-k", self.kv_type_k, "--cache-type-v", self.kv_type_v),
             *("--flash-attn", self.flash_attention, "--batch-size", str(BATCH_TOKENS)),
             "--kv-unified" if self.unified else "--no-kv-unified",
+            *("--log-verbosity", str(self._verbosity)),
         ]
         if self.threads:
             flags += ["--threads", str(self.threads)]
@@ -93,7 +98,7 @@ class EngineOptions:
             "n_batch": BATCH_TOKENS,
             # The memory fit probes devices by loading the model twice; the owner chose the size.
             "fit_params": False,
-            "verbosity": _TALKING if self.is_talking else _QUIET,
+            "verbosity": self._verbosity,
         }
         if self.threads:
             params["cpuparams.n_threads"] = self.threads
