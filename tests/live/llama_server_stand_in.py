@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--cache-type-v", choices=["f16"], default="f16")
     parser.add_argument("--flash-attn", choices=["auto"], default="auto")
     parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--log-verbosity", type=int, default=3)
     version = f"version: stand-in ({package_version('xllamacpp')})"
     parser.add_argument("--version", action="version", version=version)
     switches = "kv-unified no-kv-unified no-cache-idle-slots jinja metrics swa-full"
@@ -46,6 +47,7 @@ def main() -> None:
     params.n_parallel = options.parallel or 4
     params.n_ctx = options.ctx_size
     params.n_batch = options.batch_size
+    params.verbosity = options.log_verbosity
     params.cache_ram_mib = options.cache_ram
     params.slot_prompt_similarity = options.slot_prompt_similarity
     params.slot_save_path = options.slot_save_path
