@@ -1,9 +1,9 @@
 """Asks the kernel for short turns on a core, since a gateway works little and often.
 
 The engine's threads fill every core. Whoever wakes beside them may wait until one has had its turn
-(1.4 ms on two cores), unless it asks for a shorter turn itself:
-Linux 6.12 and newer then let it run at once, and give it no more of the core in all. That takes no
-privilege. Elsewhere nothing happens. See docs/decisions/0015-quiet-engine.md.
+(1.4 ms on two cores), unless it asks for a shorter turn itself: Linux 6.12 and newer then let it
+run at once, and give it no more of the core in all. That takes no privilege. Elsewhere nothing
+happens. See docs/decisions/0015-quiet-engine.md.
 """
 
 from __future__ import annotations

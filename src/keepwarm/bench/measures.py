@@ -34,7 +34,6 @@ _CONVERSATIONS, _TURNS = 6, 3
 # About 900 tokens, as the outside client's.
 _UNKNOWN_CHARS = 3600
 _UNKNOWN_NEW = 5
-UNKNOWN_FIRST = "the first request"
 # Until what a server does behind the last replies is done: the other arm is asked next.
 _UNKNOWN_REST_S = 1.0
 # An agent that calls tools asks again as soon as it is answered, and says little each time.
@@ -135,7 +134,7 @@ async def unknown(bench: Bench, *, rounds: int, requests: int) -> None:
             system = {"role": "system", "content": rules(_UNKNOWN_CHARS, start=number)}
             same = [system, user(bench.questions.new())]
             steps = {
-                UNKNOWN_FIRST: [same],
+                "the first request": [same],
                 f"{requests} identical": [same] * requests,
                 f"{_UNKNOWN_NEW} new conversations": [
                     [system, user(bench.questions.new())] for _ in range(_UNKNOWN_NEW)

@@ -176,7 +176,9 @@ class Store:
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            future.add_done_callback(self._let_go)
+            # It may be done already, or end on the store's thread.
+            loop = asyncio.get_running_loop()
+            future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._let_go, done))
             raise
 
     def release(self, name: str, *, is_read: bool = True) -> None:
@@ -320,6 +322,5 @@ class Store:
         return await asyncio.wrap_future(self._submit(work, *args, **kwargs))
 
     def _let_go(self, future: Future[Ready]) -> None:
-        """Called on the thread itself."""
         if not future.cancelled() and future.exception() is None:
-            self._snapshots.staging.release(future.result().name, is_read=True)
+            self.release(future.result().name)
