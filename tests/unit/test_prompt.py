@@ -301,8 +301,27 @@ def test_a_system_message_behind_the_first_turn_isnt_static() -> None:
     assert identity({**BODY, "messages": late}).static == identity(BODY).static
 
 
-def test_turns_count_the_user_messages() -> None:
-    assert identity(BODY).turns == 2
+def test_turns_count_how_often_the_model_is_asked() -> None:
+    # By a user, by a tool's result, and by the user again.
+    assert identity(BODY).turns == 3
+    system, user, call, result, *_ = BODY["messages"]
+    for messages, turns in (
+        ([system], 0),
+        ([system, user], 1),
+        ([system, user, user], 1),
+        ([system, user, call, result, result], 2),
+        ([system, user, call], 1),
+        ([user, system, user], 1),
+    ):
+        assert identity({"messages": messages}).turns == turns
+
+
+def test_turns_of_a_response_count_what_its_functions_gave() -> None:
+    call = {"type": "function_call", "name": "clock", "arguments": "{}", "call_id": "c"}
+    gave = {"type": "function_call_output", "call_id": "c", "output": "noon"}
+    asked = [{"role": "user", "content": "What time is it?"}, {"type": "reasoning"}, call, gave]
+    assert identity({"input": asked}, api="responses").turns == 2
+    assert identity({"input": "What time is it?"}, api="responses").turns == 1
 
 
 @pytest.mark.parametrize("shared", [1, 2])

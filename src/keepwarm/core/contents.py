@@ -46,8 +46,13 @@ def after_restore(job: Job, stored: Stored, tokens: int) -> Content:
     return Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens)
 
 
-def after_reply(job: Job, before: Content | None, counts: Counts, said: Mark | None) -> Content:
-    """A slot whose request was answered to the end; `said` is the mark behind its reply."""
+def after_reply(
+    job: Job, before: Content | None, counts: Counts, said: Mark | None, *, returns: float
+) -> Content:
+    """A slot whose request was answered to the end.
+
+    `said` is the mark behind its reply, `returns` the chance that it goes on.
+    """
     prompt = job.prompt
     known = dict(before.marks) if before else {}
     if job.static_tokens is not None and prompt.static:
@@ -59,7 +64,7 @@ def after_reply(job: Job, before: Content | None, counts: Counts, said: Mark | N
     if said is not None:
         marks[said.digest] = Position(total, exact=False)
     return Content(
-        *(job.namespace, marks, total, saved, prompt.turns, job.is_final),
+        *(job.namespace, marks, total, saved, prompt.turns, returns, job.is_final),
         is_savable=job.is_savable,
     )
 

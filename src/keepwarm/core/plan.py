@@ -257,7 +257,7 @@ def _options(
             kept_tokens=tokens,
             row_bytes=machine.row_bytes,
             rates=rates,
-            now_s=now_s,
+            returns=slot.returns(now_s),
             can_save=machine.can_save,
         )
 
@@ -303,7 +303,7 @@ def _make_room(
             kept_tokens=0,
             row_bytes=machine.row_bytes,
             rates=rates,
-            now_s=now_s,
+            returns=slot.returns(now_s),
             can_save=machine.can_save,
         )
 

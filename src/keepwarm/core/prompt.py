@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -37,6 +38,10 @@ _TURN_CHARS = 16
 _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
 Api = Literal["chat", "responses", "completion"]
+
+_SYSTEM = ("system", "developer")
+# What the model says, as messages of chat and items of responses.
+_ANSWERS = ("assistant", "model", "function_call", "reasoning")
 
 # Arguments that may change how the template renders; those that this engine's doesn't look at are
 # taken out of a body before (`engine.rendering`).
@@ -86,8 +91,8 @@ class Prompt:
     """A request's identity.
 
     `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
-    if there is nothing static; `turns` counts the user messages; `is_static_shared`: the static
-    part is a tier's and nothing else.
+    if there is nothing static; `turns` counts how often the model is asked in it: by a user, or
+    by a tool's result; `is_static_shared`: the static part is a tier's and nothing else.
     """
 
     api: Api
@@ -156,17 +161,22 @@ def prompt_of(
             before = Mark(_digest(before.digest, own), before.chars)
         cuts = [e.chars for e in ends if e.segment == count]
         marks += _segment_marks(before, segments[count], cuts)
-    turns = sum(segment.role == "user" for segment in segments)
     static_shared = has_static and 0 < statics == shared_segments
-    return Prompt(api, tuple(marks), static_index, turns, static_shared)
+    return Prompt(api, tuple(marks), static_index, _turns(segments), static_shared)
 
 
 def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
     """How many messages a client sends with every task: a tier's and its own system messages."""
     count = min(shared_segments, len(segments))
-    while count < len(segments) and segments[count].role in ("system", "developer"):
+    while count < len(segments) and segments[count].role in _SYSTEM:
         count += 1
     return count
+
+
+def _turns(segments: Sequence[Segment]) -> int:
+    """Runs of messages that ask: several tools' results are one turn."""
+    asks = [s.role not in _ANSWERS for s in segments if s.role not in _SYSTEM]
+    return sum(now and not before for before, now in pairwise([False, *asks]))
 
 
 def _asks_at(segments: Sequence[Segment], index: int) -> bool:

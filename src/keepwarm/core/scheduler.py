@@ -55,6 +55,7 @@ from keepwarm.core.plan import (
 from keepwarm.core.prompt import Mark, Prompt, Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
+from keepwarm.core.returns import PRIOR, Returns
 from keepwarm.core.slots import Content, Slot, SlotState, loss
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
@@ -106,6 +107,7 @@ class Scheduler:
     _fills: dict[bytes, str] = field(default_factory=dict)
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
     _absorbing: dict[str, Content] = field(default_factory=dict)
+    _returns: Returns = field(default_factory=Returns)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
@@ -497,7 +499,10 @@ class Scheduler:
     def _learn(self, job: Job, slot: Slot, counts: Counts, reply: Segment | None) -> None:
         """A slot's new content after a request, and the rates that its reply taught."""
         said = job.prompt.continued(reply) if reply else None
-        slot.content = after_reply(job, slot.content, counts, said)
+        if not job.is_final:
+            self._returns.observe(job.namespace, job.prompt)
+        returns = self._returns.chance(job.namespace, job.prompt)
+        slot.content = after_reply(job, slot.content, counts, said, returns=returns)
         if said and self._is_kept(job, said):
             # Asked and answered before, word for word: there is nothing new to save.
             slot.content.saved_tokens = slot.content.tokens
@@ -523,12 +528,14 @@ class Scheduler:
         content = slot.content
         if slot.state is not SlotState.IDLE or content is None or not self.machine.can_save:
             return False
+        # While nobody waits for the engine, even what is seldom needed is saved.
+        at_least = 0.0 if self.busy else PRIOR
         return loss(
             slot,
             kept_tokens=0,
             row_bytes=self.machine.row_bytes,
             rates=self.rates,
-            now_s=now_s,
+            returns=slot.returns(now_s, at_least=at_least),
             can_save=True,
         ).save
 

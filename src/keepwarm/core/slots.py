@@ -8,10 +8,8 @@ from enum import StrEnum
 
 from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
+from keepwarm.core.returns import PRIOR
 
-# A prior, not a measurement: half of the first turns are followed by a second, and nine in ten
-# conversations that have gone on go on again. What it decides (save or not) is cheap to get wrong.
-_RETURNS_FIRST, _RETURNS_LATER = 0.5, 0.9
 # The chance that a conversation comes back halves with every ten minutes of silence.
 _RETURN_HALF_LIFE_S = 600.0
 
@@ -39,10 +37,10 @@ class Position:
 class Content:
     """The prefix a slot holds.
 
-    `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` the user
-    messages in it; `namespace` whose it is ('' for a tier alone); `is_final`: nobody is expected to
-    go on from its end; `save_failed`: it couldn't be saved, and isn't tried again unchanged;
-    `is_savable`: as its job's.
+    `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` as its
+    prompt's (0: nobody has asked yet), `returns` the chance that it goes on; `namespace` whose it
+    is ('' for a tier alone); `is_final`: nobody is expected to go on from its end; `save_failed`:
+    it couldn't be saved, and isn't tried again unchanged; `is_savable`: as its job's.
     """
 
     namespace: str
@@ -50,6 +48,7 @@ class Content:
     tokens: int
     saved_tokens: int = 0
     turns: int = 0
+    returns: float = PRIOR
     is_final: bool = False
     save_failed: bool = False
     is_savable: bool = True
@@ -107,11 +106,11 @@ class Slot:
         """
         return self.owner not in ("", namespace)
 
-    def returns(self, now_s: float) -> float:
+    def returns(self, now_s: float, *, at_least: float = 0.0) -> float:
         """The estimated chance that this slot's conversation goes on."""
         if self.content is None or self.content.is_final:
             return 0.0
-        chance = _RETURNS_LATER if self.content.turns > 1 else _RETURNS_FIRST
+        chance = max(self.content.returns, at_least)
         return float(chance * 0.5 ** (max(now_s - self.idle_since_s, 0.0) / _RETURN_HALF_LIFE_S))
 
 
@@ -124,18 +123,17 @@ class Loss:
 
 
 def loss(
-    slot: Slot, *, kept_tokens: int, row_bytes: int, rates: Rates, now_s: float, can_save: bool
+    slot: Slot, *, kept_tokens: int, row_bytes: int, rates: Rates, returns: float, can_save: bool
 ) -> Loss:
     """What is lost when a slot keeps only its first `kept_tokens`.
 
-    If the conversation goes on, its tail must come back: by a restore, or by a prefill behind what
-    the slot has kept, whichever is less. What only the slot holds can't be restored unless it is
-    saved now.
+    `returns` is the chance that its conversation goes on. If it does, its tail must come back: by a
+    restore, or by a prefill behind what the slot has kept, whichever is less. What only the slot
+    holds can't be restored unless it is saved now.
     """
     content = slot.content
     if content is None or content.tokens <= kept_tokens:
         return Loss(0.0, save=False)
-    returns = slot.returns(now_s)
     size_bytes = content.tokens * row_bytes
     can_save = can_save and content.is_savable and not content.save_failed
     restore_s = rates.restore_s(size_bytes, ready=False)

@@ -1,0 +1,61 @@
+"""How often conversations go on, from the turns that were answered."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepwarm.core.prompt import Api, Mark, Prompt
+from keepwarm.core.returns import PRIOR, Returns
+
+
+def turn(number: int, api: Api = "chat") -> Prompt:
+    return Prompt(api, (Mark(b"m" * 16, 10),), -1, number)
+
+
+def answered(*turns: int) -> Returns:
+    returns = Returns()
+    for number in turns:
+        returns.observe("me", turn(number))
+    return returns
+
+
+def test_before_anything_was_seen_half_of_the_first_turns_go_on_and_nearly_all_later_ones() -> None:
+    assert Returns().chance("me", turn(1)) == PRIOR == 0.5
+    assert Returns().chance("me", turn(2)) == Returns().chance("me", turn(9)) == 0.9
+
+
+def test_a_loop_of_single_questions_is_known_after_ten_of_them() -> None:
+    assert answered(*[1] * 10).chance("me", turn(1)) < 0.1
+
+
+def test_conversations_that_go_on_are_known_again_after_a_loop() -> None:
+    loop = [1] * 200
+    assert answered(*loop, *[1, 2] * 10).chance("me", turn(1)) > 0.4
+    assert answered(*[1, 2] * 50).chance("me", turn(1)) > 0.9
+
+
+def test_later_turns_have_a_chance_of_their_own() -> None:
+    returns = answered(*[1, 2] * 40)
+    assert returns.chance("me", turn(1)) > 0.9
+    assert returns.chance("me", turn(2)) < 0.4
+    assert answered(1, *range(2, 40)).chance("me", turn(40)) > 0.9
+
+
+def test_what_one_tenant_does_says_nothing_of_another() -> None:
+    assert answered(*[1] * 50).chance("you", turn(1)) == PRIOR
+
+
+def test_a_raw_prompt_doesnt_tell_its_turns() -> None:
+    returns = answered(*[1] * 50)
+    assert returns.chance("me", turn(1, "completion")) == PRIOR
+    before = returns.chance("me", turn(1))
+    returns.observe("me", turn(1, "completion"))
+    assert returns.chance("me", turn(1)) == before
+
+
+@given(st.lists(st.integers(0, 5), max_size=200))
+def test_a_chance_is_one_and_is_never_given_up(turns: list[int]) -> None:
+    returns = answered(*turns)
+    for number in (1, 2, 7):
+        assert 0.04 < returns.chance("me", turn(number)) <= 1.0
