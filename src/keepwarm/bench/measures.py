@@ -82,10 +82,11 @@ async def _hot_pairs(
         bench.watcher.doing(f"overhead, {step}: pair {max(pair + 1, 0)} of {pairs}")
         answers: dict[str, Answer] = {}
         for way in rotated((KEEPWARM, DIRECT), pair):
+            # Before either, since a look wakes the engine for what comes next.
+            slot = await _last_slot(arm.client, engine)
             if way == KEEPWARM:
                 answers[way] = await arm.client.ask(keepwarm.base_url, through)
             else:
-                slot = await _last_slot(arm.client, engine)
                 body = {**direct, "id_slot": slot, "cache_prompt": True}
                 answers[way] = await arm.client.ask(engine, body)
         if pair < 0:

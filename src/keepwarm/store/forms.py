@@ -77,6 +77,8 @@ class RowsForm:
         self.needs_boundary = layout.kind is not MemoryKind.PLAIN
         self._streams = streams
         self._max_tokens = max_tokens
+        # Summed over all layers, and asked for in every look-up.
+        self._row_bytes = layout.row_bytes
 
     def take(self, buffer: Buffer) -> Taken:
         """See `Form`."""
@@ -118,7 +120,7 @@ class RowsForm:
 
     def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
         """See `Form`."""
-        return self.layout.rows_bytes(tokens)
+        return tokens * self._row_bytes
 
 
 class WholeForm:
