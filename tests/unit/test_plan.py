@@ -18,6 +18,7 @@ from keepwarm.core.plan import (
 )
 from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
+from keepwarm.core.returns import later_turn
 from keepwarm.core.slots import Content, Position, Slot, SlotState
 
 ROW_BYTES = 23_000
@@ -165,15 +166,15 @@ def test_a_recurrent_slots_estimated_end_is_tried_and_not_promised() -> None:
 
 
 def test_what_only_a_slot_holds_is_saved_before_it_is_overwritten() -> None:
-    unsaved = replace(holding("xyz", 3000), saved_tokens=0, returns=0.9)
+    unsaved = replace(holding("xyz", 3000), saved_tokens=0, returns=later_turn())
     assert best([slot(0, unsaved, idle_since_s=1000.0)]).save_first
     saved = replace(unsaved, saved_tokens=3000)
     assert not best([slot(0, saved, idle_since_s=1000.0)]).save_first
 
 
 def test_the_slot_whose_loss_costs_least_is_overwritten() -> None:
-    dear = replace(holding("xyz", 3000), returns=0.9)
-    cheap = replace(holding("uvw", 100), returns=0.9)
+    dear = replace(holding("xyz", 3000), returns=later_turn())
+    cheap = replace(holding("uvw", 100), returns=later_turn())
     slots = [slot(0, dear, idle_since_s=1000.0), slot(1, cheap, idle_since_s=1000.0)]
     assert best(slots).slot == 1
 
@@ -215,7 +216,7 @@ def test_other_slots_are_emptied_until_a_shared_pool_suffices() -> None:
     saved = holding("xyz", 900)
     slots = [
         slot(0),
-        slot(1, replace(saved, returns=0.9), idle_since_s=1000.0),
+        slot(1, replace(saved, returns=later_turn()), idle_since_s=1000.0),
         slot(2, saved, idle_since_s=1000.0),
     ]
     assert best(slots, machine=pool(4000)).evict == ()

@@ -247,6 +247,25 @@ def test_what_was_asked_and_answered_before_isnt_saved_again() -> None:
     assert sim.said["SaveSlot"] == 2, "the rules, and the first request with its reply"
 
 
+def test_a_loop_of_single_questions_goes_on_in_one_slot_and_is_saved_when_it_pauses() -> None:
+    sim = Simulation(slots=2)
+    sim.scheduler.rates.call_s = 0.006
+    saves: list[int] = []
+    for name in range(1, 16):
+        asked = ask(sim, name, text=f"{name}?")
+        while sim.pending:
+            sim.complete(sim.pending[0])
+        saves.append(sim.said["SaveSlot"])
+        sim.finish(sim.requests[asked], decoded=3, heard=True)
+    # At first any of them might have gone on.
+    assert saves[4] > 1
+    assert saves[-1] == saves[-5]
+    assert sim.requests[asked].plan.source is Source.SLOT  # type: ignore[union-attr]
+    sim.tick(2 * SAVE_AFTER_IDLE_S)
+    # Nobody waits for it now.
+    assert steps(sim, SaveSlot)
+
+
 def test_a_save_that_failed_isnt_tried_over_and_over() -> None:
     slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
     made = scheduler(slot)

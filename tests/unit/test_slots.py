@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
+from keepwarm.core.returns import later_turn
 from keepwarm.core.slots import Content, Position, Slot, loss, positions
 
 ROW_BYTES = 23_000
@@ -101,30 +102,30 @@ def test_nothing_is_lost_of_an_empty_slot_or_of_what_is_kept() -> None:
 
 
 def test_what_only_the_slot_holds_is_saved_where_that_is_cheaper() -> None:
-    seconds, save = lost(Content("me", {}, 2000, returns=0.9))
+    seconds, save = lost(Content("me", {}, 2000, returns=later_turn()))
     assert save
     # Ten seconds of prefill, against a tenth of a second for the save.
     assert seconds < 0.5
 
 
 def test_a_short_tail_isnt_worth_a_save() -> None:
-    _, save = lost(Content("me", {}, 2000, saved_tokens=1995, returns=0.9))
+    _, save = lost(Content("me", {}, 2000, saved_tokens=1995, returns=later_turn()))
     assert not save
 
 
 def test_where_prefill_costs_next_to_nothing_nothing_is_saved() -> None:
-    _, save = lost(Content("me", {}, 2000, returns=0.9), prefill_s_per_token=1e-6)
+    _, save = lost(Content("me", {}, 2000, returns=later_turn()), prefill_s_per_token=1e-6)
     assert not save
 
 
 def test_what_cant_be_saved_or_couldnt_isnt_tried() -> None:
-    assert not lost(Content("me", {}, 2000, returns=0.9), can_save=False)[1]
-    assert not lost(Content("me", {}, 2000, returns=0.9, save_failed=True))[1]
+    assert not lost(Content("me", {}, 2000, returns=later_turn()), can_save=False)[1]
+    assert not lost(Content("me", {}, 2000, returns=later_turn(), save_failed=True))[1]
 
 
 def test_what_may_not_be_saved_is_dearer_to_lose_than_what_may() -> None:
-    savable, save = lost(Content("me", {}, 2000, returns=0.9))
-    seconds, save_anyway = lost(Content("me", {}, 2000, returns=0.9, is_savable=False))
+    savable, save = lost(Content("me", {}, 2000, returns=later_turn()))
+    seconds, save_anyway = lost(Content("me", {}, 2000, returns=later_turn(), is_savable=False))
     assert save
     assert not save_anyway
     assert seconds > savable
@@ -135,7 +136,7 @@ def test_what_nobody_goes_on_from_costs_nothing_to_lose() -> None:
 
 
 def test_a_conversation_is_worth_less_the_longer_it_is_silent() -> None:
-    content = Content("me", {}, 2000, saved_tokens=2000, returns=0.9)
+    content = Content("me", {}, 2000, saved_tokens=2000, returns=later_turn())
     assert lost(content, idle_s=600)[0] == pytest.approx(lost(content)[0] / 2)
     assert lost(content, idle_s=36_000)[0] < 1e-6
 

@@ -12,6 +12,7 @@ from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
 from keepwarm.core.prompt import Mark
 from keepwarm.core.reply import Counts
+from keepwarm.core.returns import Chance
 from keepwarm.core.slots import Content, Position, positions
 
 
@@ -47,7 +48,7 @@ def after_restore(job: Job, stored: Stored, tokens: int) -> Content:
 
 
 def after_reply(
-    job: Job, before: Content | None, counts: Counts, said: Mark | None, *, returns: float
+    job: Job, before: Content | None, counts: Counts, said: Mark | None, *, returns: Chance
 ) -> Content:
     """A slot whose request was answered to the end.
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 
 from keepwarm.core.prompt import Prompt
 
-# The priors, as (went on, of so many): half of the first turns, and nine in ten later ones. They
-# err towards saving: a save costs some milliseconds, a turn that is lost its prefill.
-_FIRST, _LATER = (1.0, 2.0), (9.0, 10.0)
 # About the last twenty turns count. Never less than one in 22 is then expected to go on, so what
 # takes twenty-two times its save to compute again is always saved.
 _FADES = 0.95
@@ -24,29 +21,43 @@ _FADES = 0.95
 
 @dataclass(slots=True)
 class Chance:
-    """How many turns were seen, and how many of them went on."""
+    """How many of so many turns went on: those of the prior, and those that were seen."""
 
-    turns: float = 0.0
+    prior_went_on: float
+    prior_turns: float
     went_on: float = 0.0
+    turns: float = 0.0
 
     def begun(self) -> None:
         """One more turn that may go on."""
         self.turns = self.turns * _FADES + 1.0
         self.went_on *= _FADES
 
-    def value(self, prior: tuple[float, float]) -> float:
+    @property
+    def value(self) -> float:
         """The estimate, from 0 to 1."""
-        went_on, turns = prior
-        # Conversations from before the count began go on too.
-        return min((went_on + self.went_on) / (turns + self.turns), 1.0)
+        # Conversations from before the count began go on too, so it could come out above 1.
+        turns = self.prior_turns + self.turns
+        return min((self.prior_went_on + self.went_on) / turns, 1.0)
+
+
+# The priors err towards saving: a save costs some milliseconds, a turn that is lost its prefill.
+def first_turn() -> Chance:
+    """Before anything was seen: half of the first turns are followed by a second."""
+    return Chance(1.0, 2.0)
+
+
+def later_turn() -> Chance:
+    """Before anything was seen: nine in ten conversations that have gone on go on again."""
+    return Chance(9.0, 10.0)
 
 
 @dataclass(slots=True)
 class Returns:
     """The chances of every tenant."""
 
-    _first: defaultdict[str, Chance] = field(default_factory=lambda: defaultdict(Chance))
-    _later: defaultdict[str, Chance] = field(default_factory=lambda: defaultdict(Chance))
+    _first: defaultdict[str, Chance] = field(default_factory=lambda: defaultdict(first_turn))
+    _later: defaultdict[str, Chance] = field(default_factory=lambda: defaultdict(later_turn))
 
     def observe(self, namespace: str, prompt: Prompt) -> None:
         """A prompt was answered."""
@@ -55,16 +66,10 @@ class Returns:
         if prompt.turns > 1:
             before = self._first if prompt.turns == 2 else self._later
             before[namespace].went_on += 1.0
-        (self._first if prompt.turns <= 1 else self._later)[namespace].begun()
+        self.chance(namespace, prompt).begun()
 
-    def chance(self, namespace: str, prompt: Prompt) -> float:
-        """The estimated chance that a prompt's conversation goes on."""
+    def chance(self, namespace: str, prompt: Prompt) -> Chance:
+        """The chance that a prompt's conversation goes on; what is seen later counts in it too."""
         if prompt.api == "completion":
-            return PRIOR
-        if prompt.turns > 1:
-            return self._later[namespace].value(_LATER)
-        return self._first[namespace].value(_FIRST)
-
-
-# What to expect of a first turn before any was seen.
-PRIOR = Chance().value(_FIRST)
+            return first_turn()
+        return (self._later if prompt.turns > 1 else self._first)[namespace]

@@ -55,7 +55,7 @@ from keepwarm.core.plan import (
 from keepwarm.core.prompt import Mark, Prompt, Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.core.returns import PRIOR, Returns
+from keepwarm.core.returns import Returns, first_turn
 from keepwarm.core.slots import Content, Slot, SlotState, loss
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
@@ -529,7 +529,7 @@ class Scheduler:
         if slot.state is not SlotState.IDLE or content is None or not self.machine.can_save:
             return False
         # While nobody waits for the engine, even what is seldom needed is saved.
-        at_least = 0.0 if self.busy else PRIOR
+        at_least = 0.0 if self.busy else first_turn().value
         return loss(
             slot,
             kept_tokens=0,

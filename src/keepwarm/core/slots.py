@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
-from keepwarm.core.returns import PRIOR
+from keepwarm.core.returns import Chance, first_turn
 
 # The chance that a conversation comes back halves with every ten minutes of silence.
 _RETURN_HALF_LIFE_S = 600.0
@@ -48,7 +48,7 @@ class Content:
     tokens: int
     saved_tokens: int = 0
     turns: int = 0
-    returns: float = PRIOR
+    returns: Chance = field(default_factory=first_turn)
     is_final: bool = False
     save_failed: bool = False
     is_savable: bool = True
@@ -110,7 +110,7 @@ class Slot:
         """The estimated chance that this slot's conversation goes on."""
         if self.content is None or self.content.is_final:
             return 0.0
-        chance = max(self.content.returns, at_least)
+        chance = max(self.content.returns.value, at_least)
         return float(chance * 0.5 ** (max(now_s - self.idle_since_s, 0.0) / _RETURN_HALF_LIFE_S))
 
 
