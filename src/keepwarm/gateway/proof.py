@@ -30,6 +30,7 @@ class Prover:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._seen: dict[bytes, int] = {}
+        self._pinning: set[str] = set()
         self._mending = asyncio.Lock()
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
@@ -146,8 +147,11 @@ class Prover:
         self._seen[static.digest] = seen
         name = f"learned:{job.namespace}:{static.digest.hex()}"
         is_long = (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS
-        if seen >= 2 and is_long and not self._runtime.store.pin_named(name):
-            self._runtime.supervise(self._pin(job, name))
+        is_known = name in self._pinning or self._runtime.store.pin_named(name)
+        if seen >= 2 and is_long and not is_known:
+            self._pinning.add(name)
+            task = self._runtime.supervise(self._pin(job, name))
+            task.add_done_callback(lambda _: self._pinning.discard(name))
 
     async def _pin(self, job: Job, name: str) -> None:
         runtime = self._runtime

@@ -1,0 +1,83 @@
+"""What is made of a reply's counts: which prefixes are learned from clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+from keepwarm.core.job import Job
+from keepwarm.core.plan import Plan, Source
+from keepwarm.core.prompt import prompt_of
+from keepwarm.core.rates import Rates
+from keepwarm.core.reply import Counts
+from keepwarm.gateway.proof import Prover
+from keepwarm.gateway.tiering import Tiered
+from keepwarm.store.types import Hit
+
+RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
+PLAN = Plan(Source.SLOT, 0, 300, 0, 310, 0.1, False, False, None, (), ())
+
+
+class SlowStore:
+    """Knows every prefix, and takes a turn of the event loop for each pin."""
+
+    def __init__(self) -> None:
+        self.pinned: list[str] = []
+
+    def lookup(self, digests: list[bytes], *, namespace: str) -> Hit:
+        return Hit(0, 1, 300, True, 0, True)
+
+    def touch(self, extent_id: int, at_tokens: int) -> None:
+        pass
+
+    def pin_named(self, name: str) -> str | None:
+        return name if name in self.pinned else None
+
+    def pins(self) -> list[Any]:
+        return []
+
+    async def pin(self, name: str, *args: object, **kwargs: object) -> None:
+        await asyncio.sleep(0)
+        self.pinned.append(name)
+
+
+def prover(store: SlowStore) -> Prover:
+    def supervise(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(work)
+
+    return Prover(
+        cast(
+            "Any",
+            SimpleNamespace(
+                store=store,
+                supervise=supervise,
+                metrics=SimpleNamespace(replied=lambda **_: None),
+                machine=SimpleNamespace(slack_tokens=0),
+                settings=SimpleNamespace(store=SimpleNamespace(learned=16)),
+                dispatcher=SimpleNamespace(rates=Rates()),
+            ),
+        )
+    )
+
+
+def reply_to(made: Prover, question: str) -> None:
+    body = {"messages": [RULES, {"role": "user", "content": question}]}
+    prompt = prompt_of("chat", body, fingerprint="model", namespace="me")
+    job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
+    made.proved(
+        job, PLAN, Counts(300, 10, 4), ttft_s=0.1, tier=Tiered(body=body, tier=None, reason="pass")
+    )
+
+
+async def test_a_prefix_that_comes_again_several_times_at_once_is_learned_once() -> None:
+    store = SlowStore()
+    made = prover(store)
+    reply_to(made, "First?")
+    await asyncio.sleep(0.01)
+    assert store.pinned == []
+    for question in ("Second?", "Third?", "Fourth?"):
+        reply_to(made, question)
+    await asyncio.sleep(0.01)
+    assert len(store.pinned) == 1
