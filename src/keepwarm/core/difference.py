@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 from keepwarm.core.parts import Parts, Tool, chars_before, common_chars, common_tail_chars
-from keepwarm.core.prompt import Segment, dump
+from keepwarm.core.prompt import SYSTEM_ROLES, Segment, dump
 from keepwarm.core.volatile import find_volatile
 
 # What a person needs to recognise the place, and no more of the prompt than that.
@@ -208,7 +208,7 @@ def _turn_cause(old: Sequence[Segment], new: Sequence[Segment], index: int) -> C
     a, b = old[index], new[index]
     if b.role == "assistant" and _without_reasoning(a.text) == b.text != a.text:
         return Cause.REASONING_DROPPED
-    leading = all(s.role in ("system", "developer") for s in new[: index + 1])
+    leading = all(s.role in SYSTEM_ROLES for s in new[: index + 1])
     if leading:
         return Cause.TEXT_CHANGED
     if b in old[index + 1 :]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from keepwarm.core.prompt import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
 RULES = ("sort-tools", "move-volatile", "drop-billing")
@@ -294,7 +295,7 @@ def _over_system(kind: Kind, body: dict[str, Any], change: Callable[[str], str])
 
 
 def _is_system(message: object) -> bool:
-    return isinstance(message, Mapping) and message.get("role") in ("system", "developer")
+    return isinstance(message, Mapping) and message.get("role") in SYSTEM_ROLES
 
 
 def _over_message(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

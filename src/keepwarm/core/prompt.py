@@ -39,7 +39,8 @@ _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
 Api = Literal["chat", "responses", "completion"]
 
-_SYSTEM = ("system", "developer")
+# Who says what a client sends with every task; two names for one role.
+SYSTEM_ROLES = ("system", "developer")
 # What the model says, as messages of chat and items of responses.
 _ANSWERS = ("assistant", "model", "function_call", "reasoning")
 
@@ -168,14 +169,14 @@ def prompt_of(
 def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
     """How many messages a client sends with every task: a tier's and its own system messages."""
     count = min(shared_segments, len(segments))
-    while count < len(segments) and segments[count].role in _SYSTEM:
+    while count < len(segments) and segments[count].role in SYSTEM_ROLES:
         count += 1
     return count
 
 
 def _turns(segments: Sequence[Segment]) -> int:
     """Runs of messages that ask: several tools' results are one turn."""
-    asks = [s.role not in _ANSWERS for s in segments if s.role not in _SYSTEM]
+    asks = [s.role not in _ANSWERS for s in segments if s.role not in SYSTEM_ROLES]
     return sum(now and not before for before, now in pairwise([False, *asks]))
 
 

@@ -270,10 +270,6 @@ class Scheduler:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)
 
-    def unsaved(self, now_s: float) -> bool:
-        """Whether a later tick might save something."""
-        return any(self._worth_saving(slot, now_s) for slot in self.slots)
-
     def _dispatch(self, now_s: float) -> list[Effect]:
         """Give idle slots to waiting requests, first come first served within a priority."""
         effects: list[Effect] = []

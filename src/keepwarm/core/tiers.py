@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.core.prompt import SYSTEM_ROLES
 from keepwarm.core.volatile import Volatile, find_volatile
 from keepwarm.errors import RequestError, TierError
 
@@ -308,7 +309,7 @@ def _lay_out(segments: Sequence[Segment]) -> tuple[Message, ...]:
 
 def _opening_system_text(messages: Sequence[Any]) -> str | None:
     first = messages[0] if messages else None
-    if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
+    if not isinstance(first, dict) or first.get("role") not in SYSTEM_ROLES:
         return None
     content = first.get("content")
     if isinstance(content, list):

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from keepwarm.core.prompt import Api
+from keepwarm.core.prompt import SYSTEM_ROLES, Api
 from keepwarm.engine.client import EngineClient
 
 # Two texts without a common beginning, in their letters or in any tokenizer's pieces.
@@ -43,7 +43,7 @@ async def _tokens(client: EngineClient, static: Mapping[str, Any], probe: str) -
 def _leading(messages: object) -> list[Any]:
     out = []
     for message in messages if isinstance(messages, list) else []:
-        if not isinstance(message, Mapping) or message.get("role") not in ("system", "developer"):
+        if not isinstance(message, Mapping) or message.get("role") not in SYSTEM_ROLES:
             break
         out.append(message)
     return out

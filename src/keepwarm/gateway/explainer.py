@@ -36,6 +36,7 @@ from keepwarm.core.explain import (
     tolerance,
 )
 from keepwarm.core.parts import Parts, chars_before, parts_of
+from keepwarm.core.prompt import SYSTEM_ROLES
 from keepwarm.core.recent import Recent, Remembered
 from keepwarm.core.reply import Reply
 from keepwarm.gateway.history import FILE_NAME, Entry, History, Totals
@@ -325,7 +326,7 @@ def _opening(parts: Parts, *, key: bytes) -> bytes:
     for name, text in parts.arguments:
         h.update(f"\0{name}={text}".encode("utf-8", "surrogatepass"))
     for index, segment in enumerate(parts.segments):
-        if index and segment.role not in ("system", "developer"):
+        if index and segment.role not in SYSTEM_ROLES:
             break
         h.update(f"\0{segment.role}\0{segment.text}".encode("utf-8", "surrogatepass"))
     return h.digest()

@@ -21,7 +21,7 @@ from typing import Any
 
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
+from keepwarm.core.prompt import SYSTEM_ROLES, Api, SharedEnd, prefix_of, prompt_of, segments_of
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError
@@ -31,7 +31,7 @@ from keepwarm.gateway.tiering import HEADER
 
 # Both begin with white space, so that the last word before them is whole, and part after it.
 _PROBES = (" Quartz", "\n7 mild steps")
-_PLAIN_ROLES = ("system", "developer", "user", "assistant")
+_PLAIN_ROLES = (*SYSTEM_ROLES, "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.core.prompt import Api, head_of, segments_of
+from keepwarm.core.prompt import SYSTEM_ROLES, Api, head_of, segments_of
 from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.errors import RequestError
 from keepwarm.router import Decision
@@ -68,7 +68,7 @@ def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: Tie
 
 def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
     """Whether the client brings a system prompt of its own."""
-    return any(s.role in ("system", "developer") and s.text for s in segments_of(api, body))
+    return any(s.role in SYSTEM_ROLES and s.text for s in segments_of(api, body))
 
 
 def apply_tier(

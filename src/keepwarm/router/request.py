@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from keepwarm.core.prompt import SYSTEM_ROLES
 from keepwarm.router.catalog import tool_texts
 from keepwarm.router.types import TIERS, RouteRequest
 
@@ -64,7 +65,7 @@ def route_request(
         content, images, tool_parts = _parts(message.get("content"))
         if role in ("tool", "function") or message.get("tool_calls") or tool_parts:
             has_tools = True
-        if role in ("system", "developer"):
+        if role in SYSTEM_ROLES:
             brings_system = True
         if role == "user" and not (tool_parts and not content):
             text, turns, has_images = content, turns + 1, images
