@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 from keepwarm.core.parts import Parts, Tool, chars_before, common_chars, common_tail_chars
-from keepwarm.core.prompt import SYSTEM_ROLES, Segment, dump
+from keepwarm.core.prompt import Segment, dump
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
 # What a person needs to recognise the place, and no more of the prompt than that.

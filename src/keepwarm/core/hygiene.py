@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from keepwarm.core.prompt import SYSTEM_ROLES
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
 RULES = ("sort-tools", "move-volatile", "drop-billing")

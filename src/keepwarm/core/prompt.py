@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from keepwarm.core.roles import ANSWER_ROLES, SYSTEM_ROLES
+
 # 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
 # on a slow CPU), and about one digest a microsecond of hashing.
 BLOCK_CHARS = 256
@@ -38,11 +40,6 @@ _TURN_CHARS = 16
 _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
 Api = Literal["chat", "responses", "completion"]
-
-# Who says what a client sends with every task; two names for one role.
-SYSTEM_ROLES = ("system", "developer")
-# What the model says, as messages of chat and items of responses.
-_ANSWERS = ("assistant", "model", "function_call", "reasoning")
 
 # Arguments that may change how the template renders; those that this engine's doesn't look at are
 # taken out of a body before (`engine.rendering`).
@@ -176,7 +173,7 @@ def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
 
 def _turns(segments: Sequence[Segment]) -> int:
     """Runs of messages that ask: several tools' results are one turn."""
-    asks = [s.role not in _ANSWERS for s in segments if s.role not in SYSTEM_ROLES]
+    asks = [s.role not in ANSWER_ROLES for s in segments if s.role not in SYSTEM_ROLES]
     return sum(now and not before for before, now in pairwise([False, *asks]))
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from keepwarm.core.prompt import SYSTEM_ROLES
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import Volatile, find_volatile
 from keepwarm.errors import RequestError, TierError
 

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from keepwarm.core.prompt import SYSTEM_ROLES, Api
+from keepwarm.core.prompt import Api
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.engine.client import EngineClient
 
 # Two texts without a common beginning, in their letters or in any tokenizer's pieces.

@@ -36,9 +36,9 @@ from keepwarm.core.explain import (
     tolerance,
 )
 from keepwarm.core.parts import Parts, chars_before, parts_of
-from keepwarm.core.prompt import SYSTEM_ROLES
 from keepwarm.core.recent import Recent, Remembered
 from keepwarm.core.reply import Reply
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.gateway.history import FILE_NAME, Entry, History, Totals
 from keepwarm.gateway.record import Ended, record_of, without_text
 from keepwarm.logs import log_request

@@ -21,7 +21,8 @@ from typing import Any
 
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import SYSTEM_ROLES, Api, SharedEnd, prefix_of, prompt_of, segments_of
+from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.core.prompt import SYSTEM_ROLES, Api, head_of, segments_of
+from keepwarm.core.prompt import Api, head_of, segments_of
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.errors import RequestError
 from keepwarm.router import Decision

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from keepwarm.core.prompt import SYSTEM_ROLES
+from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.router.catalog import tool_texts
 from keepwarm.router.types import TIERS, RouteRequest
 
