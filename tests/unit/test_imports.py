@@ -82,15 +82,15 @@ def test_what_everyone_imports_imports_no_layer_but_the_core(name: str) -> None:
 
 
 def test_the_benchmark_knows_keepwarm_by_its_public_interface_only() -> None:
-    inner = {"store", "gateway"}
-    # They measure parts by themselves: the store at sizes no client fills it to, what a reply has
-    # behind it already, and nodes of a fleet without the fleet.
-    parts = {f"bench/{name}.py" for name in ("store_scale", "store_live", "explaining", "fleet")}
     for name, path in modules_in("bench").items():
-        if name in parts:
-            continue
         for imported in imports_of(path):
-            assert package_of(imported) not in inner, f"{name} imports {imported}"
+            assert package_of(imported) not in {"store", "gateway"}, f"{name} imports {imported}"
+
+
+def test_nothing_in_the_wheel_imports_what_is_outside_of_it() -> None:
+    for name, path in MODULES.items():
+        for imported in imports_of(path):
+            assert imported.split(".")[0] not in {"benchmarks", "tests"}, f"{name}: {imported}"
 
 
 def test_the_environment_is_read_in_the_settings_alone() -> None:

@@ -1,6 +1,6 @@
 """Cache off and on, routing off and on: what does each give, and what is left of the other?
 
-    python -m keepwarm.bench.routing --model m.gguf --chat-template t.jinja
+    python -m benchmarks.routing --model m.gguf --chat-template t.jinja
 
 72 tasks of one's own, written for the three tiers in equal parts and asked in turn, one at a time,
 each in a new conversation. The arms, each on a server that was just started:
@@ -40,12 +40,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from keepwarm import __version__
-from keepwarm.bench.client import ChatClient
-from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.options import add_options, settings_of
-from keepwarm.bench.results import Prefix
-from keepwarm.bench.routing_report import (
+from benchmarks.options import add_options, settings_of
+from benchmarks.routing_report import (
     ARMS,
     WARM_ROUTED,
     Asked,
@@ -55,7 +51,11 @@ from keepwarm.bench.routing_report import (
     terminal,
     tier_of,
 )
-from keepwarm.bench.routing_tasks import TASKS
+from benchmarks.routing_tasks import TASKS
+from keepwarm import __version__
+from keepwarm.bench.client import ChatClient
+from keepwarm.bench.machine import describe_model, machine
+from keepwarm.bench.results import Prefix
 from keepwarm.bench.run import prefixes_of
 from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
 from keepwarm.core.tiers import TierSet, compose

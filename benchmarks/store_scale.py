@@ -1,6 +1,6 @@
 """How the snapshot store behaves with very many extents, and whether packs would be better.
 
-    python -m keepwarm.bench.store_scale --extents 100000 --dir DIR
+    python -m benchmarks.store_scale --extents 100000 --dir DIR
 
 Fills a store with conversations through the same code as the gateway (only flushes are left out
 while filling), then measures with flushes: opening, look-up, a save, an assembly, an eviction. Next
@@ -163,7 +163,7 @@ def settings_in(base: Path, staging: Path, layout: Layout) -> StoreSettings:
         staging_bytes=256 << 20,
         streams=1,
         max_tokens=1 << 20,
-        owner="keepwarm.bench.store_scale",
+        owner="benchmarks.store_scale",
     )
 
 

@@ -1,6 +1,6 @@
 """What keeping each token once gives: bytes on disk, and what a restore costs.
 
-    python -m keepwarm.bench.store_live --model m.gguf
+    python -m benchmarks.store_live --model m.gguf
 
 *Bytes*: conversations of several turns over three tiers, saved after each turn with the model's
 real bytes a token, against whole slot files of the same saves; and what one save of a new turn
@@ -29,8 +29,8 @@ import msgspec
 import numpy as np
 from rich.progress import track
 
+from benchmarks.store_scale import SMOLLM2, Workload, bytes_on_disk, settings_in
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.store_scale import SMOLLM2, Workload, bytes_on_disk, settings_in
 from keepwarm.cli.output import err
 from keepwarm.core.tree import Tokens
 from keepwarm.engine.attach import plan_launch

@@ -1,6 +1,6 @@
 """A pile of tasks: Keepwarm's nights against plain clients of a llama-server, in one run.
 
-    python -m keepwarm.bench.batch_night --model m.gguf --chat-template t.jinja
+    python -m benchmarks.batch_night --model m.gguf --chat-template t.jinja
 
 96 tasks over 12 contexts of about 900 tokens and the deployment's tiers, shuffled, on 4 slots. The
 arms, one after another, each on an engine that was just started:
@@ -31,11 +31,11 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.options import add_options, settings_of
 from keepwarm.batch.job import Job, Paths, read_tasks
 from keepwarm.batch.senders import HttpSender
 from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.options import add_options, settings_of
 from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.engine.attach import plan_launch

@@ -1,6 +1,6 @@
 """What a fleet's parts cost: moving a conversation to another node, and choosing a node.
 
-    python -m keepwarm.bench.fleet --model m.gguf --chat-template t.jinja
+    python -m benchmarks.fleet --model m.gguf --chat-template t.jinja
 
 Needs the fleet extra, not Ray: the nodes are those of a fleet, one after the other in this process,
 each with an engine of its own, and a directory as the shared store. *Moves*: in each round a
@@ -29,9 +29,9 @@ import msgspec
 from aiohttp import web
 from rich.progress import track
 
+from benchmarks.options import add_options, settings_of
 from keepwarm.bench.client import Answer, ChatClient
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.options import add_options, settings_of
 from keepwarm.bench.prompts import Turn, assistant, keepwarm_request, rules, user
 from keepwarm.bench.servers import Workplace
 from keepwarm.bench.stats import median, percentile

@@ -1,6 +1,6 @@
 """When llama-server's `--cache-reuse` helps, and what it does to the answer.
 
-    python -m keepwarm.bench.cache_reuse --model m.gguf --chat-template t.jinja --runs 3
+    python -m benchmarks.cache_reuse --model m.gguf --chat-template t.jinja --runs 3
 
 A slot holds a prompt of some 2,000 tokens. Then comes the same prompt with a line near its top
 changed, with that line removed, or with an old turn dropped from the middle of the conversation.

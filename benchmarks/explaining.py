@@ -1,6 +1,6 @@
 """What explaining a request costs, in processor time, without an engine.
 
-    python -m keepwarm.bench.explaining
+    python -m benchmarks.explaining
 
 Conversations of several turns, each with 9 kB of instructions of its own, taken in turns as several
 agents would: every request is compared with the ones before it, explained, counted, logged and

@@ -1,6 +1,6 @@
 """Ten minutes of an agent's low load: does anything grow, get lost or stay open?
 
-    python -m keepwarm.bench.soak --model m.gguf --chat-template t.jinja --minutes 10
+    python -m benchmarks.soak --model m.gguf --chat-template t.jinja --minutes 10
 
 Keepwarm runs on an empty store of its own. Every second or so comes a request: a new conversation
 on some tier, a further turn of an earlier one, or one whose client hangs up in the middle. After a
