@@ -33,8 +33,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import CacheLayout, Layout, RowsPart, TensorLayout, assemble
 from keepwarm.core.tree import Tokens
+from keepwarm.slotfile import CacheLayout, Layout, RowsPart, TensorLayout, assemble
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
 from keepwarm.store.shelf import Shelf, StoreSettings

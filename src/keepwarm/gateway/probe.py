@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import Layout, SlotFileError, parse, round_trip_ok
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineDownError, EngineError, EngineStartError
+from keepwarm.slotfile import Layout, SlotFileError, parse, round_trip_ok
 
 _TEXT = "Keepwarm looks at one small slot file before it trusts the format."
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keepwarm.core.slotfile.layout import (
+from keepwarm.slotfile.layout import (
     Buffer,
     Bytes,
     CacheLayout,

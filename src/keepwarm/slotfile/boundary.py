@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile.cells import (
+from keepwarm.slotfile.cells import (
     MAX_LAYERS,
     CellBlock,
     Cursor,
@@ -22,7 +22,7 @@ from keepwarm.core.slotfile.cells import (
     read_cache,
     read_rows,
 )
-from keepwarm.core.slotfile.layout import (
+from keepwarm.slotfile.layout import (
     Buffer,
     CacheLayout,
     Layout,

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile.boundary import (
+from keepwarm.slotfile.boundary import (
     APPENDIX_MAGIC,
     APPENDIX_VERSION,
     STATE_MAGIC,
     boundary_end,
     read_window,
 )
-from keepwarm.core.slotfile.cells import MAX_STREAMS, CellBlock, as_view
-from keepwarm.core.slotfile.layout import (
+from keepwarm.slotfile.cells import MAX_STREAMS, CellBlock, as_view
+from keepwarm.slotfile.layout import (
     Buffer,
     Bytes,
     CacheLayout,
@@ -25,7 +25,7 @@ from keepwarm.core.slotfile.layout import (
     Layout,
     SlotFileError,
 )
-from keepwarm.core.slotfile.parse import MAGIC, MAX_POSITION, VERSION, parse
+from keepwarm.slotfile.parse import MAGIC, MAX_POSITION, VERSION, parse
 
 MASKED_ROWS = 2  # see _mended
 

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile.boundary import (
+from keepwarm.slotfile.boundary import (
     APPENDIX_MAGIC,
     Boundary,
     read_boundary,
     read_checkpoints,
 )
-from keepwarm.core.slotfile.cells import CellBlock, Cursor, as_view, read_cache
-from keepwarm.core.slotfile.layout import (
+from keepwarm.slotfile.cells import CellBlock, Cursor, as_view, read_cache
+from keepwarm.slotfile.layout import (
     Buffer,
     Ints,
     Layout,

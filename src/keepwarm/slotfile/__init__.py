@@ -8,16 +8,16 @@ Everything here is pure and reads through views: `parse` copies no rows, `assemb
 for `writev`. Nothing is guessed: bytes that aren't understood raise `SlotFileError`.
 """
 
-from keepwarm.core.slotfile.assemble import RowsPart, assemble, round_trip_ok
-from keepwarm.core.slotfile.boundary import boundary_end, window_range
-from keepwarm.core.slotfile.layout import (
+from keepwarm.slotfile.assemble import RowsPart, assemble, round_trip_ok
+from keepwarm.slotfile.boundary import boundary_end, window_range
+from keepwarm.slotfile.layout import (
     Buffer,
     CacheLayout,
     Layout,
     SlotFileError,
     TensorLayout,
 )
-from keepwarm.core.slotfile.parse import Checkpoint, SlotFile, file_tokens, parse
+from keepwarm.slotfile.parse import Checkpoint, SlotFile, file_tokens, parse
 
 __all__ = [
     "Buffer",
