@@ -31,9 +31,9 @@ from keepwarm.bench.prompts import OWN_BYTES, assistant, rules, user
 from keepwarm.core.plan import Option, Plan, Source
 from keepwarm.core.prompt import Segment, prompt_of
 from keepwarm.core.reply import Counts, Reply
-from keepwarm.gateway.explainer import Explainer, Identity
+from keepwarm.explain.explainer import Explainer, Identity
+from keepwarm.explain.record import Ended
 from keepwarm.gateway.metrics import Metrics
-from keepwarm.gateway.record import Ended
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import LogSettings
 

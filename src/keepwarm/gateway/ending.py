@@ -6,12 +6,12 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
-from keepwarm.core.parts import parts_of
-from keepwarm.core.recent import SHARED, Remembered
 from keepwarm.core.tiers import compose
+from keepwarm.explain.explainer import Identity
+from keepwarm.explain.parts import parts_of
+from keepwarm.explain.recent import SHARED, Remembered
+from keepwarm.explain.record import Ended
 from keepwarm.gateway.dialect import Anthropic
-from keepwarm.gateway.explainer import Identity
-from keepwarm.gateway.record import Ended
 
 if TYPE_CHECKING:
     from keepwarm.gateway.proxy import Exchange

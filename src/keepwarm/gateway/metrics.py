@@ -22,12 +22,12 @@ from prometheus_client import (
 )
 
 from keepwarm import __version__
-from keepwarm.core.difference import Cause
 from keepwarm.core.hygiene import RULES
 from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import SlotState
-from keepwarm.gateway.record import Ended
+from keepwarm.explain.difference import Cause
+from keepwarm.explain.record import Ended
 
 # From a hot slot on a GPU (5 ms) to a cold full tier of a large model on a CPU (5 minutes).
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

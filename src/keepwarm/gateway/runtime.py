@@ -44,9 +44,9 @@ from keepwarm.errors import (
     EngineReplacedError,
     KeepwarmError,
 )
+from keepwarm.explain.explainer import Explainer, Sink
 from keepwarm.gateway.dispatcher import Dispatcher
 from keepwarm.gateway.ending import begin_explaining
-from keepwarm.gateway.explainer import Explainer, Sink
 from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.metrics import Metrics
 from keepwarm.gateway.prefixes import Prefixes, UnprovedError

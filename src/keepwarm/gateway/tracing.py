@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from keepwarm import __version__
-from keepwarm.gateway.record import Ended
+from keepwarm.explain.record import Ended
 from keepwarm.settings import TraceExport
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from keepwarm import __version__
 from keepwarm.core.slots import Slot, SlotState
-from keepwarm.gateway.history import Totals
+from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:

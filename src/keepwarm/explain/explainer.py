@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from keepwarm.core.difference import Cause, first_difference, sent_difference
-from keepwarm.core.explain import (
+from keepwarm.core.reply import Reply
+from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.explain.difference import Cause, first_difference, sent_difference
+from keepwarm.explain.explanation import (
     Explanation,
     Facts,
     Nearest,
@@ -35,12 +37,10 @@ from keepwarm.core.explain import (
     tokens_at,
     tolerance,
 )
-from keepwarm.core.parts import Parts, chars_before, parts_of
-from keepwarm.core.recent import Recent, Remembered
-from keepwarm.core.reply import Reply
-from keepwarm.core.roles import SYSTEM_ROLES
-from keepwarm.gateway.history import FILE_NAME, Entry, History, Totals
-from keepwarm.gateway.record import Ended, record_of, without_text
+from keepwarm.explain.history import FILE_NAME, Entry, History, Totals
+from keepwarm.explain.parts import Parts, chars_before, parts_of
+from keepwarm.explain.recent import Recent, Remembered
+from keepwarm.explain.record import Ended, record_of, without_text
 from keepwarm.logs import log_request
 from keepwarm.worker import Worker
 

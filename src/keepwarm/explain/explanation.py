@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from keepwarm.core.difference import Cause, Difference
 from keepwarm.core.plan import Source
+from keepwarm.explain.difference import Cause, Difference
 
 # The turn tokens of a template, and the one token that is always evaluated again.
 _NOTHING_TOKENS = 12

@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from keepwarm.core.parts import Parts, likeness_chars
+from keepwarm.explain.parts import Parts, likeness_chars
 
 SHARED = ""
 _PROMPTS = 48

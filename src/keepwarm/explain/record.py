@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from keepwarm.core.difference import Cause, Difference
-from keepwarm.core.explain import Explanation, advice_for, place_of
 from keepwarm.core.plan import Plan, Source
 from keepwarm.core.prompt import Api, Prompt
 from keepwarm.core.reply import Counts, Reply
+from keepwarm.explain.difference import Cause, Difference
+from keepwarm.explain.explanation import Explanation, advice_for, place_of
 
 # Messages listed with their sizes; a longer conversation's are told by their number alone.
 _LISTED = 40
