@@ -12,10 +12,10 @@ from msgspec import Struct
 from rich.console import Group
 from rich.text import Text
 
+from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.report import md_table, rich_table
 from keepwarm.bench.results import Machine, Prefix
 from keepwarm.bench.stats import Summary, median, summarize
-from keepwarm.bench.svg import seconds_text
 from keepwarm.router import AUTO, TIERS
 from keepwarm.router.types import FULL
 

@@ -10,8 +10,8 @@ from rich.status import Status
 
 from keepwarm.bench.arms import KEEPWARM, NO_CACHE
 from keepwarm.bench.demo import IDENTICAL, DemoScale, demo_picture, demo_tables, run_demo
+from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.results import Prefix, Sample, write_json
-from keepwarm.bench.svg import seconds_text
 from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json

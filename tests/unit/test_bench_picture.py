@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.bench.svg import GREY, TEAL, VIOLET, Mark, Panel, Row, picture, seconds_text
+from keepwarm.bench.picture import GREY, TEAL, VIOLET, Mark, Panel, Row, picture, seconds_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 COLORS = {"before": GREY, "after": TEAL}

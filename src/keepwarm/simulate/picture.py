@@ -9,21 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
 from keepwarm.simulate.report import Outcome
+from keepwarm.svg import GRID, INK, SOFT, document, dot, line, lines, text
 
 _WIDTH, _HEIGHT = 960, 660
 _PANEL_WIDTH, _PANEL_HEIGHT = 392, 186
 _LEFT, _TOP = 62, 134
 _GAP_X, _GAP_Y = 84, 74
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-_INK, _SOFT, _GRID = "#1f2430", "#667085", "#e4e7ec"
 _STYLES = {
     "keepwarm": ("#0f766e", ""),
     "least-loaded": ("#f0a35e", ""),
     "random": ("#98a2b3", ""),
-    "oracle": ("#1f2430", "5 4"),
+    "oracle": (INK, "5 4"),
 }
 
 
@@ -64,19 +62,15 @@ def picture(outcomes: Sequence[Outcome], *, title: str, subtitle: str) -> str:
         raise ValueError("nothing was simulated, so there is nothing to draw")
     policies = list(dict.fromkeys(o.policy for o in outcomes))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="{escape(_FONT)}" role="img">',
-        f"<title>{escape(title)}</title>",
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="8" fill="#ffffff"/>',
-        _text(28, 38, title, size=20, weight=600),
-        _text(28, 60, subtitle, size=12.5, color=_SOFT),
+        text(28, 38, title, size=20, weight=600),
+        text(28, 60, subtitle, size=12.5, color=SOFT),
         *_legend(policies),
     ]
     for number, panel in enumerate(_PANELS):
         x = _LEFT + (number % 2) * (_PANEL_WIDTH + _GAP_X)
         y = _TOP + (number // 2) * (_PANEL_HEIGHT + _GAP_Y)
         parts += _panel(panel, outcomes, policies, x=x, y=y)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(parts, width=_WIDTH, height=_HEIGHT, title=title)
 
 
 def _legend(policies: Sequence[str]) -> list[str]:
@@ -84,8 +78,8 @@ def _legend(policies: Sequence[str]) -> list[str]:
     x = 28.0
     for policy in policies:
         color, dash = _STYLES[policy]
-        parts.append(_line(x, 82, x + 22, 82, color=color, width=2.5, dash=dash))
-        parts.append(_text(x + 28, 86, policy, size=12.5))
+        parts.append(line(x, 82, x + 22, 82, color=color, width=2.5, dash=dash))
+        parts.append(text(x + 28, 86, policy, size=12.5))
         x += 28 + 7.2 * len(policy) + 26
     return parts
 
@@ -116,17 +110,17 @@ def _panel(
     across = _Scale(counts[0], counts[-1], x + 8, right - 8, True)
     ticks = _ticks([panel.value(o) for o in outcomes], panel)
     up = _Scale(ticks[0], ticks[-1], bottom, y, panel.is_log)
-    parts = [_text(x, y - 12, panel.title, size=14, weight=600)]
+    parts = [text(x, y - 12, panel.title, size=14, weight=600)]
     for tick in ticks:
         place = up.place(tick)
-        parts.append(_line(x, place, right, place, color=_GRID))
-        said = panel.tick(tick)
-        parts.append(_text(x - 8, place + 4, said, size=11, color=_SOFT, anchor="end"))
+        parts.append(line(x, place, right, place, color=GRID))
+        words = panel.tick(tick)
+        parts.append(text(x - 8, place + 4, words, size=11, color=SOFT, anchor="end"))
     parts += [
-        _text(across.place(n), bottom + 17, str(n), size=11, color=_SOFT, anchor="middle")
+        text(across.place(n), bottom + 17, str(n), size=11, color=SOFT, anchor="middle")
         for n in counts
     ]
-    parts.append(_text(right, bottom + 34, "nodes", size=11, color=_SOFT, anchor="end"))
+    parts.append(text(right, bottom + 34, "nodes", size=11, color=SOFT, anchor="end"))
     for policy in policies:
         color, dash = _STYLES[policy]
         points = [
@@ -134,14 +128,8 @@ def _panel(
             for o in sorted(outcomes, key=lambda o: o.nodes)
             if o.policy == policy
         ]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-        dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.2"{dashed}/>'
-        )
-        parts += [
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.2" fill="{color}"/>' for px, py in points
-        ]
+        parts.append(lines(points, color=color, width=2.2, dash=dash))
+        parts += [dot(px, py, radius=3.2, color=color) for px, py in points]
     return parts
 
 
@@ -156,29 +144,3 @@ def _ticks(values: Sequence[float], panel: _Panel) -> list[float]:
     step = 10 ** math.floor(math.log10(span))
     step = next(s for s in (step / 5, step / 2, step, 2 * step) if span / s <= 6)
     return [low_value + step * i for i in range(math.ceil(span / step - 1e-9) + 1)]
-
-
-def _line(
-    x1: float, y1: float, x2: float, y2: float, *, color: str, width: float = 1, dash: str = ""
-) -> str:
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
-        f'stroke-width="{width}"{dashed}/>'
-    )
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: float,
-    color: str = _INK,
-    weight: int = 400,
-    anchor: str = "start",
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" fill="{color}" '
-        f'text-anchor="{anchor}">{escape(text)}</text>'
-    )

@@ -1,4 +1,4 @@
-"""Pictures of a run as SVG, written by hand: no plotting library is needed to run the demo.
+"""Pictures of a run as SVG.
 
 Pure: values in, text out. A picture is panels below one another; a panel is rows of a label and one
 or more marks. *Bars* begin at zero on a linear scale, so that lengths compare; *dots* lie on a
@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from xml.sax.saxutils import escape
+
+from keepwarm.svg import GRID, INK, SOFT, box, document, dot, line, text
 
 _WIDTH = 860
 _MARGIN = 28
@@ -23,8 +24,6 @@ _PLOT_X = _MARGIN + _LABELS
 _PLOT_WIDTH = _WIDTH - _PLOT_X - _VALUES - _MARGIN
 _ROW, _MARK = 20, 12
 _GROUP_GAP = 10
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-_INK, _SOFT, _GRID = "#1f2430", "#667085", "#e4e7ec"
 # Distinct in lightness too, so that they differ when printed in grey.
 GREY, ORANGE, TEAL, VIOLET = "#98a2b3", "#f0a35e", "#0f766e", "#7c3aed"
 
@@ -75,21 +74,14 @@ def picture(
     if not shown:
         raise ValueError("nothing was measured, so there is nothing to draw")
     parts: list[str] = [
-        _text(_MARGIN, 40, title, size=20, weight=600),
-        _text(_MARGIN, 62, subtitle, color=_SOFT, size=12.5),
+        text(_MARGIN, 40, title, size=20, weight=600),
+        text(_MARGIN, 62, subtitle, color=SOFT, size=12.5),
     ]
     y = 88.0
     for panel in shown:
         drawn, y = _panel(panel, colors, y)
         parts += drawn
-    height = math.ceil(y + 8)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'viewBox="0 0 {_WIDTH} {height}" font-family="{escape(_FONT)}" role="img">'
-    )
-    background = f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#ffffff"/>'
-    named = f"<title>{escape(title)}</title>"
-    return "\n".join([head, named, background, *parts, "</svg>"]) + "\n"
+    return document(parts, width=_WIDTH, height=math.ceil(y + 8), title=title)
 
 
 def seconds_text(value_s: float) -> str:
@@ -108,7 +100,7 @@ def _panel(panel: Panel, colors: Mapping[str, str], y: float) -> tuple[list[str]
     if not all(math.isfinite(v) and v > 0 for v in values):
         raise ValueError(f"{panel.title}: every value must be a positive number of seconds")
     scale = _Scale.of(values, panel.kind)
-    parts = [_text(_MARGIN, y + 14, panel.title, size=14, weight=600)]
+    parts = [text(_MARGIN, y + 14, panel.title, size=14, weight=600)]
     parts += _legend(panel, colors, y + 38)
     top = y + 58
     bottom = top + sum(_ROW * len(row.marks) + _GROUP_GAP for row in panel.rows)
@@ -116,7 +108,7 @@ def _panel(panel: Panel, colors: Mapping[str, str], y: float) -> tuple[list[str]
     at = top
     for row in panel.rows:
         middle = at + _ROW * len(row.marks) / 2 + 4
-        parts.append(_text(_PLOT_X - 14, middle, row.label, size=12.5, anchor="end"))
+        parts.append(text(_PLOT_X - 14, middle, row.label, size=12.5, anchor="end"))
         for mark in row.marks:
             color = colors.get(mark.series, VIOLET)
             parts += _mark(mark, color, scale, at + (_ROW - _MARK) / 2)
@@ -133,9 +125,8 @@ def _legend(panel: Panel, colors: Mapping[str, str], y: float) -> list[str]:
     parts = []
     x = float(_PLOT_X)
     for name in dict.fromkeys(mark.series for row in panel.rows for mark in row.marks):
-        place = f'x="{x:.0f}" y="{y - 10:.0f}" width="12" height="12"'
-        parts.append(f'<rect {place} rx="3" fill="{colors.get(name, VIOLET)}"/>')
-        parts.append(_text(x + 18, y, name, size=12))
+        parts.append(box(x, y - 10, 12, 12, color=colors.get(name, VIOLET), corner=3))
+        parts.append(text(x + 18, y, name, size=12))
         x += 18 + 7 * len(name) + 22
     return parts
 
@@ -178,11 +169,9 @@ def _grid(scale: _Scale, top: float, bottom: float) -> list[str]:
     parts = []
     for tick in scale.ticks():
         x = scale.x(tick)
-        parts.append(
-            f'<line x1="{x:.1f}" y1="{top:.1f}" x2="{x:.1f}" y2="{bottom:.1f}" stroke="{_GRID}"/>'
-        )
+        parts.append(line(x, top, x, bottom, color=GRID))
         label = "0" if tick == 0 else _tick_text(tick)
-        parts.append(_text(x, bottom + 15, label, size=11, color=_SOFT, anchor="middle"))
+        parts.append(text(x, bottom + 15, label, size=11, color=SOFT, anchor="middle"))
     return parts
 
 
@@ -198,39 +187,18 @@ def _mark(mark: Mark, color: str, scale: _Scale, y: float) -> list[str]:
     if scale.kind == "bars":
         # A bar too short to see would look like nothing was measured.
         width = max(x - _PLOT_X, 1.5)
-        parts.append(
-            f'<rect x="{_PLOT_X}" y="{y:.1f}" width="{width:.1f}" height="{_MARK}" rx="2" '
-            f'fill="{color}"/>'
-        )
+        parts.append(box(_PLOT_X, y, width, _MARK, color=color, corner=2))
         end = _PLOT_X + width
     if mark.low is not None and mark.high is not None:
         left, right = scale.x(mark.low), scale.x(mark.high)
         end = max(end, right)
-        stroke = _INK if scale.kind == "bars" else color
-        parts.append(
-            f'<line x1="{left:.1f}" y1="{middle:.1f}" x2="{right:.1f}" y2="{middle:.1f}" '
-            f'stroke="{stroke}" stroke-width="{1 if scale.kind == "bars" else 3}" '
-            f'stroke-opacity="{0.6 if scale.kind == "bars" else 0.45}"/>'
-        )
+        if scale.kind == "bars":
+            parts.append(line(left, middle, right, middle, color=INK, opacity=0.6))
+        else:
+            parts.append(line(left, middle, right, middle, color=color, width=3, opacity=0.45))
     if scale.kind == "dots":
-        parts.append(f'<circle cx="{x:.1f}" cy="{middle:.1f}" r="5" fill="{color}"/>')
+        parts.append(dot(x, middle, radius=5, color=color))
         end = max(end, x + 5)
-    said = seconds_text(mark.value) + (f"  {mark.note}" if mark.note else "")
-    parts.append(_text(end + 8, middle + 4, said, size=12))
+    words = seconds_text(mark.value) + (f"  {mark.note}" if mark.note else "")
+    parts.append(text(end + 8, middle + 4, words, size=12))
     return parts
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: float,
-    color: str = _INK,
-    weight: int = 400,
-    anchor: str = "start",
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" fill="{color}" '
-        f'text-anchor="{anchor}">{escape(text)}</text>'
-    )
