@@ -44,7 +44,7 @@ from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError, KeepwarmError
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tiers.files import find_tiers_directory, load_tiers
 
 SCENARIO = "cache_reuse"
 CHUNK_TOKENS = 256

@@ -32,8 +32,8 @@ from keepwarm.core.plan import Option, Plan, Source
 from keepwarm.core.prompt import Segment, prompt_of
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.explain.explainer import Explainer, Identity
+from keepwarm.explain.metrics import Metrics
 from keepwarm.explain.record import Ended
-from keepwarm.gateway.metrics import Metrics
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import LogSettings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keepwarm.core.tiers import TierSet
 from keepwarm.settings import EngineSettings, Settings, TierSettings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tiers.files import find_tiers_directory, load_tiers
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -62,8 +62,8 @@ from keepwarm.core.tiers import TierSet, compose
 from keepwarm.engine.attach import plan_launch
 from keepwarm.errors import ConfigError, EngineError, KeepwarmError
 from keepwarm.router import AUTO, DEFAULT_COSTS, TIERS, RouteRequest, TierCost
-from keepwarm.router_files import Router, load_router
 from keepwarm.settings import Settings, StoreSettings
+from keepwarm.tiers.router_files import Router, load_router
 
 # A server's first request also pays for code and sockets that nobody has used yet.
 _SETTLING = "Hello."

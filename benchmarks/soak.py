@@ -29,7 +29,7 @@ from keepwarm.bench.prompts import Questions, Turn, assistant, keepwarm_request,
 from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.core.tiers import TierSet
 from keepwarm.settings import EngineSettings, Settings, StoreSettings, TierSettings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tiers.files import find_tiers_directory, load_tiers
 
 _PAUSE_S = 1.0
 _HANG_UP_SHARE = 0.15

@@ -33,10 +33,10 @@ from benchmarks.store_scale import SMOLLM2, Workload, bytes_on_disk, settings_in
 from keepwarm.bench.machine import describe_model, machine
 from keepwarm.cli.output import err
 from keepwarm.core.tree import Tokens
+from keepwarm.deployment.probe import probe
 from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.session import wait_ready
-from keepwarm.gateway.probe import probe
 from keepwarm.settings import EngineSettings, StoreSettings
 from keepwarm.store.disk import Disk
 from keepwarm.store.snapshots import Snapshots

@@ -33,7 +33,7 @@ from benchmarks.routing_report import (
 from benchmarks.routing_tasks import TASKS
 from keepwarm.bench.results import Machine, Prefix
 from keepwarm.router import DEFAULT_COSTS, TIERS, TierCost
-from keepwarm.router_files import load_router
+from keepwarm.tiers.router_files import load_router
 
 
 def asked(

@@ -18,7 +18,7 @@ from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import SlotState
 from keepwarm.explain.difference import Cause
-from keepwarm.gateway.metrics import SECONDS, Metrics, merged
+from keepwarm.explain.metrics import SECONDS, Metrics, merged
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

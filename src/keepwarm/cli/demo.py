@@ -17,7 +17,7 @@ from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError
 from keepwarm.settings import EngineSettings, Settings, TierSettings
-from keepwarm.tierfiles import load_tiers, packaged_configs
+from keepwarm.tiers.files import load_tiers, packaged_configs
 
 _MODEL = Path(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 _QUICK = DemoScale(requests=3, conversations=1, kills=1)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import (
     ConflictError,
     ForbiddenError,
@@ -26,7 +27,6 @@ from keepwarm.errors import (
 )
 from keepwarm.explain.record import brief
 from keepwarm.gateway.feed import Feed, encode_event
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.views import HAND, SHARED, overview, slots_now, store_now
 from keepwarm.store.types import Listed
 

@@ -16,7 +16,7 @@ from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 SHARED = ""
 # A page shows no more rows than this, and a store may hold a hundred thousand.

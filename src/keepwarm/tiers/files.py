@@ -114,7 +114,7 @@ def find_tiers_directory(
 
 def packaged_configs() -> Path:
     """The `configs` directory that came with Keepwarm: in the package, or in a checkout's root."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
 

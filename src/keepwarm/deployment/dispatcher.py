@@ -37,6 +37,7 @@ from keepwarm.core.prompt import Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
+from keepwarm.deployment.slot_store import SlotStore
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import (
@@ -47,8 +48,7 @@ from keepwarm.errors import (
     QueueFullError,
     SnapshotError,
 )
-from keepwarm.gateway.metrics import Metrics
-from keepwarm.gateway.slot_store import SlotStore
+from keepwarm.explain.metrics import Metrics
 from keepwarm.store.types import Origin
 
 _TICK_S = 0.1

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
+from keepwarm.deployment.warm import Target, keep
 from keepwarm.errors import KeepwarmError
-from keepwarm.gateway.warm import Target, keep
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 

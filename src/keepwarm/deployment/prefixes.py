@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.rebuild import rebuild
+from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
 from keepwarm.errors import ConfigError
-from keepwarm.gateway.rebuild import rebuild
-from keepwarm.gateway.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
 from keepwarm.router import DEFAULT_COSTS, TierCost
 from keepwarm.router.judge import judges_prompt
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
+from keepwarm.deployment.rebuild import rebuild
+from keepwarm.deployment.warm import Target, tier_targets
 from keepwarm.errors import EngineError, SnapshotError, TierError
-from keepwarm.gateway.rebuild import rebuild
-from keepwarm.gateway.tiering import Tiered
-from keepwarm.gateway.warm import Target, tier_targets
 from keepwarm.store.types import Origin
+from keepwarm.tiers.tiering import Tiered
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 

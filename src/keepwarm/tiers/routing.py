@@ -17,14 +17,6 @@ from keepwarm.core.prompt import Api, prompt_of, segments_of
 from keepwarm.core.reply import Reply
 from keepwarm.core.tiers import Tier, TierSet
 from keepwarm.errors import RequestError
-from keepwarm.gateway.tiering import (
-    AUTO,
-    Tiered,
-    apply_tier,
-    asked_tier,
-    has_own_system,
-    shaping,
-)
 from keepwarm.router import (
     Decision,
     Escalation,
@@ -35,8 +27,16 @@ from keepwarm.router import (
     route_request,
 )
 from keepwarm.router.calibrate import Outcome
-from keepwarm.router_files import Router
-from keepwarm.router_outcomes import OutcomeLog
+from keepwarm.tiers.router_files import Router
+from keepwarm.tiers.router_outcomes import OutcomeLog
+from keepwarm.tiers.tiering import (
+    AUTO,
+    Tiered,
+    apply_tier,
+    asked_tier,
+    has_own_system,
+    shaping,
+)
 
 # Conversations whose tier is remembered; 16 bytes and a name each.
 _REMEMBERED = 10_000

@@ -19,10 +19,10 @@ from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.slots import Content, Position, positions
 from keepwarm.core.tiers import TierSet, compose
+from keepwarm.deployment.slot_store import SlotStore
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length, static_tokens
 from keepwarm.errors import SnapshotError, TierError
-from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin

@@ -29,6 +29,16 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.dispatcher import Dispatcher
+from keepwarm.deployment.explaining import begin_explaining
+from keepwarm.deployment.prefixes import Prefixes, UnprovedError
+from keepwarm.deployment.probe import probe
+from keepwarm.deployment.proof import Prover
+from keepwarm.deployment.slot_store import SlotStore
+from keepwarm.deployment.supervision import Supervisor
+from keepwarm.deployment.warm import (
+    Progress,
+)
 from keepwarm.engine.attach import plan_launch, seen_again
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.early import Beginning, prepare, start_process
@@ -45,26 +55,16 @@ from keepwarm.errors import (
     KeepwarmError,
 )
 from keepwarm.explain.explainer import Explainer, Sink
-from keepwarm.gateway.dispatcher import Dispatcher
-from keepwarm.gateway.ending import begin_explaining
-from keepwarm.gateway.keys import load_keys
-from keepwarm.gateway.metrics import Metrics
-from keepwarm.gateway.prefixes import Prefixes, UnprovedError
-from keepwarm.gateway.probe import probe
-from keepwarm.gateway.proof import Prover
-from keepwarm.gateway.routing import TierRouter
-from keepwarm.gateway.slot_store import SlotStore
-from keepwarm.gateway.supervision import Supervisor
-from keepwarm.gateway.tiering import Tiered
-from keepwarm.gateway.tracing import start_tracing
-from keepwarm.gateway.warm import (
-    Progress,
-)
-from keepwarm.router_files import load_router
-from keepwarm.router_outcomes import OutcomeLog
+from keepwarm.explain.metrics import Metrics
+from keepwarm.explain.tracing import start_tracing
+from keepwarm.keys import load_keys
 from keepwarm.settings import Places, Settings, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
+from keepwarm.tiers.router_files import load_router
+from keepwarm.tiers.router_outcomes import OutcomeLog
+from keepwarm.tiers.routing import TierRouter
+from keepwarm.tiers.tiering import Tiered
 
 log = logging.getLogger("keepwarm")
 
