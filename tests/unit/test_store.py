@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.errors import ConfigError
+from keepwarm.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.store.checks import integrity
 from keepwarm.store.intake import Why
 from keepwarm.store.snapshots import Snapshots

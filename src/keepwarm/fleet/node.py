@@ -21,11 +21,11 @@ from keepwarm.core.plan import prompt_tokens
 from keepwarm.core.prompt import prompt_of
 from keepwarm.core.slots import SlotState
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.dispatcher import Dispatcher, Grant
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.second import Objects, SecondLevel
-from keepwarm.gateway.dispatcher import Dispatcher, Grant
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
 

@@ -23,20 +23,20 @@ from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
+from keepwarm.deployment.dispatcher import Grant
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import rendered_from, static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
-from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.judge import Judge
-from keepwarm.gateway.runtime import Runtime
-from keepwarm.gateway.tiering import HEADER, Tiered
 from keepwarm.gateway.upstream import Fetched, forwarded, posted, read_whole, returned
 from keepwarm.router import Escalation
+from keepwarm.tiers.tiering import HEADER, Tiered
 
 log = logging.getLogger("keepwarm")
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.core.evict import heat_after_use
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Match
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.catalog import MarkPlace, namespaces_of
 from keepwarm.store.disk import disk_errors
 from keepwarm.store.files import FileKey
