@@ -185,6 +185,7 @@ class StoreBesideDict(RuleBasedStateMachine):
                 self.restore_or_doubt(extent.id, end)
         for extent_id in self.store.extent_ids():
             verify_extent(self.store, extent_id)  # also rows that no restore can reach
+        self.store.shelf.clear_refuse()
         self.pinned = {
             name: tokens
             for name, tokens in self.pinned.items()

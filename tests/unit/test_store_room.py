@@ -9,7 +9,6 @@ import pytest
 
 from keepwarm.store.checks import integrity, prune_offline, stores
 from keepwarm.store.lock import OwnerLock
-from keepwarm.store.shelf import directory_name
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.staging import Staging
 from keepwarm.store.types import Origin
@@ -180,7 +179,7 @@ def test_other_fingerprints_files_go_first(tmp_path: Path) -> None:
     for i in range(4):
         save(store, run(i * 100))
     assert len(store.shelf.catalog.tree) == 4
-    assert not (tmp_path / "store" / directory_name("before the upgrade")).exists()
+    assert not old.shelf.settings.directory.exists()
     assert [listed.fingerprint for listed in stores(tmp_path / "store")] == [
         store.shelf.settings.fingerprint
     ]

@@ -227,8 +227,12 @@ class Store:
         return self._snapshots.shelf.catalog.pins.get(name)
 
     async def tokens_of(self, extent_id: int, at_tokens: int) -> Tokens:
-        """The token ids of a kept prefix. Raises: SnapshotError('unknown')."""
-        return await self._run(self._snapshots.tokens_of, extent_id, at_tokens)
+        """The token ids of a kept prefix, proved to be those that were saved.
+
+        Raises: SnapshotError('unknown'); 'checksum', 'truncated', 'missing' or 'unreadable' after
+        the culprit was quarantined.
+        """
+        return await self._run(self._snapshots.proved_tokens, extent_id, at_tokens)
 
     async def quarantine(self, extent_id: int, at_tokens: int, *, reason: str) -> Removed:
         """Set aside the extent that a restore of this prefix ended in, and what hangs off it.
