@@ -448,5 +448,7 @@ def test_all_is_private_to_the_user(tmp_path: Path) -> None:
     for path in [tmp_path / "store", tmp_path / "staging", *(tmp_path / "store").rglob("*")]:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
-    made = [p for p in (tmp_path / "staging").iterdir() if p.stat().st_size < len(slot_file(FIRST))]
+    made = [
+        p for p in (tmp_path / "staging").glob("*.slot") if p.stat().st_size < len(slot_file(FIRST))
+    ]
     assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o600]

@@ -212,7 +212,7 @@ class StoreBesideDict(RuleBasedStateMachine):
     def index_files_and_memory_agree_within_the_quota(self) -> None:
         assert integrity(self.store) == ()
         assert self.store.shelf.used_bytes <= self.store.shelf.settings.quota_bytes
-        staged = sum(path.stat().st_size for path in self.store.staging.root.iterdir())
+        staged = sum(path.stat().st_size for path in self.store.staging.root.glob("*.slot*"))
         assert staged == self.store.staging.used_bytes <= self.store.staging.bound_bytes
 
 

@@ -6,7 +6,7 @@ that a mapped file is the codec's input. It is written once, under a name that e
 until it is complete, and is never opened for writing again.
 
 The checksum in the index covers the row's seal (see `index`), then the payload. It is compared
-before the first use of a file in each process life; `_verified` remembers which have passed.
+each time a file is opened for its content; `_verified` remembers which have been read in this life.
 
 Invariants:
 - A file without the suffix `.new` is complete and flushed.
@@ -30,7 +30,14 @@ from typing import NamedTuple
 
 from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
-from keepwarm.store.disk import Disk, Written, disk_errors, map_file, read_checksum
+from keepwarm.store.disk import (
+    Disk,
+    Written,
+    checksum,
+    disk_errors,
+    map_file,
+    read_checksum,
+)
 from keepwarm.store.index import BoundaryRow, ExtentRow
 from keepwarm.store.places import QUARANTINE, TAG, is_own_name, put_tag
 
@@ -170,13 +177,24 @@ class ExtentFiles:
         self._verified.add(key)
 
     def open(self, row: ExtentRow | BoundaryRow) -> mmap.mmap | bytes:
-        """The file's bytes, verified; mapped if there are many. Raises: as `check`."""
+        """The file's bytes, compared with their checksum now; mapped if there are many.
+
+        It is compared at each use, since what is computed behind damaged rows is wrong for good,
+        and nobody sees it. The first time in a life it is read, not mapped: that reports a bad
+        disk as an error.
+
+        Raises: as `check`.
+        """
         self.check(row)
-        path = self.path(key_of(row))
+        key = key_of(row)
+        path = self.path(key)
         with disk_errors(f"opening {path.name}"):
             found = path.read_bytes() if row.size_bytes < READ_BELOW_BYTES else map_file(path)
         if len(found) != row.size_bytes:
             raise SnapshotError(f"{path.name} was cut while in use", reason="truncated")
+        if checksum(found, seal=row.seal) != row.checksum:
+            self._verified.discard(key)
+            raise SnapshotError(f"{path.name} isn't what was written", reason="checksum")
         return found
 
     def quarantine(self, key: FileKey) -> None:

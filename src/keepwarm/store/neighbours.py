@@ -19,7 +19,7 @@ from pathlib import Path
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.lock import OwnerLock, told_by
-from keepwarm.store.places import LOCK_SUFFIX, own_files, remove_store, stores_in
+from keepwarm.store.places import LOCK_SUFFIX, UNSAVED, own_files, remove_store, stores_in
 
 log = logging.getLogger("keepwarm.store")
 
@@ -116,3 +116,17 @@ def remove_unowned(directory: Path, *, disk: Disk) -> int:
                 freed,
             )
     return freed
+
+
+def remove_left(staging: Path, *, disk: Disk) -> None:
+    """Remove stores for one life (see `unsaved`) whose process has ended without removing them.
+
+    Raises: OSError, SnapshotError.
+    """
+    for root in staging.glob(f"{UNSAVED}*"):
+        for directory in stores_in(root):
+            remove_unowned(directory, disk=disk)
+            if not directory.exists():
+                disk.unlink(lock_of(directory))
+        with contextlib.suppress(OSError):  # something else is in it, or a living process's store
+            root.rmdir()

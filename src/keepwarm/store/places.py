@@ -25,6 +25,7 @@ from keepwarm.store.disk import Disk
 INDEX_SUFFIX = ".index"
 LOCK_SUFFIX = ".lock"
 QUARANTINE = "quarantine"
+UNSAVED = "unsaved-"  # how directories of stores for one life begin
 TAG = "CACHEDIR.TAG"
 """Also tells backup programs to leave the directory out (bford.info/cachedir)."""
 

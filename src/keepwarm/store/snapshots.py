@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from keepwarm.core.slotfile import Buffer, RowsPart
 from keepwarm.core.slotfile.cells import as_view
@@ -136,6 +137,7 @@ class Snapshots:
                 extent_id=saved.extent_id,
                 at=saved.at_tokens,
                 size_bytes=len(buffer),
+                checksum=xxhash.xxh3_128_digest(buffer),
                 is_pinned=self._is_pinned_end(saved.extent_id, saved.at_tokens),
             )
         else:
@@ -172,12 +174,13 @@ class Snapshots:
             return Ready(ready.name, extent_id, at, ready.size_bytes)
         _, buffers = self._assemble(extent_id, at, for_engine=True)
         size = sum(len(as_view(buffer)) for buffer in buffers)
-        name = self.staging.write(size, buffers)
+        name, checksum = self.staging.write(size, buffers)
         self.staging.keep(
             name,
             extent_id=extent_id,
             at=at,
             size_bytes=size,
+            checksum=checksum,
             is_pinned=self._is_pinned_end(extent_id, at),
             is_written_here=True,
         )

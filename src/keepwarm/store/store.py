@@ -42,6 +42,7 @@ from keepwarm.store.types import (
     StoreStats,
     Verified,
 )
+from keepwarm.store.unsaved import open_or_do_without
 from keepwarm.worker import Worker
 
 log = logging.getLogger("keepwarm.store")
@@ -77,18 +78,26 @@ class Store:
         *,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
+        must_last: bool = False,
     ) -> Store:
-        """Open the store of one fingerprint, or begin it, and put right what a crash left.
+        """Open the store of one fingerprint and layout, or begin it.
 
-        Staged files of an earlier life are removed, so open it before the engine starts to save.
+        One that can't be used now (a full disk, an index that somebody holds) is replaced by one in
+        the staging directory for this life, and `report.unsaved` says why; unless it `must_last`.
 
-        Raises: ConfigError, if another process has it (the message says which) or its directory
-        can't be used; SnapshotError('index', 'no_space', 'io').
+        Raises: ConfigError, if another process has it (the message says which) or its root can be
+        no directory; SnapshotError('index', 'no_space', 'io').
         """
         worker = Worker("store", failure="the store failed")
         try:
             snapshots = await asyncio.wrap_future(
-                worker.submit(Snapshots, settings, disk=disk or Disk(), now_s=clock())
+                worker.submit(
+                    open_or_do_without,
+                    settings,
+                    disk=disk or Disk(),
+                    now_s=clock(),
+                    must_last=must_last,
+                )
             )
         except BaseException:
             worker.close()
