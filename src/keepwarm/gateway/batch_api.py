@@ -151,7 +151,7 @@ class _Site:
                 lambda led: led.add_file(part, namespace=namespace, filename=name, purpose=why)
             )
         finally:
-            part.unlink(missing_ok=True)
+            self.ledger.drop_part(part)
         return _json(made)
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
