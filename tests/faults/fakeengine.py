@@ -80,6 +80,10 @@ class FakeEngine:
         self.is_loading = False
         self.closes_connections = False
         self.loses_restores = False
+        # How many of the next restores are refused.
+        self.refused_restores = 0
+        # Token ids that it doesn't know.
+        self.unknown_tokens: set[int] = set()
         self.opening = "Monday. "
         self.port = 0
         self._seconds_a_token = seconds_a_token
@@ -170,7 +174,8 @@ class FakeEngine:
             out["timings"] = {"save_ms": 1.0}
         else:
             path = self.slot_dir / body["filename"]
-            if not path.is_file():
+            self.refused_restores -= 1
+            if not path.is_file() or self.refused_restores >= 0:
                 self.slots[slot] = []
                 return web.json_response({"error": {"message": "no file"}}, status=400)
             raw = path.read_bytes()
@@ -181,6 +186,8 @@ class FakeEngine:
         return web.json_response(out)
 
     async def _fill(self, body: dict[str, Any]) -> web.Response:
+        if self.unknown_tokens & set(body["prompt"]):
+            return web.json_response({"error": {"message": "invalid tokens"}}, status=400)
         timings = await self._prefill(body["id_slot"], body["prompt"])
         done = {"content": "", "timings": timings}
         if not body.get("stream"):

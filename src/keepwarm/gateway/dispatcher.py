@@ -43,7 +43,6 @@ from keepwarm.errors import (
     DeadlineError,
     EngineDownError,
     EngineError,
-    EngineRefusedError,
     QueueFullError,
     SnapshotError,
 )
@@ -265,8 +264,13 @@ class Dispatcher:
             self.metrics.miss(error.reason)
             self._note_failure(step, error.reason)
             outcome = StepFailed(emptied=isinstance(step, RestoreSlot))
-        except EngineError:
-            self._note_failure(step, "engine")
+        except EngineError as error:
+            reason = "engine"
+            if isinstance(step, RestoreSlot) and not isinstance(error, EngineDownError):
+                reason = "refused"
+                self.metrics.miss(reason)
+                self._snapshots.refused(step.stored)
+            self._note_failure(step, reason)
             # A refused restore clears the slot; after any other failure its state is unknown.
             outcome = StepFailed(emptied=not isinstance(step, SaveSlot))
         finally:
@@ -402,12 +406,22 @@ class Dispatcher:
             stored = await self._snapshots.match(tokens, job.namespace)
             if stored is None or stored.tokens <= known:
                 return
+            if self._snapshots.is_refused(stored.extent_id):
+                return
+        except SnapshotError as error:
+            self.metrics.miss(error.reason)
+            return
+        try:
             async with self._snapshots.ready(stored) as file:
                 await self._client.restore(slot, file.name)
         except SnapshotError as error:
             self.metrics.miss(error.reason)
-        except EngineRefusedError:
-            self.metrics.miss("restore")  # the slot is empty now, and filled from its beginning
+        except EngineDownError:
+            raise
+        except EngineError:
+            # The slot is empty now, and filled from its beginning.
+            self.metrics.miss("refused")
+            self._snapshots.refused(stored)
 
     async def _tick(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ class SlotFile:
     tokens: int
 
 
+# A prefix that the engine has refused isn't asked for again for so long. Nothing is removed: the
+# pool may have been full, or the file not to be read by a server of another user's. Until then each
+# request would wait for the refusal.
+_REFUSED_FOR_S = 600.0
+
+
 class SlotStore:
     """The store, for slots. `row_bytes` is one token's KV state; in whole form an estimate."""
 
@@ -29,12 +36,13 @@ class SlotStore:
         self.store = store
         self.row_bytes = row_bytes
         self.cuttable = cuttable
+        self._refused: dict[int, float] = {}
 
     def lookup(self, prompt: Prompt, namespace: str) -> Stored | None:
         """The longest kept prefix of a prompt, from memory."""
         digests = [mark.digest for mark in prompt.marks]
         hit = self.store.lookup(digests, namespace=namespace)
-        if hit is None:
+        if hit is None or self.is_refused(hit.extent_id):
             return None
         promise = hit.at_tokens if hit.is_exact else 0
         if not promise:
@@ -43,6 +51,15 @@ class SlotStore:
                 base = self.store.lookup([static.digest], namespace=namespace)
                 promise = base.at_tokens if base and base.is_exact else 0
         return self._stored(hit, promise)
+
+    def refused(self, stored: Stored) -> None:
+        """The engine has refused to restore this: it isn't offered for some time."""
+        if stored.extent_id is not None:
+            self._refused[stored.extent_id] = time.monotonic() + _REFUSED_FOR_S
+
+    def is_refused(self, extent_id: int | None) -> bool:
+        """Whether the engine has refused to restore this not long ago."""
+        return extent_id is not None and time.monotonic() < self._refused.get(extent_id, 0.0)
 
     async def match(self, tokens: Sequence[int], namespace: str) -> Stored | None:
         """The longest restorable prefix of these very tokens."""
