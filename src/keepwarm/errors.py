@@ -59,6 +59,14 @@ class EngineStartError(EngineError):
     retry = False
 
 
+class UnknownFlagError(EngineStartError):
+    """The engine ended over an argument that it doesn't know."""
+
+    def __init__(self, message: str, *, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
 class EngineReplacedError(EngineStartError):
     """The attached server runs another model, build or template than before: what is saved for the
     one must not reach the other. Its slots aren't touched any more.

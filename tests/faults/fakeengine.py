@@ -80,8 +80,12 @@ class FakeEngine:
         self.is_loading = False
         self.closes_connections = False
         self.loses_restores = False
-        # How many of the next restores are refused.
+        # How many of the next restores are refused; of files that only try it, all or none.
         self.refused_restores = 0
+        self.refuses_probes = False
+        # Of the files that it saves; None: what is its own.
+        self.file_mode: int | None = None
+        self.file_version: int | None = None
         # Token ids that it doesn't know.
         self.unknown_tokens: set[int] = set()
         self.opening = "Monday. "
@@ -169,13 +173,20 @@ class FakeEngine:
             self.slots[slot] = []
         elif action == "save":
             raw = slot_file(self.slots[slot])
-            (self.slot_dir / body["filename"]).write_bytes(raw)
+            if self.file_version is not None:
+                raw = raw[:4] + self.file_version.to_bytes(4, "little") + raw[8:]
+            path = self.slot_dir / body["filename"]
+            path.write_bytes(raw)
+            if self.file_mode is not None:
+                path.chmod(self.file_mode)
             out |= {"n_saved": len(self.slots[slot]), "n_written": len(raw)}
             out["timings"] = {"save_ms": 1.0}
         else:
             path = self.slot_dir / body["filename"]
-            self.refused_restores -= 1
-            if not path.is_file() or self.refused_restores >= 0:
+            is_probe = path.name.startswith("probe-")
+            self.refused_restores -= not is_probe
+            refuses = self.refuses_probes if is_probe else self.refused_restores >= 0
+            if not path.is_file() or refuses:
                 self.slots[slot] = []
                 return web.json_response({"error": {"message": "no file"}}, status=400)
             raw = path.read_bytes()

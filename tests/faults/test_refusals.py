@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from fakeengine import FakeEngine
 from rig import Keepwarm, until
 
+from keepwarm.errors import ConfigError, EngineStartError
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, Settings
 from keepwarm.store.types import Origin
@@ -69,6 +71,54 @@ async def test_a_restore_that_is_refused_once_is_asked_for_again_from_an_empty_s
     runtime = await start()
     assert how(runtime) == {"restored"}
     assert all(warmed.proved for warmed in runtime.prefixes.warmed)
+
+
+async def test_an_engine_that_restores_nothing_is_served_cold(
+    engine: FakeEngine, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refuses_probes = True
+    runtime = await start()
+    assert runtime.state is State.READY
+    assert "every start is cold" in caplog.text
+    assert how(runtime) == {"prefilled", "cold"}
+    assert runtime.store.stats().saves == 0
+
+
+async def test_slot_files_of_another_version_are_not_a_reason_not_to_serve(
+    engine: FakeEngine, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.file_version = 7
+    runtime = await start()
+    assert runtime.state is State.READY
+    assert "(version): every start is cold" in caplog.text
+
+
+async def test_files_for_a_server_of_another_user_have_the_mode_of_its_own(
+    engine: FakeEngine, start: Start
+) -> None:
+    engine.file_mode = 0o664
+    runtime = await start()
+    minimal = next(t for t in runtime.prefixes.targets if t.name == "tier:minimal")
+    hit = await runtime.store.match(minimal.tokens[:-1], namespace="")
+    assert hit
+    ready = await runtime.store.materialize(hit.extent_id, hit.at_tokens)
+    assert (engine.slot_dir / ready.name).stat().st_mode & 0o777 == 0o664
+    runtime.store.release(ready.name)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read and write everything")
+async def test_files_that_cant_be_read_and_directories_that_cant_be_written_get_advice(
+    engine: FakeEngine, start: Start
+) -> None:
+    engine.file_mode = 0o000
+    with pytest.raises(EngineStartError, match="run both as the same user"):
+        await start()
+    engine.slot_dir.chmod(0o500)
+    try:
+        with pytest.raises(ConfigError, match="Run the llama-server as the same user"):
+            await start()
+    finally:
+        engine.slot_dir.chmod(0o700)
 
 
 async def test_an_engine_that_comes_back_and_refuses_all_restores_is_served(

@@ -30,16 +30,24 @@ _REFUSED_FOR_S = 600.0
 
 
 class SlotStore:
-    """The store, for slots. `row_bytes` is one token's KV state; in whole form an estimate."""
+    """The store, for slots. `row_bytes` is one token's KV state; in whole form an estimate.
 
-    def __init__(self, store: Store, *, row_bytes: int, cuttable: bool) -> None:
+    `is_usable` False: this engine restores nothing, so nothing is offered.
+    """
+
+    def __init__(
+        self, store: Store, *, row_bytes: int, cuttable: bool, is_usable: bool = True
+    ) -> None:
         self.store = store
         self.row_bytes = row_bytes
         self.cuttable = cuttable
+        self._is_usable = is_usable
         self._refused: dict[int, float] = {}
 
     def lookup(self, prompt: Prompt, namespace: str) -> Stored | None:
         """The longest kept prefix of a prompt, from memory."""
+        if not self._is_usable:
+            return None
         digests = [mark.digest for mark in prompt.marks]
         hit = self.store.lookup(digests, namespace=namespace)
         if hit is None or self.is_refused(hit.extent_id):
@@ -63,6 +71,8 @@ class SlotStore:
 
     async def match(self, tokens: Sequence[int], namespace: str) -> Stored | None:
         """The longest restorable prefix of these very tokens."""
+        if not self._is_usable:
+            return None
         hit = await self.store.match(tokens, namespace=namespace)
         return self._stored(hit, hit.at_tokens) if hit else None
 

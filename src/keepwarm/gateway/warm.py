@@ -184,7 +184,7 @@ class Warmer:
         for index, target in enumerate(targets):
             slot = room.get(index)
             report.append(await self._warm_one(target, slot, workbench, contents))
-        if targets and workbench not in contents:
+        if targets and workbench not in contents and self._machine.can_save:
             # What was left there would take room in a shared pool that nobody counts.
             await self._client.erase(workbench)
         return report, contents
