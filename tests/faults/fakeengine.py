@@ -40,6 +40,7 @@ class Fault(Enum):
     REFUSED = "400, as for a prompt that is too long"
     UNABLE = "501, as for an infill by a model without its tokens"
     FAILED = "500"
+    DIES = "the engine dies over it, and is back a moment later"
     LIES = "the slot was restored, but nothing of it is reused"
 
 
@@ -77,6 +78,10 @@ class FakeEngine:
         self.prefilled = 0
         self.resume = asyncio.Event()
         self.hung_up = 0
+        self.died = 0
+        # It dies over whatever holds this.
+        self.deadly = ""
+        self.away_s = 1.5
         self.is_loading = False
         self.closes_connections = False
         self.loses_restores = False
@@ -116,6 +121,12 @@ class FakeEngine:
                 connection.force_close()
             await self._runner.cleanup()
         self._runner = None
+
+    async def _die(self) -> None:
+        await self.stop()
+        # Longer than an attached server may be silent.
+        await asyncio.sleep(self.away_s)
+        await self.start()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path
@@ -227,10 +238,16 @@ class FakeEngine:
         return {"cache_n": same, "prompt_n": len(tokens) - same, "prompt_ms": 10.0}
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if self.deadly and self.deadly in json.dumps(body):
+            self.faults.appendleft(Fault.DIES)
         fault = self.faults.popleft() if self.faults else None
         slot = body["id_slot"]
         if fault is Fault.CLOSED_BEFORE_FIRST_BYTE:
             _hang_up(request)
+            await asyncio.sleep(60)
+        if fault is Fault.DIES:
+            self.died += 1
+            self._again = asyncio.ensure_future(self._die())
             await asyncio.sleep(60)
         if fault is Fault.STALL:
             await self._stall(slot)

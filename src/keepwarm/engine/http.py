@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 from multidict import CIMultiDict
 
-from keepwarm.errors import ConfigError, EngineDownError
+from keepwarm.errors import ConfigError, EngineDownError, EngineUnreachableError
 
 _CONNECT_S = 5.0
 # llama-server closes a connection on which nothing comes after five seconds (cpp-httplib's
@@ -117,7 +117,7 @@ class EngineHttp:
                     _Received, self._host, self._port, ssl=self._tls
                 )
         except (OSError, TimeoutError) as error:
-            raise EngineDownError(
+            raise EngineUnreachableError(
                 f"The engine can't be reached: {error or 'no connection in time'}."
             ) from error
         return received

@@ -147,6 +147,7 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._supervisor: Supervisor | None = None
+        self._serving_at_death: frozenset[str] = frozenset()
         self._vital: list[asyncio.Task[None]] = []
 
     @property
@@ -435,7 +436,14 @@ class Runtime:
         self.state = State.DOWN
         self.metrics.warm.set(0)
         self.metrics.restarted(reason)
+        self._serving_at_death = self.dispatcher.scheduler.serving
         self.dispatcher.engine_down()
+
+    def was_alone_at_death(self, job_id: str) -> bool | None:
+        """Whether the engine served nobody else when it died last; None: it didn't serve this."""
+        if job_id not in self._serving_at_death:
+            return None
+        return len(self._serving_at_death) == 1
 
     async def engine_again(self) -> None:
         """Start a new engine and warm it.
