@@ -273,6 +273,11 @@ class Scheduler:
         )
 
     @property
+    def is_preparing(self) -> bool:
+        """Whether a slot is being saved, restored, filled or emptied."""
+        return any(slot.state is SlotState.PREPARING for slot in self.slots)
+
+    @property
     def busy(self) -> bool:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)

@@ -141,8 +141,10 @@ class Dispatcher:
     async def retry(self, job: Job) -> Grant:
         """Give a slot back whose engine gave no answer, and wait for another.
 
-        Raises: as `acquire`.
+        Raises: as `acquire`; EngineDownError: Keepwarm is stopping.
         """
+        if self._is_closed:
+            raise EngineDownError("Keepwarm is stopping.")
         return await self._wait(job, lambda now_s: self.scheduler.retry(job.id, now_s))
 
     def finish(
@@ -190,7 +192,8 @@ class Dispatcher:
         while self.scheduler.busy and time.monotonic() < deadline:  # noqa: ASYNC110 - at shutdown
             await asyncio.sleep(0.02)
         self._perform(self.scheduler.drain(time.monotonic()))
-        while self.scheduler.busy and time.monotonic() < deadline + 5:  # noqa: ASYNC110
+        # What still computes is about to be broken off, so only the saves are waited for.
+        while self.scheduler.is_preparing and time.monotonic() < deadline + 5:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _wait(self, job: Job, event: Callable[[float], list[Effect]]) -> Grant:

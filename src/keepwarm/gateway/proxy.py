@@ -53,7 +53,7 @@ _RETRIES = 2
 # it. A reply of 100,000 tokens as server-sent events is about 20 MB.
 _WRITE_BUFFER_BYTES = 32 << 20
 _BROKEN_OFF = (
-    "The engine went away in the middle of this reply. It is being restarted; send the request "
+    "The engine went away or Keepwarm was stopped in the middle of this reply; send the request "
     "again."
 )
 _CRASHES = (

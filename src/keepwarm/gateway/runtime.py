@@ -352,6 +352,8 @@ class Runtime:
         self.state = State.STOPPING
         self.metrics.warm.set(0)
         self.tell("stopping: saving slots")
+        if hasattr(self, "dispatcher"):
+            self.dispatcher.refuse_waiting(self._why_down())
         if drain and was_ready:
             await self.dispatcher.drain(self.settings.server.drain_timeout_s)
         absorbing = [t for t in self._tasks if t.get_name() == "absorb"]
@@ -359,6 +361,11 @@ class Runtime:
             await asyncio.wait(absorbing, timeout=30)
         if hasattr(self, "dispatcher"):
             self.dispatcher.close()
+        if self._supervisor:
+            self._supervisor.close()
+        if hasattr(self, "client"):
+            # What still runs has had its time; each client is told.
+            self.client.http.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
