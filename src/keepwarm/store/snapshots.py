@@ -54,7 +54,10 @@ class Snapshots:
         try:
             with disk_errors("opening the staging directory"):
                 self.staging = Staging(
-                    settings.staging, bound_bytes=settings.staging_bytes, disk=disk
+                    settings.staging,
+                    bound_bytes=settings.staging_bytes,
+                    disk=disk,
+                    file_mode=settings.file_mode,
                 )
         except BaseException:
             self.shelf.close()
