@@ -15,14 +15,16 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from keepwarm.batch.job import Paths
-from keepwarm.errors import ConfigError, RequestError
+from keepwarm.batch.journal import disk_errors
+from keepwarm.errors import ConfigError, KeepwarmError, RequestError
 
 # What a batch can still come to.
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -50,7 +52,11 @@ class ConflictError(RequestError):
 
 
 class Ledger:
-    """See the module. Its methods may be called from several threads, one at a time each."""
+    """See the module. Its methods may be called from several threads, one at a time each.
+
+    Each of them raises UnwritableError if the disk can't be used now, and ConfigError if the
+    ledger's own file is damaged; nothing has changed then.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Open or begin it.
@@ -61,11 +67,12 @@ class Ledger:
         self.directory = directory
         self._files = directory / "files"
         self._journals = directory / "journals"
+        self._database = directory / "batches.sqlite"
         self._lock = threading.RLock()
         try:
             for path in (directory, self._files, self._journals):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            database = directory / "batches.sqlite"
+            database = self._database
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._fd = os.open(directory / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -96,6 +103,11 @@ class Ledger:
             self._db.close()
             os.close(self._fd)
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock, disk_errors(self._database):
+            yield
+
     def _clean(self) -> None:
         """Remove what a crash has left: half uploads, and results of batches that are gone."""
         named = {row[0] for row in self._db.execute("SELECT id FROM files")}
@@ -120,25 +132,32 @@ class Ledger:
 
     def used_bytes(self) -> int:
         """What all files take."""
-        return sum(path.stat().st_size for path in self._files.iterdir())
+        with disk_errors(self._files):
+            return sum(path.stat().st_size for path in self._files.iterdir())
 
     def add_file(
         self, part: Path, *, namespace: str, filename: str, purpose: str
     ) -> dict[str, Any]:
         """Make a file of what was uploaded to `part`; returns its object."""
         file_id = f"file-{uuid.uuid4().hex[:24]}"
-        size_bytes = part.stat().st_size
-        part.rename(self._files / file_id)
-        with self._lock:
-            self._db.execute(
-                "INSERT INTO files VALUES (?,?,?,?,?,?)",
-                (file_id, namespace, filename[:255], purpose, size_bytes, int(time.time())),
-            )
+        with disk_errors(part):
+            size_bytes = part.stat().st_size
+            part.rename(self._files / file_id)
+        try:
+            with self._locked():
+                self._db.execute(
+                    "INSERT INTO files VALUES (?,?,?,?,?,?)",
+                    (file_id, namespace, filename[:255], purpose, size_bytes, int(time.time())),
+                )
+        except KeepwarmError:
+            with suppress(OSError):
+                (self._files / file_id).unlink()
+            raise
         return self.file(file_id, namespace)
 
     def file(self, file_id: str, namespace: str) -> dict[str, Any]:
         """A file's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE id=? AND namespace=?",
@@ -150,7 +169,7 @@ class Ledger:
 
     def list_files(self, namespace: str, *, purpose: str | None = None) -> list[dict[str, Any]]:
         """All files of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE namespace=? AND (? IS NULL OR purpose=?) ORDER BY rowid DESC",
@@ -165,7 +184,7 @@ class Ledger:
             NotFoundError: there is none.
             ConflictError: a batch that hasn't ended reads it.
         """
-        with self._lock:
+        with self._locked():
             self.file(file_id, namespace)
             for batch in self.unfinished():
                 if batch["input_file_id"] == file_id:
@@ -173,7 +192,8 @@ class Ledger:
                         f"The batch {batch['id']} reads this file. Cancel it first, or wait."
                     )
             self._db.execute("DELETE FROM files WHERE id=?", (file_id,))
-        (self._files / file_id).unlink(missing_ok=True)
+        with suppress(OSError):  # nobody can name it any more
+            (self._files / file_id).unlink()
 
     def add_batch(
         self,
@@ -186,7 +206,7 @@ class Ledger:
         metadata: Mapping[str, str] | None,
     ) -> dict[str, Any]:
         """Begin a batch; returns its object. Raises: NotFoundError: there is no such file."""
-        with self._lock:
+        with self._locked():
             self.file(input_file_id, namespace)
             now = int(time.time())
             batch = {
@@ -221,7 +241,7 @@ class Ledger:
 
     def batch(self, batch_id: str, namespace: str) -> dict[str, Any]:
         """A batch's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT object FROM batches WHERE id=? AND namespace=?", (batch_id, namespace)
             ).fetchone()
@@ -231,13 +251,13 @@ class Ledger:
 
     def status(self, batch_id: str) -> str:
         """A batch's status, whose ever it is."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT status FROM batches WHERE id=?", (batch_id,)).fetchone()
         return str(row[0])
 
     def list_batches(self, namespace: str) -> list[dict[str, Any]]:
         """All batches of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT object FROM batches WHERE namespace=? ORDER BY seq DESC", (namespace,)
             ).fetchall()
@@ -246,7 +266,7 @@ class Ledger:
     def unfinished(self) -> list[dict[str, Any]]:
         """Batches of all namespaces that haven't ended, the oldest first, with `namespace`."""
         marks = ",".join("?" * len(UNFINISHED))
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 f"SELECT namespace, object FROM batches WHERE status IN ({marks}) "  # noqa: S608
                 "ORDER BY seq",
@@ -256,7 +276,7 @@ class Ledger:
 
     def change(self, batch_id: str, **changes: Any) -> dict[str, Any]:
         """Change fields of a batch; returns its object. A status also notes its time."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT object FROM batches WHERE id=?", (batch_id,)).fetchone()
             batch = {**msgspec.json.decode(row[0]), **changes}
             stamp = f"{batch['status']}_at"
@@ -270,7 +290,7 @@ class Ledger:
 
     def paths(self, batch_id: str) -> Paths:
         """A batch's files."""
-        with self._lock:
+        with self._locked():
             output_id, error_id, raw = self._db.execute(
                 "SELECT output_id, error_id, object FROM batches WHERE id=?", (batch_id,)
             ).fetchone()
@@ -284,7 +304,7 @@ class Ledger:
     def finish(self, batch_id: str, *, status: str, **changes: Any) -> dict[str, Any]:
         """End a batch: its results become files, and its journal isn't needed any more."""
         paths = self.paths(batch_id)
-        with self._lock:
+        with self._locked():
             namespace = self._db.execute(
                 "SELECT namespace FROM batches WHERE id=?", (batch_id,)
             ).fetchone()[0]
@@ -311,10 +331,12 @@ class Ledger:
                 batch = self.change(batch_id, status=status, **changes)
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-        for suffix in ("", "-wal", "-shm"):
-            paths.journal.with_name(paths.journal.name + suffix).unlink(missing_ok=True)
+        with suppress(OSError):  # the next start removes them
+            for suffix in ("", "-wal", "-shm"):
+                paths.journal.with_name(paths.journal.name + suffix).unlink(missing_ok=True)
         return batch
 
 
