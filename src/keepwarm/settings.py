@@ -307,6 +307,23 @@ def child_environment(unless_set: Mapping[str, str]) -> dict[str, str]:
     return {**unless_set, **os.environ}
 
 
+def client_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The environment for a client: the user's own with these set, or taken out where None.
+
+    A proxy that the user has is for other machines: a gateway on this one isn't reached through it.
+    """
+    kept = {**os.environ, **{name: value for name, value in changes.items() if value is not None}}
+    for name in ("NO_PROXY", "no_proxy"):
+        listed = [part for part in kept.get(name, "").split(",") if part.strip()]
+        kept[name] = ",".join(dict.fromkeys([*listed, "127.0.0.1", "localhost"]))
+    return {name: value for name, value in kept.items() if changes.get(name, "") is not None}
+
+
+def user_environment() -> tuple[Path, Mapping[str, str]]:
+    """The user's home and environment, for the folders that other programs keep models in."""
+    return _home(os.environ), dict(os.environ)
+
+
 def gateway_key() -> str | None:
     """The API key that commands give to a running gateway when none is named."""
     return os.environ.get("KEEPWARM_API_KEY") or None
@@ -344,13 +361,17 @@ def trace_export() -> TraceExport | None:
 
 
 def load_settings(
-    *, file: Path | None = None, flags: Mapping[str, Any] | None = None
+    *,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, Places]:
     """Read all sources.
 
     Args:
         file: a settings file; without one `./keepwarm.toml`, then the user's configuration.
         flags: values by dotted key (`engine.slots`); None means not given.
+        defaults: values by dotted key that count where no source gives another one.
 
     Raises:
         ConfigError: a file that can't be read, an unknown key, a value out of bounds; names the
@@ -360,6 +381,7 @@ def load_settings(
     places = _places(environment)
     tree: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    _merge(tree, origin, _nested(defaults or {}), "the defaults")
     path = file or next((p for p in _files(places) if p.is_file()), None)
     if path:
         _merge(tree, origin, _read_toml(path), str(path))
@@ -394,7 +416,7 @@ def _check_hygiene(hygiene: HygieneSettings, origin: Mapping[str, str]) -> None:
 
 
 def _places(environment: Mapping[str, str]) -> Places:
-    home = Path(environment.get("HOME") or Path.home())
+    home = _home(environment)
     config = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
     state = Path(
         environment.get("STATE_DIRECTORY", "").split(":")[0]
@@ -403,6 +425,16 @@ def _places(environment: Mapping[str, str]) -> Places:
     )
     runtime = environment.get("XDG_RUNTIME_DIR")
     return Places(config, state, Path(runtime) if runtime else None, None)
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    """The user's home; the root where there is none, as in a container with a user of its own."""
+    if named := environment.get("HOME"):
+        return Path(named)
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def _files(places: Places) -> tuple[Path, ...]:
@@ -484,6 +516,8 @@ def _explain(message: str, origin: Mapping[str, str]) -> str:
         if f"$.{key}`" in message:
             what = message.partition(" - at ")[0].replace("`", "")
             return f"The setting {key} (from {source}) can't be used: {what}."
-    files = sorted({s for s in origin.values() if s not in ("environment", "flags")})
+    files = sorted(
+        {s for s in origin.values() if s not in ("environment", "flags", "the defaults")}
+    )
     where = f" in {files[0]}" if files else ""
     return f"The settings{where} can't be used: {message.replace('`', '')}."
