@@ -35,6 +35,10 @@ Pool = Annotated[
         "`auto`: split where a part holds the largest tier one and a half times"
     ),
 ]
+Layers = Annotated[
+    int,
+    Meta(ge=-1, le=100_000, description="layers on the GPU; 999: all; -1: the engine's own choice"),
+]
 Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one")]
 Bytes = Annotated[int, Meta(ge=0)]
 
@@ -67,6 +71,98 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     flash_attention: Annotated[
         Literal["auto", "on", "off"], Meta(description="flash attention")
     ] = "auto"
+    gpu_layers: Layers = -1
+    main_gpu: Annotated[
+        int, Meta(ge=-1, le=127, description="GPU by its number where only one is used; -1: unset")
+    ] = -1
+    split_mode: Annotated[
+        Literal["", "none", "layer", "row"],
+        Meta(description="how several GPUs share the model; empty: unset"),
+    ] = ""
+    tensor_split: Annotated[
+        str, Meta(description="parts of the model for each GPU, as `3,1`; empty: unset")
+    ] = ""
+    device: Annotated[
+        str,
+        Meta(description="devices to use, as `CUDA0,CUDA1`; empty: unset; a `binary` only"),
+    ] = ""
+    cpu_moe_layers: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000,
+            description="layers whose experts stay in the machine's memory; 0: unset; a `binary` "
+            "only",
+        ),
+    ] = 0
+    kv_offload: Annotated[
+        bool, Meta(description="keep keys and values where their layer is, as on a GPU")
+    ] = True
+    batch: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65536,
+            description="tokens of a prompt taken at a time, between which other slots decode; 0: "
+            "512, Keepwarm's own",
+        ),
+    ] = 0
+    ubatch: Annotated[
+        int, Meta(ge=0, le=65536, description="tokens computed at a time; 0: the engine's own")
+    ] = 0
+    threads_batch: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads for prompts; 0: as `threads`")
+    ] = 0
+    mmproj: Annotated[
+        str, Meta(description="path of a projector, for a model that sees pictures; empty: none")
+    ] = ""
+    draft_model: Annotated[
+        str, Meta(description="path of a small model that drafts for the large one; empty: none")
+    ] = ""
+    draft_max: Annotated[
+        int, Meta(ge=0, le=1024, description="tokens drafted at a time; 0: the engine's own")
+    ] = 0
+    draft_gpu_layers: Layers = -1
+    lora: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="adapters for all requests: paths, each with `:scale` behind if it isn't 1"
+        ),
+    ] = ()
+    rope_scaling: Annotated[
+        Literal["", "none", "linear", "yarn"],
+        Meta(description="how positions are stretched; empty: the model's own"),
+    ] = ""
+    rope_freq_base: Annotated[
+        float, Meta(ge=0, description="RoPE's base frequency; 0: the model's own")
+    ] = 0.0
+    rope_freq_scale: Annotated[
+        float, Meta(ge=0, description="RoPE's frequency scale; 0: the model's own")
+    ] = 0.0
+    yarn_orig_context: Annotated[
+        int,
+        Meta(ge=0, le=1 << 30, description="YaRN: tokens of the original context; 0: the model's"),
+    ] = 0
+    yarn_ext_factor: Annotated[
+        float, Meta(ge=-1, description="YaRN: extrapolation, 0 to 1; -1: the engine's own")
+    ] = -1.0
+    yarn_attn_factor: Annotated[
+        float, Meta(ge=-1, description="YaRN: attention's scale; -1: the engine's own")
+    ] = -1.0
+    yarn_beta_slow: Annotated[
+        float, Meta(ge=-1, description="YaRN: high correction dimension; -1: the engine's own")
+    ] = -1.0
+    yarn_beta_fast: Annotated[
+        float, Meta(ge=-1, description="YaRN: low correction dimension; -1: the engine's own")
+    ] = -1.0
+    mlock: Annotated[bool, Meta(description="keep the model in memory: never swapped out")] = False
+    mmap: Annotated[
+        bool, Meta(description="map the model's file; false: read all of it at the start")
+    ] = True
+    numa: Annotated[
+        Literal["", "distribute", "isolate", "numactl"],
+        Meta(description="how threads are spread over NUMA nodes; empty: not at all"),
+    ] = ""
     start_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a model may take to load")
     ] = 900.0

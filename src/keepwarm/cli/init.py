@@ -15,6 +15,7 @@ from keepwarm.operate.machine import Machine, look
 from keepwarm.operate.propose import Proposed, best_model, propose
 from keepwarm.operate.settings_file import toml_value
 from keepwarm.settings import user_environment
+from keepwarm.tierfiles import tools_template
 
 
 def init(
@@ -45,7 +46,7 @@ def init(
                 "with --model FILE.gguf."
             )
         header = best[1]
-    proposed = propose(machine, header)
+    proposed = propose(machine, header, tools_template=tools_template())
     text = toml_of(proposed)
     if as_json:
         print_json({"machine": _told(machine), "proposed": proposed, "toml": text})

@@ -21,6 +21,7 @@ from keepwarm.operate.propose import propose
 from keepwarm.operate.run import Session, printed
 from keepwarm.operate.started import write_private
 from keepwarm.settings import Places, Settings, gateway_key, load_settings, user_environment
+from keepwarm.tierfiles import tools_template
 
 # What every gateway that is started for a client has where its owner says nothing else: the blocks
 # that change are moved, and nobody waits for tiers that the client won't ask for.
@@ -124,7 +125,8 @@ def _settings_to_start(
     chosen = Path(settings.engine.model or _remembered(remembered) or _ask()).expanduser()
     chosen = chosen.absolute()
     header = read_model(chosen)
-    fitting = {one.key: one.value for one in propose(look(*user_environment()), header)}
+    proposed = propose(look(*user_environment()), header, tools_template=tools_template())
+    fitting = {one.key: one.value for one in proposed}
     flags = {"engine.model": str(chosen)}
     ready, _ = load_settings(file=config, flags=flags, defaults={**fitting, **_FOR_CLIENTS})
     if model or not settings.engine.model:

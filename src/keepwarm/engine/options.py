@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keepwarm.engine.tuning import Tuning
+
 # llama-server computes 512 tokens at a time anyway (`--ubatch-size`); with a logical batch of the
 # same size other slots decode in between, progress is reported and a hang-up noticed that often.
 BATCH_TOKENS = 512
@@ -51,6 +53,7 @@ class EngineOptions:
     swa_full: bool = False
     is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
+    tuning: Tuning = field(default=Tuning({}))
 
     @property
     def _verbosity(self) -> int:
@@ -74,6 +77,8 @@ class EngineOptions:
             flags += ["--chat-template-file", str(self.chat_template)]
         if self.swa_full:
             flags.append("--swa-full")
+        # Behind what they override: of a flag that is given twice, the last one counts.
+        flags += self.tuning.flags()
         return [*flags, *self.extra]
 
     def embedded_params(self, *, host: str, port: int) -> dict[str, Any]:
@@ -105,4 +110,4 @@ class EngineOptions:
             params["cpuparams_batch.n_threads"] = self.threads
         if self.chat_template:
             params["chat_template"] = self.chat_template.read_text(encoding="utf-8")
-        return params
+        return params | self.tuning.params()

@@ -3,7 +3,8 @@
 1. The model is the largest that leaves room for its context; a person may name another one.
 2. What the model and the system leave of memory goes to the context, up to what agents use.
 3. Keys and values are halved (`q8_0`) only where that brings the context to what agents need.
-4. Layers go to a GPU as far as its memory holds them.
+4. A template that drops tools is replaced where Keepwarm has one of the same kind.
+5. Layers go to a GPU as far as its memory holds them.
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ def best_model(
     return None
 
 
-def propose(machine: Machine, header: ModelHeader) -> list[Proposed]:
-    """Settings for a model on a machine."""
+def propose(
+    machine: Machine, header: ModelHeader, *, tools_template: Path | None = None
+) -> list[Proposed]:
+    """Settings for a model on a machine.
+
+    `tools_template` is for models of the ChatML kind whose own template has no place for tools.
+    """
     room = _room(machine, header)
     out = [
         Proposed(
@@ -80,6 +86,10 @@ def propose(machine: Machine, header: ModelHeader) -> list[Proposed]:
     out.append(Proposed("engine.slots", slots, "an agent and its side requests keep a slot each"))
     out.append(Proposed("engine.pool", "shared", "one long conversation may use all of it"))
     out += types
+    own = header.chat_template
+    if tools_template and "<|im_start|>" in own and "tools" not in own:
+        reason = "the model's own template drops tools, which agents can't do without"
+        out.append(Proposed("engine.chat_template", str(tools_template), reason))
     if machine.gpus:
         out.append(_layers(machine.gpus, header, tokens))
     out.append(
