@@ -103,9 +103,10 @@ def propose(
 
 
 def _room(machine: Machine, header: ModelHeader) -> int:
-    """Bytes for the context behind the model, in the memory that it will lie in."""
+    """Bytes for the context behind the model: a GPU's, where it holds both, else the machine's."""
     dedicated = sum(gpu.memory_bytes for gpu in machine.gpus)
-    free = max(machine.free_bytes, dedicated)
+    whole = header.size_bytes + _RESERVE_BYTES + _AGENT_TOKENS * header.row_bytes
+    free = dedicated if dedicated >= whole else machine.free_bytes
     return max(free - header.size_bytes - _RESERVE_BYTES, 0)
 
 
@@ -124,14 +125,17 @@ def _layers(gpus: tuple[Gpu, ...], header: ModelHeader, tokens: int) -> Proposed
     names = ", ".join(gpu.name for gpu in gpus)
     memory = sum(gpu.memory_bytes for gpu in gpus)
     needed = header.size_bytes + tokens * header.row_bytes + _GIB // 2
-    if not memory or needed <= memory:
-        return Proposed("engine.gpu_layers", ALL_LAYERS, f"all layers fit {names}")
-    layers = header.layers * memory // needed if header.layers else 0
-    return Proposed(
-        "engine.gpu_layers",
-        int(layers),
-        f"as many of {header.layers} layers as {_gb(memory)} of {names} hold",
+    if not memory:
+        return Proposed("engine.gpu_layers", ALL_LAYERS, f"{names} shares the machine's memory")
+    engine = (
+        "; the engine must be built for it: a llama-server (engine.binary), or xllamacpp's own "
+        "package for it"
     )
+    if needed <= memory:
+        return Proposed("engine.gpu_layers", ALL_LAYERS, f"all layers fit {names}{engine}")
+    layers = header.layers * memory // needed if header.layers else 0
+    reason = f"as many of {header.layers} layers as {_gb(memory)} of {names} hold{engine}"
+    return Proposed("engine.gpu_layers", int(layers), reason)
 
 
 def _gb(size_bytes: float) -> str:
