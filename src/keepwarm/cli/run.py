@@ -15,7 +15,7 @@ from keepwarm.cli.output import err
 from keepwarm.engine.gguf_header import read_model
 from keepwarm.errors import ConfigError
 from keepwarm.operate.address import own_key, own_url
-from keepwarm.operate.clients import CLIENTS, Client, Endpoint
+from keepwarm.operate.clients import CLIENTS, Endpoint
 from keepwarm.operate.machine import find_models, look
 from keepwarm.operate.propose import propose
 from keepwarm.operate.run import Session, printed
@@ -77,32 +77,17 @@ def run(
         configured = known.configure(Endpoint(address, key or "none"), folder)
         typer.echo(printed(known, configured, folder, rest))
         return
-    status = run_until_interrupted(
-        _run(known, rest, model, config, None if url else settings, address, key, home)
-    )
-    raise typer.Exit(status)
-
-
-async def _run(
-    client: Client,
-    arguments: tuple[str, ...],
-    model: str | None,
-    config: Path | None,
-    settings: Settings | None,
-    address: str,
-    key: str | None,
-    home: Path,
-) -> int:
+    loaded = None if url else (settings, places)
     session = Session(
-        client=client,
-        arguments=arguments,
+        client=known,
+        arguments=rest,
         url=address,
         key=key,
-        make_settings=lambda: _settings_to_start(config, model, settings, home),
+        make_settings=lambda: _settings_to_start(config, model, loaded, home),
         home=home,
         tell=_tell,
     )
-    return await session.run()
+    raise typer.Exit(run_until_interrupted(session.run()))
 
 
 def _tell(text: str) -> None:
@@ -110,15 +95,16 @@ def _tell(text: str) -> None:
 
 
 def _settings_to_start(
-    config: Path | None, model: str | None, settings: Settings | None, home: Path
+    config: Path | None, model: str | None, loaded: tuple[Settings, Places] | None, home: Path
 ) -> Settings | None:
     """Settings of a gateway that is started: the owner's, and for the rest what fits the machine.
 
     Raises:
         ConfigError: no model is known and nobody can be asked.
     """
-    if settings is None:
+    if loaded is None:
         return None
+    settings, places = loaded
     if settings.engine.upstream:
         return load_settings(file=config, defaults=_FOR_CLIENTS)[0]
     remembered = home / "model"
@@ -127,6 +113,9 @@ def _settings_to_start(
     header = read_model(chosen)
     proposed = propose(look(*user_environment()), header, tools_template=tools_template())
     fitting = {one.key: one.value for one in proposed}
+    if not home.is_relative_to(places.state_home):
+        # Where the state can't be written, the store is as temporary as the rest.
+        fitting |= {"store.dir": str(home / "store"), "batch.dir": str(home / "batches")}
     flags = {"engine.model": str(chosen)}
     ready, _ = load_settings(file=config, flags=flags, defaults={**fitting, **_FOR_CLIENTS})
     if model or not settings.engine.model:

@@ -23,12 +23,15 @@ from typing import Any
 
 from keepwarm.errors import ConfigError
 from keepwarm.operate.clients import Client, Configured, Endpoint
-from keepwarm.operate.gateway_client import Gateway, GatewayUnreachedError
+from keepwarm.operate.gateway_client import Gateway, GatewayError, GatewayUnreachedError
 from keepwarm.operate.started import RunLocks, StartedGateway, Tell, write_private
 from keepwarm.settings import Settings, client_environment
 
 # What shells answer for a program that a signal ended.
 _SIGNALLED = 128
+# What somebody else asks of the same gateway isn't waited for much longer.
+_SETTLED_S = 5.0
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Session:
             url = started.url if started else self.url
             self._advise(before or {}, is_own=started is not None)
             status = await self._client(executable, await self._endpoint(url))
+            await self._settled(url)
             after = await self._account(url)
             if before and after:
                 self.tell(spared_between(before, after).told())
@@ -151,6 +155,17 @@ class Session:
             with suppress(GatewayUnreachedError):
                 return await gateway.get("overview")
         return None
+
+    async def _settled(self, url: str) -> None:
+        """Wait until the client's last requests are over and counted: it may end before they do."""
+        async with Gateway(url, self.key) as gateway:
+            with suppress(GatewayError):
+                for _ in range(round(_SETTLED_S / _LOOK_EVERY_S)):
+                    await asyncio.sleep(_LOOK_EVERY_S)
+                    now = await gateway.get("slots")
+                    if all(slot["state"] == "idle" for slot in now["slots"]):
+                        break
+        await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _endpoint(self, url: str) -> Endpoint:
         async with Gateway(url, self.key) as gateway:
