@@ -77,8 +77,21 @@ def _claude(endpoint: Endpoint, _: Path) -> Configured:
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             "API_TIMEOUT_MS": str(_PATIENCE_S * 1000),
+            **_claude_room(endpoint),
         }
     )
+
+
+def _claude_room(endpoint: Endpoint) -> dict[str, str]:
+    """A model that it doesn't know is taken to have a million tokens, and never compacted for."""
+    if not endpoint.context_tokens:
+        return {}
+    limit = _limit(endpoint)
+    return {
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(limit["context"]),
+        "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(limit["context"]),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(limit["output"]),
+    }
 
 
 def _codex(endpoint: Endpoint, _: Path) -> Configured:
