@@ -79,7 +79,7 @@ bench: $(VENV)/.installed $(MODEL)
 		--chat-template $(TEMPLATE) $(BENCH_FLAGS)
 
 soak: $(VENV)/.installed $(MODEL)
-	@$(BIN)/python -m keepwarm.bench.soak --model $(MODEL) --chat-template $(TEMPLATE) \
+	@$(BIN)/python -m benchmarks.soak --model $(MODEL) --chat-template $(TEMPLATE) \
 		--minutes $(MINUTES)
 
 clean:

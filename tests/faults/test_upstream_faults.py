@@ -10,7 +10,7 @@ import pytest
 from fakeengine import FAILURE, INABILITY, REFUSAL, FakeEngine, Fault
 from rig import Keepwarm, until
 
-from keepwarm.gateway.runtime import State
+from keepwarm.deployment.runtime import State
 
 ANSWER = "It is noon."
 

@@ -20,11 +20,11 @@ import pytest
 
 from bareengine import BareEngine, StartEngine
 from keepwarm.core.memory import MemoryKind
+from keepwarm.deployment import runtime as runtime_module
+from keepwarm.deployment.probe import Probed, probe
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine import http as http_module
 from keepwarm.engine.client import EngineClient
-from keepwarm.gateway import runtime as runtime_module
-from keepwarm.gateway.probe import Probed, probe
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import EngineSettings, Places, Settings, StoreSettings, TierSettings
 from served import Serve, Served
 from tinymodels import small_model, write_tiny_gemma3

@@ -10,14 +10,14 @@ from rich.status import Status
 
 from keepwarm.bench.arms import KEEPWARM, NO_CACHE
 from keepwarm.bench.demo import IDENTICAL, DemoScale, demo_picture, demo_tables, run_demo
+from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.results import Prefix, Sample, write_json
-from keepwarm.bench.svg import seconds_text
 from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError
 from keepwarm.settings import EngineSettings, Settings, TierSettings
-from keepwarm.tierfiles import load_tiers, packaged_configs, tools_template
+from keepwarm.tiers.files import load_tiers, packaged_configs, tools_template
 
 _MODEL = Path(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 _QUICK = DemoScale(requests=3, conversations=1, kills=1)

@@ -15,7 +15,7 @@ from keepwarm.operate.machine import Machine, look
 from keepwarm.operate.propose import Proposed, best_model, propose
 from keepwarm.operate.settings_file import toml_value
 from keepwarm.settings import user_environment
-from keepwarm.tierfiles import tools_template
+from keepwarm.tiers.files import tools_template
 
 
 def init(

@@ -21,7 +21,7 @@ from keepwarm.operate.propose import propose
 from keepwarm.operate.run import Session, printed
 from keepwarm.operate.started import write_private
 from keepwarm.settings import Places, Settings, gateway_key, load_settings, user_environment
-from keepwarm.tierfiles import tools_template
+from keepwarm.tiers.files import tools_template
 
 # What every gateway that is started for a client has where its owner says nothing else: the blocks
 # that change are moved, and nobody waits for tiers that the client won't ask for.

@@ -22,11 +22,11 @@ from keepwarm.batch.journal import DiskFullError
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
 from keepwarm.gateway.proxy import Proxy, decode_body
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 _PURPOSES = ("batch", "user_data")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from keepwarm import __version__
 from keepwarm.core.slots import Slot, SlotState
-from keepwarm.gateway.history import Totals
+from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 SHARED = ""
 # A page shows no more rows than this, and a store may hold a hundred thousand.

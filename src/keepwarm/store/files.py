@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
 from keepwarm.store.disk import Disk, Written, disk_errors, map_file, read_checksum
 from keepwarm.store.index import BoundaryRow, ExtentRow
 

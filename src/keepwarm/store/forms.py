@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.core.tree import Tokens
+from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import (
     Buffer,
     Layout,
     RowsPart,
@@ -21,8 +23,6 @@ from keepwarm.core.slotfile import (
     file_tokens,
     parse,
 )
-from keepwarm.core.tree import Tokens
-from keepwarm.errors import SnapshotError
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import xxhash
 
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import ExtentFiles, FileKey, key_of

@@ -29,8 +29,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
 from keepwarm.store.disk import Disk, disk_errors
 
 log = logging.getLogger("keepwarm.store")
