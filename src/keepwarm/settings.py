@@ -102,6 +102,17 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     api_key_file: Annotated[
         str, Meta(description="file with one API key a line, `name:key` or `key`")
     ] = ""
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="web pages that may use the API, as `https://chat.example.org`, or `*`; "
+            "empty: all where a key is asked for, else those of this machine"
+        ),
+    ] = ()
+    hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="public names under which Keepwarm may be asked for without a key"),
+    ] = ()
     max_body_bytes: Annotated[
         int, Meta(ge=1024, le=4 * _GIB, description="largest request body, bytes")
     ] = 64 * 1024 * 1024

@@ -25,6 +25,7 @@ from keepwarm.batch.tasks import URLS
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
+from keepwarm.gateway.door import Answer, namespace_of, read_body
 from keepwarm.gateway.proxy import Proxy, decode_body
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
@@ -39,24 +40,15 @@ log = logging.getLogger("keepwarm")
 T = TypeVar("T")
 
 
-def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> None:
-    """Add the routes, and run batches for as long as the application does.
+def batch_handlers(app: web.Application, runtime: Runtime, proxy: Proxy) -> dict[str, Answer]:
+    """What answers for files and batches, by the names of the table of routes. Batches run for as
+    long as the application does.
 
     Raises:
         ConfigError: the settings' hours can't be read.
     """
     hours = parse_hours(runtime.settings.batch.hours)
     site = _Site(runtime, proxy)
-    app.router.add_post("/keepwarm/warm-prefix", site.warm_prefix)
-    app.router.add_post("/v1/files", site.upload)
-    app.router.add_get("/v1/files", site.files)
-    app.router.add_get("/v1/files/{id}", site.file)
-    app.router.add_delete("/v1/files/{id}", site.delete)
-    app.router.add_get("/v1/files/{id}/content", site.content)
-    app.router.add_post("/v1/batches", site.create)
-    app.router.add_get("/v1/batches", site.batches)
-    app.router.add_get("/v1/batches/{id}", site.batch)
-    app.router.add_post("/v1/batches/{id}/cancel", site.cancel)
 
     async def serve_batches() -> None:
         # Nothing is written for a deployment that doesn't come up.
@@ -83,6 +75,18 @@ def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> No
 
     app.on_startup.append(begin)
     app.on_cleanup.append(end)
+    return {
+        "warm_prefix": site.warm_prefix,
+        "upload": site.upload,
+        "files": site.files,
+        "file": site.file,
+        "delete_file": site.delete,
+        "file_content": site.content,
+        "create_batch": site.create,
+        "batches": site.batches,
+        "batch": site.batch,
+        "cancel_batch": site.cancel,
+    }
 
 
 class NoBatchesError(KeepwarmError):
@@ -115,7 +119,7 @@ class _Site:
         The body is `{"url", "body"}` as in a batch's line. Nothing is generated.
         """
         namespace = self._namespace(request)
-        said = decode_body(await request.read())
+        said = decode_body(await read_body(request))
         url, body = said.get("url", "/v1/chat/completions"), said.get("body")
         if url not in URLS or not isinstance(body, dict):
             raise RequestError(
@@ -207,7 +211,7 @@ class _Site:
     async def create(self, request: web.Request) -> web.StreamResponse:
         """Begin a batch over an uploaded file."""
         namespace = self._namespace(request)
-        said = decode_body(await request.read())
+        said = decode_body(await read_body(request))
         endpoint, file_id = said.get("endpoint"), said.get("input_file_id")
         window, metadata = said.get("completion_window"), said.get("metadata")
         if endpoint not in URLS:
@@ -266,7 +270,7 @@ class _Site:
         return self._service
 
     def _namespace(self, request: web.Request) -> str:
-        return self._runtime.keys.namespace(request.headers)
+        return namespace_of(request)
 
     def _live(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "request_counts": self.service.counts(batch)}

@@ -36,7 +36,8 @@ from keepwarm.batch.tasks import LineError, Parsed, Task
 from keepwarm.core.prompt import SharedEnd
 from keepwarm.errors import EngineDownError, KeepwarmError
 from keepwarm.gateway.asked import Asked
-from keepwarm.gateway.proxy import Proxy, error_response
+from keepwarm.gateway.door import error_response
+from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.shared_prefix import warm_prefix
 

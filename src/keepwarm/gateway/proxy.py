@@ -18,24 +18,26 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.api.routes import request_headers
 from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Api, Prompt, prompt_of
+from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
-from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
+from keepwarm.gateway.asked import MESSAGES, PLANNED, Asked, cleaned, cleaned_body
+from keepwarm.gateway.dialect import Anthropic
 from keepwarm.gateway.dispatcher import Grant
+from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
-from keepwarm.gateway.upstream import Fetched, forwarded, posted, read_whole, returned
+from keepwarm.gateway.upstream import Fetched, posted, read_whole, returned
 from keepwarm.router import Escalation
 
 log = logging.getLogger("keepwarm")
@@ -105,24 +107,23 @@ class Proxy:
             Judge(self._ask_judge, timeout_s=tiers.judge_timeout_s) if tiers.judge else None
         )
 
-    async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
-        """Serve one request of a planned API."""
-        namespace = self._runtime.keys.namespace(request.headers)
-        body = decode_body(await request.read())
-        asked = Asked(api, body, namespace, request.path_qs, request.headers)
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Serve one request of a planned API, whichever it is."""
+        namespace, path = namespace_of(request), path_of(request)
+        body = decode_body(await read_body(request))
+        if path == MESSAGES:
+            return await self._answer(self._asked_messages(request, body, namespace), request)
+        asked = Asked(PLANNED[path], body, namespace, path, request.headers)
         return await self._answer(cleaned(asked, self._runtime.hygiene), request)
 
-    async def handle_messages(self, request: web.Request) -> web.StreamResponse:
-        """Serve one request of Anthropic's API, over chat completions."""
-        namespace = self._runtime.keys.namespace(request.headers)
-        body = decode_body(await request.read())
+    def _asked_messages(self, request: web.Request, body: dict[str, Any], namespace: str) -> Asked:
+        """A request of Anthropic's API, over chat completions."""
         dialect = Anthropic(str(body.get("model", "")))
         path = "/v1/chat/completions"
         # Before its blocks are joined, so that a line is what the client meant as one.
         body, rewrites = cleaned_body(self._runtime.hygiene, "messages", body, request.headers)
         chat = chat_request(body)
-        asked = Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
-        return await self._answer(asked, request)
+        return Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
 
     async def answer(self, asked: Asked) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
@@ -279,7 +280,7 @@ class Proxy:
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        sent = posted(self._runtime.client.http, asked.path, body, forwarded(asked.headers))
+        sent = posted(self._runtime.client.http, asked.path, body, request_headers(asked.headers))
         if not body.get("stream"):
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
@@ -409,15 +410,15 @@ class Proxy:
         )
 
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
-        """Forward any other request unchanged, body and reply streamed."""
+        """Forward a request that touches no slot, body and reply as they are."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
         await runtime.admitted()
+        query = request.rel_url.raw_query_string
         sent = runtime.client.http.request(
             request.method,
-            request.path_qs,
-            headers=forwarded(request.headers, is_unchanged=True),
-            body=await request.read() if request.body_exists else None,
+            path_of(request) + (f"?{query}" if query else ""),
+            headers=request_headers(request.headers, is_unchanged=True),
+            body=await read_body(request) if request.body_exists else None,
         )
         with closing(await sent) as upstream:
             response = web.StreamResponse(
@@ -445,16 +446,6 @@ class _EscalatedError(Exception):
     def __init__(self, escalation: Escalation) -> None:
         super().__init__(escalation.cause.value)
         self.escalation = escalation
-
-
-def error_response(error: KeepwarmError, dialect: Dialect = OPENAI) -> web.Response:
-    """An error in the client's dialect, with `Retry-After` where a retry helps."""
-    return web.Response(
-        body=dialect.error(str(error), kind=error.kind, status=error.status),
-        status=error.status,
-        content_type="application/json",
-        headers={"Retry-After": "5"} if error.retry else {},
-    )
 
 
 def decode_body(raw: bytes) -> dict[str, Any]:

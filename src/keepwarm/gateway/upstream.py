@@ -85,21 +85,12 @@ def _check_json(raw: bytes) -> None:
         raise EngineError("The engine's answer isn't JSON.") from error
 
 
-def forwarded(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
-    """Request headers for the engine: not the client's key, nor what describes its connection.
-
-    `is_unchanged`: the reply goes to the client as it comes; otherwise the body is JSON of our own,
-    and the reply is read here.
-    """
-    dropped = _SKIPPED | {"authorization", "x-api-key"}
-    if is_unchanged:
-        return {k: v for k, v in headers.items() if k.lower() not in dropped}
-    dropped |= {"accept-encoding", "content-type"}
-    out = {k: v for k, v in headers.items() if k.lower() not in dropped}
-    return {**out, "Content-Type": "application/json"}
-
-
 def returned(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
-    """The engine's headers for the client; `is_unchanged` as in `forwarded`."""
+    """The engine's headers for the client; `is_unchanged` as in `request_headers`."""
     skipped = _SKIPPED - {"content-encoding"} if is_unchanged else _SKIPPED
-    return {k: v for k, v in headers.items() if k.lower() not in skipped}
+    # Which pages may read a reply is for the door to say.
+    return {
+        name: value
+        for name, value in headers.items()
+        if (low := name.lower()) not in skipped and not low.startswith("access-control-")
+    }
