@@ -122,6 +122,10 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     queue_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")
     ] = 600.0
+    ping_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="seconds of silence in a stream before a ping; 0: none"),
+    ] = 1.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
     ] = 30.0

@@ -171,6 +171,12 @@ class Response:
         """Whether server-sent events come."""
         return self.headers.get("Content-Type", "").startswith("text/event-stream")
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the body is JSON that we can read."""
+        kind = self.headers.get("Content-Type", "")
+        return kind.startswith("application/json") and "Content-Encoding" not in self.headers
+
     async def read_headers(self) -> None:
         """Wait until the headers are there.
 
