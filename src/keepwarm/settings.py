@@ -102,6 +102,13 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     api_key_file: Annotated[
         str, Meta(description="file with one API key a line, `name:key` or `key`")
     ] = ""
+    operators: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names of API keys that see the figures of all keys together (metrics, "
+            "slots, sizes); where there is one key only it does"
+        ),
+    ] = ()
     cors_origins: Annotated[
         tuple[str, ...],
         Meta(
@@ -117,7 +124,13 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         int, Meta(ge=1024, le=4 * _GIB, description="largest request body, bytes")
     ] = 64 * 1024 * 1024
     queue: Annotated[
-        int, Meta(ge=1, le=100_000, description="requests that may wait for a slot")
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="requests that may wait for a slot, batches' counted apart; where there "
+            "are several API keys, half of it for one",
+        ),
     ] = 256
     queue_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")

@@ -279,3 +279,39 @@ def test_every_planned_route_has_a_shape() -> None:
 
     planned = {route.path for route in ROUTES if route.way is Way.PLANNED}
     assert planned == {*PLANNED, MESSAGES}
+
+
+@has_keys("root:root-key", operators=("root",))
+async def test_a_key_sees_no_sizes_of_what_another_asked(keepwarm: Keepwarm) -> None:
+    def figures(status: dict[str, Any]) -> dict[str, Any]:
+        slots = [(slot["tokens"], slot["saved_tokens"]) for slot in status["slots"]]
+        return {"slots": slots, "store": status["store"], "warmed": status["warmed"]}
+
+    async def seen(path: str, key: str) -> Any:
+        return json.loads((await ask(keepwarm, "GET", path, key=key))[2])
+
+    pages = ("/keepwarm/status", "/keepwarm/store", "/slots", "/keepwarm/overview")
+    await asyncio.sleep(0)
+    before = {path: await seen(path, BOB) for path in pages}
+    words = " ".join(f"word{number}" for number in range(300))
+    body = {"messages": [{"role": "system", "content": words}, {"role": "user", "content": "a"}]}
+    for _ in range(3):
+        raw = json.dumps(body | {"max_tokens": 4}).encode()
+        assert (await ask(keepwarm, "POST", CHAT, data=raw, key=ALICE))[0] == 200
+        await keepwarm.settled()
+    assert await seen("/slots", BOB) == before["/slots"]
+    stored, stored_before = await seen("/keepwarm/store", BOB), before["/keepwarm/store"]
+    for key in ("used_bytes", "others", "unlisted"):
+        assert stored[key] == stored_before[key], key
+    assert [e["id"] for e in stored["extents"]] == [e["id"] for e in stored_before["extents"]]
+    told = figures(await seen("/keepwarm/status", BOB))
+    assert told["store"] == before["/keepwarm/status"]["store"]
+    assert told["warmed"] == before["/keepwarm/status"]["warmed"]
+    assert all(tokens < 300 for tokens, _ in told["slots"])
+    all_told = figures(await seen("/keepwarm/status", "root-key"))
+    assert any(tokens > 300 for tokens, _ in all_told["slots"])
+    metrics = (await ask(keepwarm, "GET", "/metrics", key=BOB))[2].decode()
+    assert "keepwarm_warm 1.0" in metrics
+    assert "tokens" not in metrics
+    assert "queue" not in metrics
+    assert b"keepwarm_prompt_tokens" in (await ask(keepwarm, "GET", "/metrics", key="root-key"))[2]

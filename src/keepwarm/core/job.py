@@ -18,7 +18,7 @@ class Job:
     reason why its restore failed, if it did. `gone`: its client has left. `is_alone`: the engine
     computes several replies to it at once (`n`), in other slots of its own choice, so that those
     must be idle, and what they hold is lost. `is_savable`: its state is the model's
-    own, so that the store may have it.
+    own, so that the store may have it. `turn` is its place among the tenants' jobs, lower first.
     """
 
     id: str
@@ -36,6 +36,7 @@ class Job:
     must_save: bool = False
     is_alone: bool = False
     is_savable: bool = True
+    turn: int = 0
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False

@@ -10,13 +10,14 @@ from aiohttp import web
 
 from keepwarm.errors import EngineDownError, RequestError
 from keepwarm.gateway.batch_api import batch_handlers
-from keepwarm.gateway.door import Answer, Door, let_page_read, read_body
+from keepwarm.gateway.door import Answer, Door, let_page_read, namespace_of, read_body
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.pages import page_handlers
 from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.tiering import AUTO
+from keepwarm.gateway.views import status_now
 
 log = logging.getLogger("keepwarm")
 
@@ -70,6 +71,9 @@ class _Site:
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""
         runtime = self._runtime
+        if not runtime.keys.sees_all(namespace_of(request)):
+            text = runtime.metrics.text_for_everyone()
+            return web.Response(body=text, content_type="text/plain", charset="utf-8")
         await runtime.explainer.settled()
         observe_deployment(runtime)
         text = runtime.metrics.text()
@@ -105,25 +109,7 @@ class _Site:
     async def status(self, request: web.Request) -> web.StreamResponse:
         """What is warm where."""
         runtime = self._runtime
-        body = {
-            "state": runtime.state.value,
-            "status": runtime.status,
-            "engine_pid": runtime.engine_pid,
-            "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
-            "warmed": [w.as_dict() for w in runtime.prefixes.warmed],
-        }
-        if hasattr(runtime, "dispatcher"):
-            body["slots"] = [
-                {
-                    "id": slot.id,
-                    "state": slot.state.value,
-                    "tokens": slot.content.tokens if slot.content else 0,
-                    "saved_tokens": slot.content.saved_tokens if slot.content else 0,
-                }
-                for slot in runtime.dispatcher.scheduler.slots
-            ]
-            body["store"] = msgspec.to_builtins(runtime.store.stats())
-        return _json(body)
+        return _json(status_now(runtime, namespace_of(request)))
 
     async def route(self, request: web.Request) -> web.StreamResponse:
         """Explain which tier a chat body, or a `{"text": ...}`, would get now."""
@@ -140,9 +126,13 @@ class _Site:
         return _json(decision)
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
-        """The engine's `/slots`, as the engine gives it."""
+        """The engine's `/slots`; of them only which are at work, where others' are among them."""
         await self._runtime.admitted()
-        return _json(await self._runtime.client.slots())
+        slots = await self._runtime.client.slots()
+        if not self._runtime.keys.sees_all(namespace_of(request)):
+            shown = ("id", "n_ctx", "speculative", "is_processing")
+            slots = [{key: slot[key] for key in shown if key in slot} for slot in slots]
+        return _json(slots)
 
 
 def _json(body: object, *, status: int = 200) -> web.Response:

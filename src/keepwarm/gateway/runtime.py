@@ -116,7 +116,8 @@ class Runtime:
         """
         self.settings = settings
         self.places = places
-        self.keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        server = settings.server
+        self.keys = load_keys(server.api_keys, server.api_key_file, server.operators)
         self._beginning = beginning or prepare(settings, places)
         self.tiers_dir = self._beginning.tiers_dir
         self.tiers: TierSet = self._beginning.tiers
@@ -301,6 +302,7 @@ class Runtime:
             rates=Rates(),
             lookup=self.slot_store.lookup,
             queue_limit=self.settings.server.queue,
+            tenants=self.keys.tenants,
         )
         self.dispatcher = Dispatcher(
             scheduler, self.client, self.slot_store, self.metrics, self.supervise
