@@ -47,7 +47,11 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         str, Meta(description="path of a `llama-server`; empty: the embedded engine")
     ] = ""
     upstream: Annotated[
-        str, Meta(description="URL of a llama-server that runs already, instead of `model`")
+        str,
+        Meta(
+            description="URL of a llama-server that runs already, or `unix:PATH` of its socket, "
+            "instead of `model`"
+        ),
     ] = ""
     upstream_key: Annotated[str, Meta(description="API key of that llama-server")] = ""
     slot_dir: Annotated[
@@ -92,9 +96,15 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     """Where the gateway listens and what it admits."""
 
     host: Annotated[
-        str, Meta(description="address to listen on; others than loopback need an API key")
+        str,
+        Meta(
+            description="address to listen on (others than loopback need an API key), or the path "
+            "of a Unix socket, ending in `.sock`"
+        ),
     ] = "127.0.0.1"
     port: Port = 8090
+    ssl_key_file: Annotated[str, Meta(description="PEM file of the key for TLS")] = ""
+    ssl_cert_file: Annotated[str, Meta(description="PEM file of its certificate")] = ""
     api_keys: Annotated[
         tuple[str, ...],
         Meta(description="API keys, each with a namespace of its own; empty: no key is asked for"),
