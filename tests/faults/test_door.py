@@ -315,3 +315,44 @@ async def test_a_key_sees_no_sizes_of_what_another_asked(keepwarm: Keepwarm) -> 
     assert "tokens" not in metrics
     assert "queue" not in metrics
     assert b"keepwarm_prompt_tokens" in (await ask(keepwarm, "GET", "/metrics", key="root-key"))[2]
+
+
+WORDS = " ".join(f"word{number}" for number in range(9_000))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": WORDS}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "a b"}] * 9_000}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 4_000_000}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 4}),
+        ("/v1/responses", {"input": WORDS}),
+        ("/completion", {"prompt": WORDS}),
+        ("/completion", {"prompt": [1] * 9_000}),
+    ],
+    ids=["text", "messages", "megabytes", "anthropic", "responses", "prompt", "tokens"],
+)
+async def test_what_cant_fit_is_refused_before_it_holds_a_slot(
+    keepwarm: Keepwarm, path: str, body: dict[str, Any]
+) -> None:
+    keepwarm.engine.asked.clear()
+    for stream in (False, True):
+        raw = json.dumps(body | {"stream": stream}).encode()
+        status, _, answer = await ask(keepwarm, "POST", path, data=raw)
+        assert status == 400
+        assert "8192" in json.loads(answer)["error"]["message"]
+    assert set(engine_asked(keepwarm)) <= {"/tokenize"}
+    await keepwarm.settled()
+
+
+async def test_what_may_fit_is_never_refused_by_an_estimate(keepwarm: Keepwarm) -> None:
+    # A token a word: far fewer tokens than the learned rate has for so many characters.
+    text = " ".join("w" * 60 for _ in range(2_000))
+    status, _, _ = await ask(
+        keepwarm,
+        "POST",
+        CHAT,
+        data=json.dumps({"messages": [{"role": "user", "content": text}]}).encode(),
+    )
+    assert status == 200

@@ -37,6 +37,7 @@ from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
+from keepwarm.gateway.fitting import refuse_too_long
 from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.opening import Opening
 from keepwarm.gateway.runtime import Runtime
@@ -171,6 +172,7 @@ class Proxy:
         api, body, namespace = asked.api, asked.body, asked.namespace
         runtime.metrics.rewritten(asked.rewrites)
         await runtime.admitted()
+        await refuse_too_long(runtime, asked)
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
         if self._judge is not None:
             tiered = await self._judged(self._judge, asked, tiered)
