@@ -142,6 +142,15 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
             "are several API keys, half of it for one",
         ),
     ] = 256
+    queue_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 40,
+            description="bytes of the bodies of all requests that wait or are served; where there "
+            "are several API keys, half of it for one",
+        ),
+    ] = 512 * 1024 * 1024
     queue_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")
     ] = 600.0

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from rig import Keepwarm
+from fakeengine import Fault
+from rig import Keepwarm, until
 
 from keepwarm.api.routes import ROUTES, Access, Route, Way
 from keepwarm.settings import ServerSettings
@@ -356,3 +357,22 @@ async def test_what_may_fit_is_never_refused_by_an_estimate(keepwarm: Keepwarm) 
         data=json.dumps({"messages": [{"role": "user", "content": text}]}).encode(),
     )
     assert status == 200
+
+
+@pytest.mark.parametrize(
+    "server_settings", [ServerSettings(max_body_bytes=4096, queue_bytes=1024)], ids=["small"]
+)
+async def test_bodies_are_held_within_bounds(keepwarm: Keepwarm) -> None:
+    raw = json.dumps(keepwarm.body("disk " * 600)).encode()
+    keepwarm.engine.faults.extend([Fault.STALL, Fault.STALL])
+    held = [asyncio.ensure_future(ask(keepwarm, "POST", CHAT, data=raw)) for _ in range(2)]
+    await until(lambda: len(keepwarm.engine.busy) == 2)
+    status, headers, body = await ask(keepwarm, "POST", CHAT, data=raw)
+    assert status == 429
+    assert headers["retry-after"]
+    assert "server.queue_bytes" in json.loads(body)["error"]["message"]
+    keepwarm.engine.resume.set()
+    assert [(await one)[0] for one in held] == [200, 200]
+    assert (await ask(keepwarm, "POST", CHAT, data=raw))[0] == 200, "it is let go of at the end"
+    status, _, _ = await ask(keepwarm, "POST", CHAT, data=b" " * 5000)
+    assert status == 413

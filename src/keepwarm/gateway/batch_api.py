@@ -25,7 +25,7 @@ from keepwarm.batch.tasks import URLS
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
-from keepwarm.gateway.door import Answer, namespace_of, read_body
+from keepwarm.gateway.door import Answer, SlowBodyError, namespace_of, read_body
 from keepwarm.gateway.proxy import Proxy, decode_body
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
@@ -34,6 +34,7 @@ _PURPOSES = ("batch", "user_data")
 _WINDOW = re.compile(r"^(\d{1,4})(h|d)$")
 _MAX_METADATA = 16
 _CHUNK_BYTES = 1 << 20
+_SILENCE_S = 30.0
 
 log = logging.getLogger("keepwarm")
 
@@ -104,6 +105,7 @@ class _Site:
         self._proxy = proxy
         self._ledger: Ledger | None = None
         self._service: BatchService | None = None
+        self._receiving_bytes = 0
         self.unable = "The server is starting."
 
     def open(self, ledger: Ledger, service: BatchService) -> None:
@@ -161,18 +163,19 @@ class _Site:
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
         """Write an upload down as it comes, within the bounds."""
         settings = self._runtime.settings.batch
-        room = min(settings.max_file_bytes, settings.quota_bytes - self.ledger.used_bytes())
         size = 0
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            while chunk := await field.read_chunk(_CHUNK_BYTES):
+            while chunk := await _chunk_of(field):
                 size += len(chunk)
+                self._receiving_bytes += len(chunk)
                 if size > settings.max_file_bytes:
                     raise TooLargeError(
                         f"The file is over {settings.max_file_bytes:,} bytes "
                         "(batch.max_file_bytes)."
                     )
-                if size > room:
+                # Other uploads that come meanwhile take room, too.
+                if self._receiving_bytes > settings.quota_bytes - self.ledger.used_bytes():
                     raise DiskFullError(
                         f"The files would take over {settings.quota_bytes:,} bytes "
                         "(batch.quota_bytes). Delete some."
@@ -182,6 +185,7 @@ class _Site:
         except OSError as error:
             raise DiskFullError(f"The file can't be written: {error.strerror}.") from error
         finally:
+            self._receiving_bytes -= size
             os.close(fd)
 
     async def files(self, request: web.Request) -> web.StreamResponse:
@@ -278,6 +282,19 @@ class _Site:
     async def _do(self, work: Callable[[Ledger], T]) -> T:
         # A commit waits for the disk, and streams of tokens share this loop.
         return await asyncio.to_thread(work, self.ledger)
+
+
+async def _chunk_of(field: BodyPartReader) -> bytes:
+    """The next bytes of an upload.
+
+    Raises:
+        SlowBodyError: nothing came for too long.
+    """
+    try:
+        async with asyncio.timeout(_SILENCE_S):
+            return await field.read_chunk(_CHUNK_BYTES)
+    except TimeoutError as error:
+        raise SlowBodyError("The file didn't come in time.") from error
 
 
 def _write_all(fd: int, chunk: bytes) -> None:

@@ -16,12 +16,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
-from keepwarm.api.routes import Access, Found, Way, access_of, find, methods_of
+from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
 from keepwarm.errors import (
     EngineRefusedError,
     ForbiddenError,
     KeepwarmError,
     NotFoundError,
+    QueueFullError,
     RequestError,
     TooLargeError,
 )
@@ -31,11 +32,6 @@ from keepwarm.gateway.runtime import Runtime
 log = logging.getLogger("keepwarm")
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# What is read of a request by its handler: whose it is, and its line of the table.
-_NAMESPACE = web.RequestKey("namespace", str)
-_FOUND = web.RequestKey("found", Found)
-# The page that may read the reply.
-_ORIGIN = web.RequestKey("origin", str)
 _QUERY = re.compile(r"[!-~]{0,8000}")
 # A body may take this long, and longer by what has come of it: a slow line sends on, a stuck one
 # is cut off.
@@ -61,8 +57,50 @@ class BrokenBodyError(RequestError):
     """The body's frame is wrong: it ended too early, or its chunks or its encoding are broken."""
 
 
+class TooMuchHeldError(QueueFullError):
+    """The bodies of requests that are being read, waiting or served take too much memory."""
+
+
 class UnforeseenError(KeepwarmError):
     """A fault of ours. The client is told that much, the log the rest."""
+
+
+class HeldBodies:
+    """Bytes of bodies that are held for requests which haven't ended, in all and by tenant."""
+
+    def __init__(self, limit_bytes: int, *, tenants: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._share_bytes = limit_bytes if tenants == 1 else limit_bytes // 2
+        self._held: dict[str, int] = {}
+
+    def take(self, namespace: str, size_bytes: int) -> None:
+        """Hold some more.
+
+        Raises:
+            TooMuchHeldError: there is no room; it isn't held.
+        """
+        own = self._held.get(namespace, 0) + size_bytes
+        if own > self._share_bytes or sum(self._held.values()) + size_bytes > self._limit_bytes:
+            raise TooMuchHeldError(
+                "The requests that are being served hold too much memory (server.queue_bytes). "
+                "Try again later."
+            )
+        self._held[namespace] = own
+
+    def release(self, namespace: str, size_bytes: int) -> None:
+        """Hold it no more."""
+        self._held[namespace] -= size_bytes
+        if not self._held[namespace]:
+            del self._held[namespace]
+
+
+# What is read of a request by its handler: whose it is, and its line of the table.
+_NAMESPACE = web.RequestKey("namespace", str)
+_FOUND = web.RequestKey("found", Found)
+# The page that may read the reply.
+_ORIGIN = web.RequestKey("origin", str)
+_BODY_BYTES = web.RequestKey("body_bytes", int)
+_HELD = web.RequestKey("held", HeldBodies)
 
 
 class Door:
@@ -74,6 +112,9 @@ class Door:
         server = runtime.settings.server
         self._runtime = runtime
         self._own, self._planned, self._passed = own, planned, passed
+        # One body of the largest size has room in each share.
+        room_bytes = max(server.queue_bytes, 2 * server.max_body_bytes)
+        self._held = HeldBodies(room_bytes, tenants=runtime.keys.tenants)
         self._origins = Origins(
             tuple(origin.lower().rstrip("/") for origin in server.cors_origins),
             tuple(host.lower() for host in server.hosts),
@@ -145,8 +186,15 @@ class Door:
             raise (UnservedError if route.status == 501 else ForbiddenError)(route.reason)
         if not _QUERY.fullmatch(request.rel_url.raw_query_string):
             raise RequestError("The query can't be read.")
-        request[_NAMESPACE], request[_FOUND] = namespace, found
+        request[_NAMESPACE], request[_FOUND], request[_HELD] = namespace, found, self._held
         request.match_info.update(found.names)
+        try:
+            return await self._handled(request, route)
+        finally:
+            if size_bytes := request.get(_BODY_BYTES):
+                self._held.release(namespace, size_bytes)
+
+    async def _handled(self, request: web.Request, route: Route) -> web.StreamResponse:
         if route.way is Way.PLANNED:
             return await self._planned(request)
         if route.way is Way.PASSED:
@@ -172,30 +220,23 @@ async def let_page_read(request: web.Request, response: web.StreamResponse) -> N
 
 
 async def read_body(request: web.Request) -> bytes:
-    """A request's whole body, within the bounds of size and time.
+    """A request's whole body, within the bounds of size, time and memory.
 
     Raises:
-        TooLargeError, SlowBodyError: it isn't.
+        TooLargeError, SlowBodyError, TooMuchHeldError: it isn't.
     """
-    content = request.content
-    if request.body_exists and not content.is_eof():
-        # Ended by what has come, so that a large body on a slow line isn't.
-        raw = await _paced(request)
-    else:
-        raw = await request.read()
-    return raw
-
-
-async def _paced(request: web.Request) -> bytes:
-    limit = request.client_max_size
+    limit, held, namespace = request.client_max_size, request[_HELD], request[_NAMESPACE]
     loop = asyncio.get_running_loop()
     began_s, raw = loop.time(), bytearray()
     try:
         async with asyncio.timeout_at(began_s + _BODY_S) as timeout:
             while chunk := await request.content.readany():
+                held.take(namespace, len(chunk))
                 raw += chunk
+                request[_BODY_BYTES] = len(raw)
                 if limit and len(raw) > limit:
                     raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(raw))
+                # By what has come, so that a large body on a slow line isn't cut off.
                 timeout.reschedule(began_s + _BODY_S + len(raw) / _BODY_BYTES_PER_S)
     except TimeoutError as error:
         raise SlowBodyError("The request body didn't come in time.") from error
