@@ -13,6 +13,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from keepwarm.api.routes import Access
 
@@ -73,6 +74,7 @@ class Origins:
         )
 
 
+@lru_cache(maxsize=64)
 def is_local_name(host: str) -> bool:
     """Whether a name can't be one that some site has given our address."""
     name = _name(host)

@@ -6,8 +6,9 @@ refuse, so only text is counted that every template prints, and only as much of 
 
 1. So few characters that each may be a token: it may fit.
 2. So many that it can't fit whatever its tokens are: refused unseen.
-3. By the learned rate it fits well: the engine will say how long it is.
-4. In doubt the engine's tokenizer counts, piece by piece, until a slot is full.
+3. By the learned rate it fits, or nearly: the engine will say how long it is. A conversation that
+   is about to fill its slot pays for no second count at each turn.
+4. Else the engine's tokenizer counts, piece by piece, until a slot is full.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 # No vocabulary has longer tokens: runs of spaces are the longest, up to 128 in those that were
 # looked at (GPT-2's, Llama 3's, Qwen's, Gemma's).
 _MOST_CHARS_A_TOKEN = 256
-# Texts differ from the learned rate by less than this, where they don't differ by far.
-_SURE = 0.8
+# Below this times a slot by the learned rate nothing is counted.
+_DOUBTFUL = 1.2
 _PIECE_CHARS = 32_768
 # Where a text is cut in two, a few tokens more may come of it than of the whole.
 _CUT_TOKENS = 8
@@ -53,7 +54,7 @@ async def refuse_too_long(runtime: Runtime, asked: Asked) -> None:
     rate = runtime.dispatcher.rates.tokens_per_char.value
     if max(len(texts), chars // _MOST_CHARS_A_TOKEN) >= room:
         raise _too_long(max(len(texts), int(chars * rate)), room)
-    if chars * rate < _SURE * room:
+    if chars * rate < _DOUBTFUL * room:
         return
     text, counted, seen = "\n".join(texts), 0, 0
     try:
