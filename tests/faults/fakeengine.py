@@ -75,6 +75,7 @@ class FakeEngine:
         self.busy: set[int] = set()
         self.faults: deque[Fault] = deque()
         self.asked: list[tuple[str, Any]] = []
+        self.heard: list[dict[str, str]] = []
         self.prefilled = 0
         self.resume = asyncio.Event()
         self.hung_up = 0
@@ -137,6 +138,7 @@ class FakeEngine:
             return web.json_response(STRANGER, status=401)
         body = await request.json() if request.can_read_body else {}
         self.asked.append((path, body))
+        self.heard.append({name.lower(): value for name, value in request.headers.items()})
         if self.is_loading:
             return web.json_response(LOADING, status=503)
         if path.startswith("/slots/"):

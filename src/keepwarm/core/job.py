@@ -25,6 +25,7 @@ class Job:
     counted), `ids` its tokens once they were counted, which took `counted_s`; `is_refused`: the
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
     False if its client wants nothing reused (`cache_prompt: false`).
+    `turn` is its place among the tenants' jobs, lower first.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Job:
     must_save: bool = False
     is_alone: bool = False
     is_savable: bool = True
+    turn: int = 0
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False

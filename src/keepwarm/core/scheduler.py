@@ -121,6 +121,7 @@ class Scheduler:
     lookup: Lookup
     knows: Callable[[bytes, str], bool] = lambda _digest, _namespace: False
     queue_limit: int = 256
+    tenants: int = 1
     up: bool = True
     jobs: dict[str, Job] = field(default_factory=dict)
     _queue: list[str] = field(default_factory=list)
@@ -131,11 +132,15 @@ class Scheduler:
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
     _absorbing: dict[str, Content] = field(default_factory=dict)
     _returns: Returns = field(default_factory=Returns)
+    # The last turn that was given to a tenant's jobs, and the last one that was served.
+    _turns: dict[tuple[str, int], int] = field(default_factory=dict)
+    _served: dict[int, int] = field(default_factory=dict)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
-        if len(self._queue) >= self.queue_limit:
+        if self._is_full(job):
             return [Fail(job.id, "queue_full")]
+        self._take_turn(job)
         self.jobs[job.id] = job
         self._queue.append(job.id)
         return self._dispatch(now_s)
@@ -327,6 +332,10 @@ class Scheduler:
         """Requests without a slot."""
         return len(self._queue)
 
+    def queued_of(self, namespace: str) -> int:
+        """Those of them that one tenant sent."""
+        return sum(self.jobs[job_id].namespace == namespace for job_id in self._queue)
+
     @property
     def serving(self) -> frozenset[str]:
         """The requests that the engine computes now."""
@@ -344,12 +353,35 @@ class Scheduler:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)
 
+    def _is_full(self, job: Job) -> bool:
+        """Whether no more of a job's kind may wait, or no more of its tenant's.
+
+        A batch's jobs are counted apart: many that can wait must not keep out one that can't. And
+        where there are several tenants, one of them can't fill the queue for all.
+        """
+        alike = [self.jobs[j] for j in self._queue]
+        alike = [other for other in alike if (other.priority > 0) == (job.priority > 0)]
+        share = self.queue_limit if self.tenants == 1 else max(self.queue_limit // 2, 1)
+        own = sum(other.namespace == job.namespace for other in alike)
+        return len(alike) >= self.queue_limit or own >= share
+
+    def _take_turn(self, job: Job) -> None:
+        """Where a new job stands among the tenants' (start-time fair queueing).
+
+        Each tenant's jobs stand one turn apart, from the turn that is served now on: who sends many
+        at once has them served between the few of the others. One tenant's are first come, first
+        served.
+        """
+        last = self._turns.get((job.namespace, job.priority), 0)
+        job.turn = max(last, self._served.get(job.priority, 0)) + 1
+        self._turns[job.namespace, job.priority] = job.turn
+
     def _dispatch(self, now_s: float) -> list[Effect]:
-        """Give idle slots to waiting requests, first come first served within a priority."""
+        """Give idle slots to waiting requests, in turn."""
         effects: list[Effect] = []
         if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):
             return effects
-        for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
+        for job_id in sorted(self._queue, key=lambda j: (self.jobs[j].priority, self.jobs[j].turn)):
             job = self.jobs[job_id]
             if job.is_counting:
                 continue
@@ -374,6 +406,7 @@ class Scheduler:
             if plan is None:
                 break
             self._queue.remove(job_id)
+            self._served[job.priority] = max(self._served.get(job.priority, 0), job.turn)
             effects += self._begin(job, plan, now_s)
             if job.is_alone:
                 break

@@ -119,7 +119,8 @@ class Runtime:
         """
         self.settings = settings
         self.places = places
-        self.keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        server = settings.server
+        self.keys = load_keys(server.api_keys, server.api_key_file, server.operators)
         self._beginning = beginning or prepare(settings, places)
         self.tiers_dir = self._beginning.tiers_dir
         self.tiers: TierSet = self._beginning.tiers
@@ -326,6 +327,7 @@ class Runtime:
             lookup=self.slot_store.lookup,
             knows=self.slot_store.knows,
             queue_limit=self.settings.server.queue,
+            tenants=self.keys.tenants,
         )
         self.dispatcher = Dispatcher(
             scheduler, self.counter, self.slot_store, self.metrics, self.supervise
