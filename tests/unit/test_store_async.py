@@ -18,7 +18,7 @@ from keepwarm.store import (
     Store,
     list_extents,
     list_pins,
-    prune_offline,
+    prune_root,
     stores,
     verify_files,
 )
@@ -195,8 +195,9 @@ async def test_commands_read_beside_the_running_owner(tmp_path: Path) -> None:
     assert verified.findings == ()
     assert verified.read_bytes == listed.size_bytes
     assert sorted(settings.root.rglob("*")) == before, "reading leaves nothing behind"
-    with pytest.raises(ConfigError, match="keepwarm serve"):
-        prune_offline(settings.root, listed.name, 0)
+    (pruned,) = prune_root(settings.root, 0)
+    assert "keepwarm serve" in (pruned.owner or "")
+    assert len(list_extents(settings.root, listed.name)) == 2, "it is left to its owner"
 
     await store.prune(0)
     assert len(list_extents(settings.root, listed.name)) == 1, "the pinned one stays"

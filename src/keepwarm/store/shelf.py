@@ -312,7 +312,7 @@ class Shelf:
             ]
             ends = [key for key in found.ends if key.name not in there]
             pins = [name for name in found.pins if name not in self.catalog.pins]
-            self._remove_rows(extents=extents, ends=ends, pins=pins, senseless=True)
+            self._remove_rows(extents, ends, pins, senseless=True)
             self._refuse = _Loading()
         if freed:
             log.info("removed files of ours that the index doesn't name: %d bytes", freed)
@@ -401,8 +401,7 @@ class Shelf:
                 ends.append(FileKey(candidate.extent_id, candidate.at))
         freed = before - catalog.used_bytes
         if extents or ends:
-            self._remove_rows(extents=extents, ends=ends, pins=())
-            self.files.remove([*map(FileKey, extents), *ends])
+            self._remove(extents=extents, ends=ends)
             self.counts.evicted_extents += len(extents)
             self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
@@ -412,8 +411,7 @@ class Shelf:
         before = self.catalog.used_bytes
         extents = self.catalog.tree.subtree(extent_id)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=())
-        self.files.remove([*map(FileKey, extents), *ends])
+        self._remove(extents=extents, ends=ends)
         freed = before - self.catalog.used_bytes
         self.counts.evicted_extents += len(extents)
         self.counts.evicted_bytes += freed
@@ -428,9 +426,7 @@ class Shelf:
         for name in pins:
             catalog.drop_pin(name)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=pins)
-        self._quarantine_file(FileKey(extent_id))
-        self.files.remove([FileKey(i) for i in extents if i != extent_id] + ends)
+        self._remove(extents=extents, ends=ends, pins=pins, aside=FileKey(extent_id))
         self.counts.quarantined_extents += 1
         return Removed(tuple(extents), tuple(pins), before - catalog.used_bytes)
 
@@ -444,15 +440,31 @@ class Shelf:
             catalog.drop_pin(name)
         row = catalog.remove_end(extent_id, at)
         key = FileKey(extent_id, at)
-        self._remove_rows(extents=[], ends=[key], pins=pins)
-        self._quarantine_file(key)
+        self._remove(extents=[], ends=[key], pins=pins, aside=key)
         return Removed((), tuple(pins), row.size_bytes)
 
-    def _quarantine_file(self, key: FileKey) -> None:
-        try:
-            self.files.quarantine(key)
-        except SnapshotError as error:
-            log.warning("%s; it isn't used any more", error)
+    def _remove(
+        self,
+        *,
+        extents: list[int],
+        ends: list[FileKey],
+        pins: Collection[str] = (),
+        aside: FileKey | None = None,
+    ) -> None:
+        """Remove rows, then files, of which `aside` goes to the quarantine.
+
+        On a full disk the files go first: that makes room for the index to be written.
+        """
+        is_told = self._remove_rows(extents, ends, pins)
+        if aside is not None:
+            try:
+                self.files.quarantine(aside)
+            except SnapshotError as error:
+                log.warning("%s; it isn't used any more", error)
+        self.files.remove(key for key in [*map(FileKey, extents), *ends] if key != aside)
+        if not is_told and not self._remove_rows(extents, ends, pins):
+            log.warning("the index still names what was removed; the next start passes over it")
+        self.tell()
 
     def _forget_extent(self, extent_id: int) -> list[FileKey]:
         marks: list[tuple[str, bytes]] = []
@@ -462,12 +474,12 @@ class Shelf:
 
     def _remove_rows(
         self,
-        *,
         extents: list[int],
         ends: Iterable[FileKey],
         pins: Collection[str],
+        *,
         senseless: bool = False,
-    ) -> None:
+    ) -> bool:
         pairs = [(key.extent_id, key.at) for key in ends if key.at is not None]
         try:
             with disk_errors("removing from the index"), self.index.transaction():
@@ -477,5 +489,6 @@ class Shelf:
                 if senseless:
                     self.index.drop_senseless()
         except SnapshotError as error:
-            log.warning("%s; the files go all the same", error)
-        self.tell()
+            log.info("%s", error)
+            return False
+        return True
