@@ -232,7 +232,7 @@ def test_a_cut_while_quarantining_leaves_nothing_doubtful(
         disk.steps.clear()
         disk.arm(step)
         try:
-            store.quarantine(bad.extent_id, len(FIRST))
+            store.forget_ready(store.shelf.quarantine_extent(bad.extent_id))
         except PowerCutError:
             copy = after_power_cut(base, disk, lossy=lossy, layout=layout)
             check_next_life(copy, layout, certain=[OTHER], possible=[FIRST, TURN])

@@ -165,8 +165,10 @@ async def test_an_export_goes_to_another_store(store: Store, tmp_path: Path) -> 
     await other.close()
 
 
-async def test_a_failed_proof_is_quarantined(store: Store) -> None:
+async def test_what_a_failed_proof_shows_damaged_is_quarantined(store: Store) -> None:
     saved = await save(store, FIRST)
+    path = store.settings.directory / f"{saved.extent_id:010x}.rows"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     removed = await store.quarantine(saved.extent_id, 40, reason="cached 0 of 40 tokens")
     assert removed.extents == (saved.extent_id,)
     with refused("unknown"):

@@ -317,7 +317,7 @@ def test_a_held_file_is_removed_with_its_last_hold(tmp_path: Path) -> None:
     first = store.materialize(saved.extent_id, 10)
     second = store.materialize(saved.extent_id, 10)
     assert first.name == second.name
-    store.quarantine(saved.extent_id, 10)
+    store.quarantine(saved.extent_id, 10, "")
     store.staging.release(first.name)
     assert store.staging.path(first.name).exists()
     store.staging.release(second.name)

@@ -430,6 +430,24 @@ class Shelf:
         self.counts.quarantined_extents += 1
         return Removed(tuple(extents), tuple(pins), before - catalog.used_bytes)
 
+    def forget_marks(
+        self, namespace: str | None, *, extent_id: int | None = None, at: int | None = None
+    ) -> int:
+        """Forget the digests that lead to one end, or all; of one namespace, or of all. Rows stay.
+
+        Returns how many. Those that the index can't forget now are known again after a restart.
+        """
+        found = self.catalog.marks_at(namespace, extent_id=extent_id, at=at)
+        for name, digest, holder in found:
+            self.catalog.forget_mark(name, digest, extent_id=holder)
+        try:
+            with disk_errors("forgetting marks"), self.index.transaction():
+                for name, digest, holder in found:
+                    self.index.drop_mark(holder, name, digest)
+        except SnapshotError as error:
+            log.warning("%s", error)
+        return len(found)
+
     def quarantine_end(self, extent_id: int, at: int) -> Removed:
         """Set one boundary state aside; pins that end there are lost."""
         catalog = self.catalog
