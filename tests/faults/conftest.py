@@ -11,9 +11,9 @@ from aiohttp import web
 from fakeengine import KEY, FakeEngine
 from rig import Keepwarm
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.gateway.app import make_app
 from keepwarm.gateway.listening import Runner
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import (
     EngineSettings,
     Places,

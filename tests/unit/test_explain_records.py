@@ -16,10 +16,10 @@ from finished import SYSTEM, asks, ended, plan
 from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.dashboard import __file__ as dashboard_file
-from keepwarm.gateway.explainer import Explainer, Identity
+from keepwarm.explain.explainer import Explainer, Identity
+from keepwarm.explain.record import brief
 from keepwarm.gateway.feed import Feed, encode_event
 from keepwarm.gateway.pages import content_policy
-from keepwarm.gateway.record import brief
 from keepwarm.logs import request_fields, request_line, set_up_logging
 from keepwarm.settings import LogSettings
 

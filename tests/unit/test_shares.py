@@ -14,9 +14,9 @@ from keepwarm.core.prompt import prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
+from keepwarm.deployment.proof import Prover
 from keepwarm.errors import ConfigError
-from keepwarm.gateway.keys import load_keys
-from keepwarm.gateway.proof import Prover
+from keepwarm.keys import load_keys
 from keepwarm.store.types import Origin, Pin
 
 

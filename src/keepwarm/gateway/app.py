@@ -8,16 +8,16 @@ from contextlib import closing
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.explaining import observe_deployment
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import EngineDownError, RequestError
+from keepwarm.explain.metrics import merged
 from keepwarm.gateway.batch_api import batch_handlers
 from keepwarm.gateway.door import Answer, Door, go_on, let_page_read, namespace_of, read_body
-from keepwarm.gateway.ending import observe_deployment
-from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.pages import page_handlers
 from keepwarm.gateway.proxy import Proxy
-from keepwarm.gateway.runtime import Runtime, State
-from keepwarm.gateway.tiering import AUTO
 from keepwarm.gateway.views import status_now
+from keepwarm.tiers.tiering import AUTO
 
 log = logging.getLogger("keepwarm")
 

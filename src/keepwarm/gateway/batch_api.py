@@ -18,16 +18,16 @@ import msgspec
 from aiohttp import BodyPartReader, web
 
 from keepwarm.batch.hours import parse_hours
-from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
 from keepwarm.gateway.door import Answer, SlowBodyError, namespace_of, read_body
 from keepwarm.gateway.proxy import Proxy, decode_body
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 _PURPOSES = ("batch", "user_data")
@@ -157,14 +157,15 @@ class _Site:
                 lambda led: led.add_file(part, namespace=namespace, filename=name, purpose=why)
             )
         finally:
-            part.unlink(missing_ok=True)
+            self.ledger.drop_part(part)
         return _json(made)
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
         """Write an upload down as it comes, within the bounds."""
         settings = self._runtime.settings.batch
         size = 0
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with disk_errors(part):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             while chunk := await _chunk_of(field):
                 size += len(chunk)
@@ -183,7 +184,7 @@ class _Site:
                 await asyncio.to_thread(_write_all, fd, bytes(chunk))
             await asyncio.to_thread(os.fsync, fd)
         except OSError as error:
-            raise DiskFullError(f"The file can't be written: {error.strerror}.") from error
+            raise unwritable(part, error) from error
         finally:
             self._receiving_bytes -= size
             os.close(fd)

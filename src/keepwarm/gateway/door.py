@@ -18,6 +18,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
 from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import (
     EngineRefusedError,
     ForbiddenError,
@@ -28,7 +29,6 @@ from keepwarm.errors import (
     TooLargeError,
 )
 from keepwarm.gateway.dialect import OPENAI, Dialect, dialect_of
-from keepwarm.gateway.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 

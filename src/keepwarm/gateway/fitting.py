@@ -21,8 +21,8 @@ import msgspec
 from keepwarm.errors import EngineError, EngineRefusedError
 
 if TYPE_CHECKING:
+    from keepwarm.deployment.runtime import Runtime
     from keepwarm.gateway.asked import Asked
-    from keepwarm.gateway.runtime import Runtime
 
 # No vocabulary has longer tokens: runs of spaces are the longest, up to 128 in those that were
 # looked at (GPT-2's, Llama 3's, Qwen's, Gemma's).
