@@ -185,3 +185,28 @@ async def test_a_head_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch
         async with asyncio.timeout(5):
             assert await reader.read() == b""
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "statuses"),
+    [
+        ("GET /health HTTP/1.0", (200,)),
+        ("GET /health HTTP/1.1\r\nHost: a\r\nExpect: the-unexpected", (200,)),
+        ("OPTIONS * HTTP/1.1\r\nHost: a", (204, 400, 404)),
+        ("CONNECT example.org:443 HTTP/1.1\r\nHost: a", (400, 404)),
+        ("TRACE / HTTP/1.1\r\nHost: a", (404,)),
+        ("BREW /v1/models HTTP/1.1\r\nHost: a", (400, 404)),
+        ("PUT /v1/chat/completions HTTP/1.1\r\nHost: a", (404,)),
+        ("GET http://example.org/v1/models HTTP/1.1\r\nHost: a", (200, 400, 404)),
+        ("GET /v1/models HTTP/1.1\r\nHost: a\r\nUpgrade: websocket", (200, 400)),
+        ("GET /caf\u00e9 HTTP/1.1\r\nHost: a", (400, 404)),
+        ("GET /tokenize?\u00e9 HTTP/1.1\r\nHost: a", (400, 404)),
+    ],
+)
+async def test_odd_requests_are_answered_in_json(
+    keepwarm: Keepwarm, head: str, statuses: tuple[int, ...]
+) -> None:
+    raw = (head + "\r\nConnection: close\r\n\r\n").encode()
+    top, _, body = (await exchange(keepwarm, raw)).partition(b"\r\n\r\n")
+    assert int(top.split()[1]) in statuses
+    assert not body or json.loads(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from itertools import pairwise
 from typing import Any
@@ -158,3 +159,41 @@ async def test_pings_can_be_turned_off(keepwarm: Keepwarm) -> None:
     await waking
     assert seen.headers_s > LONG_S - 0.2
     assert ": keepwarm" not in seen.text
+
+
+NODE = """
+const [url, body, limit] = process.argv.slice(1);
+await fetch(url.replace(/\\/v1.*/, "/health"));
+const Agent = globalThis[Symbol.for("undici.globalDispatcher.1")].constructor;
+const dispatcher = new Agent({ headersTimeout: +limit, bodyTimeout: +limit });
+const headers = { "Content-Type": "application/json" };
+const reply = await fetch(url, { method: "POST", body, headers, dispatcher });
+console.log(reply.status, (await reply.text()).includes("noon"));
+"""
+
+
+async def in_node(keepwarm: Keepwarm, *, limit_ms: int) -> str:
+    """What Node's fetch says of a stream whose first word comes after five seconds."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no node here")
+    keepwarm.engine.faults.append(Fault.STALL)
+    body = json.dumps(keepwarm.body(stream=True))
+    asked = await asyncio.create_subprocess_exec(
+        *(node, "--input-type=module", "-e", NODE, keepwarm.base + CHAT, body, str(limit_ms)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    await asyncio.sleep(5)
+    keepwarm.engine.resume.set()
+    said, _ = await asked.communicate()
+    return said.decode()
+
+
+async def test_nodes_fetch_outlasts_a_silence_longer_than_its_limit(keepwarm: Keepwarm) -> None:
+    assert (await in_node(keepwarm, limit_ms=2500)).strip() == "200 true"
+
+
+@pytest.mark.parametrize("server_settings", [ServerSettings(ping_s=0)], ids=["off"])
+async def test_without_pings_nodes_fetch_gives_up(keepwarm: Keepwarm) -> None:
+    assert "imeout" in await in_node(keepwarm, limit_ms=2500)

@@ -24,8 +24,8 @@ class Job:
     own, so that the store may have it. `chat` is what the engine renders it from (None: it can't be
     counted), `ids` its tokens once they were counted, which took `counted_s`; `is_refused`: the
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
-    False if its client wants nothing reused (`cache_prompt: false`).
-    `turn` is its place among the tenants' jobs, lower first.
+    False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
+    among the tenants' jobs, lower first.
     """
 
     id: str

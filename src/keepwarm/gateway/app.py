@@ -16,7 +16,7 @@ from keepwarm.errors import (
 )
 from keepwarm.explain.metrics import merged
 from keepwarm.gateway.batch_api import batch_handlers
-from keepwarm.gateway.door import Answer, Door, let_page_read, namespace_of, read_body
+from keepwarm.gateway.door import Answer, Door, go_on, let_page_read, namespace_of, read_body
 from keepwarm.gateway.pages import page_handlers
 from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.views import status_now
@@ -37,7 +37,8 @@ def make_app(runtime: Runtime) -> web.Application:
     }
     door = Door(runtime, own=own, planned=proxy.handle, passed=proxy.pass_through)
     # The table of routes is `api.routes`; aiohttp only brings what comes to the door.
-    app.router.add_route("*", "/{path:.*}", door.answer)
+    app.router.add_route("*", "/{path:.*}", door.answer, expect_handler=go_on)
+    app.middlewares.append(door.unrouted)
     app.on_response_prepare.append(let_page_read)
     return app
 

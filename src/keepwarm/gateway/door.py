@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
 
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
 from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
@@ -139,6 +140,18 @@ class Door:
             response.headers.update(error.headers)
             return response
 
+    @property
+    def unrouted(self) -> Middleware:
+        """Brings what aiohttp finds no route for to the door, too: `OPTIONS *`, `CONNECT`."""
+
+        @web.middleware
+        async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+            if request.match_info.http_exception is None:
+                return await handler(request)
+            return await self.answer(request)
+
+        return middleware
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         try:
             return await self._enter(request)
@@ -211,6 +224,14 @@ class Door:
         if refusal or not self._origins.lets_in(access, headers.get("Host", ""), origin):
             raise ForbiddenError(refusal or "Another web site may not use this page.")
         return web.Response(status=204, headers=preflight_headers(origin, headers))
+
+
+async def go_on(request: web.Request) -> None:
+    """Ask a client that waits before it sends its body to send it; it is refused behind that."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # It counts as output, behind which no answer could be refused any more.
+        request.writer.output_size = 0
 
 
 async def let_page_read(request: web.Request, response: web.StreamResponse) -> None:
