@@ -31,8 +31,9 @@ from campaign_faults import FAULTS, Fault
 from campaign_load import Load, Question, Tally, ask, questions, until_healthy
 from campaign_place import HEALTHY_WITHIN_S, Place
 
-from tinymodels import small_model, write_tiny_qwen3
+from tinymodels import small_model, write_tiny_gemma3, write_tiny_lfm2, write_tiny_qwen3
 
+MODELS = {"plain": write_tiny_qwen3, "window": write_tiny_gemma3, "hybrid": write_tiny_lfm2}
 REQUESTS = 9
 CHECKS = 3
 
@@ -213,6 +214,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--only", default="", help="kinds, separated by commas")
+    parser.add_argument("--memory", choices=MODELS, default="plain", help="the model's kind")
     parser.add_argument("--list", action="store_true", help="name the kinds")
     options = parser.parse_args()
     if options.list:
@@ -222,7 +224,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="keepwarm-faults-") as folder:
         root = Path(folder)
         model = root / "tiny.gguf"
-        write_tiny_qwen3(model, small_model())
+        MODELS[options.memory](model, small_model())
         began_s = time.monotonic()
         campaign = Campaign(root, model, seed=seed)
         try:

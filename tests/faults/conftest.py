@@ -11,8 +11,8 @@ from aiohttp import web
 from fakeengine import KEY, FakeEngine
 from rig import Keepwarm
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import (
     EngineSettings,
     Places,

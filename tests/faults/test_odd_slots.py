@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fakeengine import REPLY, FakeEngine
-from rig import Keepwarm
-
 from keepwarm.gateway.runtime import State
+from rig import Keepwarm
 
 ACTIONS = ("save", "restore", "erase")
 ANSWERS = ("400", "500", "garbage", "nothing", "another's slot", "no file")

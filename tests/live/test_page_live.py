@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from browser import Page
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from served import Answer, Served
 
 pytestmark = [pytest.mark.live, pytest.mark.browser]

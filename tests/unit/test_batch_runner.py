@@ -123,7 +123,7 @@ async def test_each_task_ends_once_with_its_shared_prefix_filled_before(tmp_path
     assert report["prefilled_tokens"] == 300 + 90
     assert report["reused_tokens"] == 9 * 90 - 300
     assert desk.paths.picture is not None
-    assert desk.paths.picture.read_text().count("<title>") == 10
+    assert desk.paths.picture.read_text().count("</title></rect>") == 10
 
 
 async def test_a_failure_that_may_pass_is_tried_again_within_the_bound(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.dashboard import __file__ as dashboard_file
 from keepwarm.errors import ForbiddenError
-from keepwarm.gateway.explainer import Explainer, Identity
+from keepwarm.explain.explainer import Explainer, Identity
+from keepwarm.explain.record import brief
 from keepwarm.gateway.feed import Feed, encode_event
 from keepwarm.gateway.pages import content_policy, refuse_other_sites
-from keepwarm.gateway.record import brief
 from keepwarm.logs import request_fields, request_line, set_up_logging
 from keepwarm.settings import LogSettings
 

@@ -13,12 +13,12 @@ from keepwarm.batch.senders import HttpSender, RefusedError, Sender, Unreachable
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.rates import Rates
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.batch_service import LocalSender
 from keepwarm.gateway.proxy import Proxy
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 _POLL_S = 0.5
 

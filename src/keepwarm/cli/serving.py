@@ -14,11 +14,11 @@ from aiohttp import web
 
 from keepwarm.cli.output import err
 from keepwarm.cli.progress import WarmProgress
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.early import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.keys import is_loopback
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.keys import is_loopback
 from keepwarm.sdnotify import Notifier
 from keepwarm.service.presence import Presence, stop_timeout_s
 from keepwarm.settings import Places, Settings, service_manager

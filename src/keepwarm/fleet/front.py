@@ -23,8 +23,8 @@ from keepwarm.fleet.config import fleet_of
 from keepwarm.fleet.replica import Head
 from keepwarm.fleet.status import fleet_metrics, fleet_status
 from keepwarm.fleet.wire import ask_of, bounded
-from keepwarm.gateway.keys import load_keys
 from keepwarm.gateway.pages import load_page
+from keepwarm.keys import load_keys
 from keepwarm.settings import load_settings
 
 log = logging.getLogger("keepwarm.fleet")

@@ -39,10 +39,10 @@ import msgspec
 import numpy as np
 import xxhash
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import SHARED, Tokens
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.exchange import Path, Piece, Place
 from keepwarm.store.types import Mark
 

@@ -22,6 +22,7 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.core.hints import NODE_HEADER
+from keepwarm.deployment.runtime import State
 from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import Ledger
@@ -31,7 +32,6 @@ from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
 from keepwarm.fleet.wire import Ask, Told, packed
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import State
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import load_settings
 

@@ -30,7 +30,6 @@ from typing import Protocol, TypedDict
 
 from keepwarm.core.prompt import BLOCK_CHARS, Mark, Prompt
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.core.slotfile import Buffer
 from keepwarm.core.tree import SHARED
 from keepwarm.errors import SnapshotError
 from keepwarm.fleet.costs import MOVE_MIN_TOKENS, Costs, Origin, best_way
@@ -43,6 +42,7 @@ from keepwarm.fleet.objects import (
     unpack_mark,
     unpack_rows,
 )
+from keepwarm.slotfile import Buffer
 from keepwarm.store import exchange
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.exchange import Path, Piece, Place

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 
 T = TypeVar("T")
 

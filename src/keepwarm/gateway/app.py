@@ -10,6 +10,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from keepwarm.core.prompt import Api
+from keepwarm.deployment.explaining import observe_deployment
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import (
     EngineDownError,
     EngineRefusedError,
@@ -17,15 +19,13 @@ from keepwarm.errors import (
     RequestError,
     TooLargeError,
 )
+from keepwarm.explain.metrics import merged
 from keepwarm.gateway.asked import PLANNED
 from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.dialect import dialect_of
-from keepwarm.gateway.ending import observe_deployment
-from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.pages import add_page_routes
 from keepwarm.gateway.proxy import Proxy, error_response
-from keepwarm.gateway.runtime import Runtime, State
-from keepwarm.gateway.tiering import AUTO
+from keepwarm.tiers.tiering import AUTO
 
 log = logging.getLogger("keepwarm")
 

@@ -7,7 +7,6 @@ namespace of the key that uploaded it, and so do its batches.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -23,11 +22,11 @@ from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
 from keepwarm.gateway.proxy import Proxy, decode_body
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 _PURPOSES = ("batch", "user_data")
@@ -152,8 +151,7 @@ class _Site:
                 lambda led: led.add_file(part, namespace=namespace, filename=name, purpose=why)
             )
         finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            self.ledger.drop_part(part)
         return _json(made)
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:

@@ -42,10 +42,10 @@ from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.senders import Answer, UnreachableError, batch_headers
 from keepwarm.batch.tasks import LineError, Parsed, Task
 from keepwarm.core.prompt import SharedEnd
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import EngineDownError, EngineRefusedError, KeepwarmError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.proxy import Proxy, error_response
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 log = logging.getLogger("keepwarm")

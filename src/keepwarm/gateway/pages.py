@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import (
     ConflictError,
     ForbiddenError,
@@ -24,9 +25,8 @@ from keepwarm.errors import (
     RequestError,
     SnapshotError,
 )
+from keepwarm.explain.record import brief
 from keepwarm.gateway.feed import Feed, encode_event
-from keepwarm.gateway.record import brief
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.views import HAND, SHARED, overview, slots_now, store_now
 from keepwarm.store.types import Listed
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from keepwarm import __version__
 from keepwarm.core.slots import Slot, SlotState
-from keepwarm.gateway.history import Totals
+from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 SHARED = ""
 # A page shows no more rows than this, and a store may hold a hundred thousand.
@@ -34,6 +34,7 @@ async def overview(runtime: Runtime, namespace: str) -> dict[str, Any]:
         "has_keys": bool(runtime.keys),
         "namespace": namespace,
         "keeps_text": runtime.settings.log.prompts,
+        "hygiene": list(runtime.settings.hygiene.rules),
         "totals": {"today": _totals(today), "ever": _totals(ever)},
         "tiers": [],
     }
