@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fakeengine import REPLY, FakeEngine
-from keepwarm.gateway.runtime import State
+from keepwarm.deployment.runtime import State
 from rig import Keepwarm
 
 ACTIONS = ("save", "restore", "erase")
