@@ -130,8 +130,8 @@ class Campaign:
             self._check(load.tally, chance)
         else:
             kind.troubles.append(
-                f"{name}: not healthy within {HEALTHY_WITHIN_S:.0f} s: "
-                + place.gateway.log.read_text()[-1500:]
+                f"{name}: not healthy within {HEALTHY_WITHIN_S:.0f} s, its exit status is "
+                f"{place.gateway.process.poll()}: " + place.gateway.log.read_text()[-1500:]
             )
         kind.counts.update(load.tally.counts)
         found = place.missing()

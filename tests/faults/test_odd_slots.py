@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fakeengine import REPLY, FakeEngine
-from keepwarm.deployment.runtime import State
 from rig import Keepwarm
+
+from keepwarm.deployment.runtime import State
 
 ACTIONS = ("save", "restore", "erase")
 ANSWERS = ("400", "500", "garbage", "nothing", "another's slot", "no file")
