@@ -18,7 +18,8 @@ class Job:
     reason why its restore failed, if it did. `gone`: its client has left. `is_alone`: the engine
     computes several replies to it at once (`n`), in other slots of its own choice, so that those
     must be idle, and what they hold is lost. `is_savable`: its state is the model's
-    own, so that the store may have it.
+    own, so that the store may have it. `reply_tokens` is what each of its `replies` may come to,
+    `counted_tokens` its prompt's length, if that was counted.
     """
 
     id: str
@@ -36,6 +37,8 @@ class Job:
     must_save: bool = False
     is_alone: bool = False
     is_savable: bool = True
+    replies: int = 1
+    counted_tokens: int | None = None
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False
@@ -51,4 +54,6 @@ class Job:
             self.static_tokens,
             self.waited_for_fill,
             self.is_alone,
+            self.replies,
+            self.counted_tokens,
         )

@@ -65,8 +65,8 @@ SAVE_AFTER_IDLE_S = 0.3
 # a loop of short turns is then slowed by a fiftieth at most.
 SAVE_AT_ONCE = 50.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
-# and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
-# ten milliseconds. Slots in use by turns stay.
+# and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
+# compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
 # What the store needs to take a saved file in, in times that the engine needs to save it: it
 # compares, writes and flushes (46 MB: some 60 ms after 15).
@@ -240,6 +240,7 @@ class Scheduler:
             for slot in self.slots:
                 if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
                     effects += self._save_if_worth(slot, now_s)
+        if self.up:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
@@ -379,7 +380,7 @@ class Scheduler:
         slot = self.slots[plan.slot]
         job.plan = plan
         slot.state, slot.job = SlotState.PREPARING, job.id
-        slot.granted_tokens = plan.prompt_tokens + job.reply_tokens
+        slot.granted_tokens = plan.granted_tokens
         script: deque[Step] = deque()
         effects: list[Effect] = []
         for other_id, save in plan.evict:
@@ -558,18 +559,23 @@ class Scheduler:
         return content.turns > 1 and unsaved_s >= SAVE_AT_ONCE * save_s
 
     def _thin_out(self, now_s: float) -> list[Effect]:
-        """Empty slots of a shared pool that have been idle, but for the one used last."""
-        if self.machine.pool_tokens is None:
+        """Empty slots of a shared pool that are idle, while others compute.
+
+        At once what the store has; after a while what isn't worth a save, and what can be continued
+        from more places in its slot than from the store.
+        """
+        if self.machine.pool_tokens is None or not self.busy:
             return []
-        last = max(self.slots, key=lambda slot: slot.idle_since_s)
         effects: list[Effect] = []
         for slot in self.slots:
-            idle = slot.state is SlotState.IDLE and slot is not last
-            if not idle or slot.content is None or slot.held_tokens == 0:
+            content = slot.content
+            if slot.state is not SlotState.IDLE or content is None or slot.held_tokens == 0:
                 continue
-            if now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S and not self._worth_saving(
-                slot, now_s
-            ):
+            if any(content is absorbing for absorbing in self._absorbing.values()):
+                continue
+            is_kept = content.saved_tokens >= content.tokens and self.machine.cuttable
+            is_old = now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S
+            if is_kept or (is_old and not self._worth_saving(slot, now_s)):
                 slot.state = SlotState.PREPARING
                 self._scripts[slot.id] = deque([EraseSlot(slot.id)])
                 effects += self._advance(slot, now_s)
