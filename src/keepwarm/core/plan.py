@@ -111,7 +111,8 @@ class Machine:
 
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
-    each has its own part. `slack_tokens` of a restored prefix may be computed again.
+    each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
+    is what a slot may hold, 0 if that isn't known.
     """
 
     row_bytes: int
@@ -119,6 +120,7 @@ class Machine:
     can_save: bool
     pool_tokens: int | None
     slack_tokens: int = 0
+    slot_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,9 @@ ERASE_AFTER_IDLE_S = 2.0
 _TAKING_IN = 4.0
 
 
+# Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
+_NOBODY = "\0"
+
 # Finds the longest restorable prefix: marks' digests in order -> what is stored.
 Lookup = Callable[[Prompt, str], Stored | None]
 
@@ -151,12 +154,16 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None:
+        if counts is not None and self.is_shifted(counts):
+            slot.content, slot.held_tokens = None, self.machine.slot_tokens
+        elif counts is not None:
             self._learn(job, slot, counts, reply)
         elif touched:
             self._unsure(job, slot)
         if counts is not None or touched:
             slot.owner = job.namespace
+        if counts is not None and self.is_shifted(counts):
+            slot.owner = _NOBODY
         self._free(slot, now_s)
         effects: list[Effect] = []
         if slot.content and self._is_cheap_to_keep(slot.content):
@@ -247,6 +254,26 @@ class Scheduler:
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
+
+    def is_shifted(self, counts: Counts) -> bool:
+        """Whether a reply went on beyond its slot's end: text was dropped from under its rows.
+
+        They were computed behind what is gone (`--context-shift`), so they are nobody's prefix.
+        """
+        limit = self.machine.slot_tokens
+        return bool(limit) and counts.prompt + counts.decoded > limit
+
+    def engine_slept(self) -> int:
+        """The engine unloaded its model by itself and is up still; returns how many slots it cost.
+
+        A request that runs keeps it awake, so all slots are idle.
+        """
+        held = 0
+        for slot in self.slots:
+            if slot.state is SlotState.IDLE:
+                held += slot.content is not None
+                slot.content, slot.held_tokens, slot.owner = None, 0, ""
+        return held
 
     def set_content(self, slot_id: int, content: Content | None, now_s: float) -> None:
         """Tell what a slot holds; only for an idle slot, by who warmed it."""
