@@ -108,9 +108,9 @@ async def test_a_path_makes_it_a_socket_of_this_user_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("form", ["{}", "unix:{}"])
 async def test_commands_ask_a_gateway_behind_a_socket(tmp_path: Path, form: str) -> None:
     path = tmp_path / "keepwarm.sock"
-    async with listening_at(ServerSettings(host=str(path))):
-        async with Gateway(form.format(path), None) as gateway:
-            assert await gateway.get("status") == {"said": "hello"}
+    named = form.format(path)
+    async with listening_at(ServerSettings(host=str(path))), Gateway(named, None) as gateway:
+        assert await gateway.get("status") == {"said": "hello"}
 
 
 async def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
