@@ -26,6 +26,7 @@ class Job:
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
     False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
     among the tenants' jobs, lower first.
+    `reply_tokens` is what each of its `replies` may come to.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Job:
     is_alone: bool = False
     is_savable: bool = True
     turn: int = 0
+    replies: int = 1
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False
@@ -71,4 +73,5 @@ class Job:
             self.static_ids,
             self.reuses,
             self.is_refused,
+            self.replies,
         )

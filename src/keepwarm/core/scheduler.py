@@ -77,8 +77,8 @@ SAVE_AFTER_IDLE_S = 0.3
 # a loop of short turns is then slowed by a fiftieth at most.
 SAVE_AT_ONCE = 50.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
-# and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
-# ten milliseconds. Slots in use by turns stay.
+# and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
+# compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
 # The opening of a turn and a first word are in any two prompts: nothing to wait for.
 _COMMON_OPENING_TOKENS = 8
@@ -87,6 +87,8 @@ _COMMON_OPENING_TOKENS = 8
 _TAKING_IN = 4.0
 
 
+# Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
+_NOBODY = "\0"
 # A prompt is counted where what is in doubt costs so many times the count to prefill.
 COUNT_IF_TIMES = 1.0
 
@@ -179,10 +181,14 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None:
+        if counts is not None and self.is_shifted(counts):
+            slot.content, slot.held_tokens = None, self.machine.slot_tokens
+        elif counts is not None:
             self._learn(job, slot, counts, reply)
         if counts is not None or touched:
             slot.owner = job.namespace
+        if counts is not None and self.is_shifted(counts):
+            slot.owner = _NOBODY
         effects: list[Effect] = []
         if counts is None and touched:
             effects += self._look(slot, job, now_s)
@@ -307,12 +313,33 @@ class Scheduler:
             for slot in self.slots:
                 if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
                     effects += self._save_if_worth(slot, now_s)
+        if self.up:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
+
+    def is_shifted(self, counts: Counts) -> bool:
+        """Whether a reply went on beyond its slot's end: text was dropped from under its rows.
+
+        They were computed behind what is gone (`--context-shift`), so they are nobody's prefix.
+        """
+        limit = self.machine.slot_tokens
+        return bool(limit) and counts.prompt + counts.decoded > limit
+
+    def engine_slept(self) -> int:
+        """The engine unloaded its model by itself and is up still; returns how many slots it cost.
+
+        A request that runs keeps it awake, so all slots are idle.
+        """
+        held = 0
+        for slot in self.slots:
+            if slot.state is SlotState.IDLE:
+                held += slot.content is not None
+                slot.content, slot.held_tokens, slot.owner = None, 0, ""
+        return held
 
     def set_content(self, slot_id: int, content: Content | None, now_s: float) -> None:
         """Tell what a slot holds; only for an idle slot, by who warmed it."""
@@ -502,7 +529,7 @@ class Scheduler:
         slot = self.slots[plan.slot]
         job.plan = plan
         slot.state, slot.job = SlotState.PREPARING, job.id
-        slot.granted_tokens = plan.prompt_tokens + job.reply_tokens
+        slot.granted_tokens = plan.granted_tokens
         script: deque[Step] = deque()
         effects: list[Effect] = []
         for other_id, save in plan.evict:
@@ -694,18 +721,23 @@ class Scheduler:
         return content.turns > 1 and unsaved_s >= SAVE_AT_ONCE * save_s
 
     def _thin_out(self, now_s: float) -> list[Effect]:
-        """Empty slots of a shared pool that have been idle, but for the one used last."""
-        if self.machine.pool_tokens is None:
+        """Empty slots of a shared pool that are idle, while others compute.
+
+        At once what the store has; after a while what isn't worth a save, and what can be continued
+        from more places in its slot than from the store.
+        """
+        if self.machine.pool_tokens is None or not self.busy:
             return []
-        last = max(self.slots, key=lambda slot: slot.idle_since_s)
         effects: list[Effect] = []
         for slot in self.slots:
-            idle = slot.state is SlotState.IDLE and slot is not last
-            if not idle or slot.content is None or slot.held_tokens == 0:
+            content = slot.content
+            if slot.state is not SlotState.IDLE or content is None or slot.held_tokens == 0:
                 continue
-            if now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S and not self._worth_saving(
-                slot, now_s
-            ):
+            if any(content is absorbing for absorbing in self._absorbing.values()):
+                continue
+            is_kept = content.saved_tokens >= content.tokens and self.machine.cuttable
+            is_old = now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S
+            if is_kept or (is_old and not self._worth_saving(slot, now_s)):
                 slot.state = SlotState.PREPARING
                 self._scripts[slot.id] = deque([EraseSlot(slot.id)])
                 effects += self._advance(slot, now_s)

@@ -87,14 +87,14 @@ class Prover:
                 return
             else:
                 runtime.metrics.miss("not_reused")
-                lost = set(await self._quarantine(plan.restore, "not_reused"))
+                lost = set(await self._quarantine(plan.restore, "not_reused", job.namespace))
             for target in runtime.prefixes.targets:
                 if target.name in lost:
                     await rebuild(runtime, target)
 
-    async def _quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:
+    async def _quarantine(self, stored: Stored, reason: str, namespace: str) -> tuple[str, ...]:
         try:
-            return await self._runtime.slot_store.quarantine(stored, reason)
+            return await self._runtime.slot_store.quarantine(stored, reason, namespace=namespace)
         except SnapshotError as error:
             self._runtime.metrics.miss(error.reason)
             return ()
@@ -104,16 +104,10 @@ class Prover:
         runtime = self._runtime
         runtime.dispatcher.forget_rendered()
         lost = {target.name for target in moved}
-        for name in sorted(lost):
-            if pin := runtime.store.pin_named(name):
-                try:
-                    removed = await runtime.store.quarantine(
-                        pin.extent_id, pin.at_tokens, reason="template_changed"
-                    )
-                except SnapshotError as error:
-                    runtime.metrics.miss(error.reason)
-                else:
-                    lost |= set(removed.pins)
+        try:
+            await runtime.store.forget_marks()
+        except SnapshotError as error:
+            runtime.metrics.miss(error.reason)
         for target in runtime.prefixes.targets:
             runtime.dispatcher.know_static(target.digest, target.tokens)
         return lost

@@ -10,7 +10,10 @@ from aiohttp import web
 
 from keepwarm.deployment.explaining import observe_deployment
 from keepwarm.deployment.runtime import Runtime, State
-from keepwarm.errors import EngineDownError, RequestError
+from keepwarm.errors import (
+    EngineDownError,
+    RequestError,
+)
 from keepwarm.explain.metrics import merged
 from keepwarm.gateway.batch_api import batch_handlers
 from keepwarm.gateway.door import Answer, Door, go_on, let_page_read, namespace_of, read_body

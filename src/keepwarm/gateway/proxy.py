@@ -45,6 +45,7 @@ from keepwarm.gateway.dialect import Anthropic, StreamTranslator, dialect_of
 from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
+from keepwarm.gateway.fits import bounded, check_fits, reply_limit
 from keepwarm.gateway.fitting import refuse_too_long
 from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.opening import Opening
@@ -242,6 +243,7 @@ class Proxy:
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
+        await check_fits(runtime, exchange.asked.dialect, exchange.job)
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
             return await self._forward_again(request, exchange)
@@ -293,11 +295,10 @@ class Proxy:
         priority = asked.priority
         # A batch has hours; who sent it decides how long to wait.
         wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
-        limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
         replies = tiered.body.get("n_cmpl", tiered.body.get("n"))
         # It needs a slot for each; more than there are it refuses, before it looks at any.
         slots = len(self._runtime.dispatcher.scheduler.slots)
-        is_alone = isinstance(replies, int) and 1 < replies <= slots
+        replies = replies if isinstance(replies, int) and 1 < replies <= slots else 1
         # State computed with adapters of a request's own isn't the model's: the store, which knows
         # tokens by their ids, would take the one for the other.
         is_savable = not tiered.body.get("lora")
@@ -307,13 +308,15 @@ class Proxy:
             prompt=prompt,
             arrived_s=now_s,
             deadline_s=now_s + wait_s,
-            reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
+            reply_tokens=reply_limit(tiered.body),
             priority=priority,
             is_final=priority > 0 or asked.is_infill,
             static_shared=prompt.is_static_shared,
-            is_alone=is_alone,
+            is_alone=replies > 1,
+            replies=replies,
             is_savable=is_savable,
             chat=None if asked.is_infill else rendered_from(asked.api, tiered.body),
+            ids=prompt.ids,
             reuses=tiered.body.get("cache_prompt") is not False,
         )
         fills = prompt.static and is_savable and job.reuses
@@ -349,6 +352,7 @@ class Proxy:
             # Nobody saves an infill, and editors count on moved chunks of it.
             body |= EXACT
         body.setdefault("cache_prompt", True)
+        body |= bounded(body, exchange.grant.plan.reply_tokens)
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
         asked = exchange.asked
