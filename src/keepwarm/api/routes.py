@@ -230,11 +230,16 @@ def methods_of(raw_path: str) -> tuple[str, ...]:
 
 
 def access_of(raw_path: str) -> Access:
-    """The strictest access to a path by any method; what isn't in the table is an API's."""
+    """The strictest access to a path by any method.
+
+    What isn't in the table is an API's, but for pages of ours that there aren't.
+    """
     found = [find(method, raw_path) for method in ("GET", "POST", "DELETE")]
     accesses = {one.route.access for one in found if one}
     strictest = (Access.OWN, Access.SITE, Access.API, Access.OPEN)
-    return next((access for access in strictest if access in accesses), Access.API)
+    path = normal_path(raw_path) or ""
+    unknown = Access.OWN if path.startswith("/keepwarm") else Access.API
+    return next((access for access in strictest if access in accesses), unknown)
 
 
 # What the engine is told of a request. Everything else is between the client and us: a key,

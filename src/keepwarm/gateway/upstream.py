@@ -26,10 +26,11 @@ _SKIPPED = frozenset(
 )
 # What an event of a stream holds that tells how far the prompt is; in text its quotes are escaped.
 PROGRESS = b'"prompt_progress"'
-# What the engine says of requests that it can't read or render; never of a slot's failure.
+# What the engine says of requests that it can't read or render; never of a slot's failure, nor of
+# what a model said ("Failed to parse input at pos").
 _UNREADABLE = re.compile(
-    r"\[json\.exception|^Failed to parse|^Missing |is required$|^Unsupported |^Expected "
-    r"|^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
+    r"\[json\.exception|^Failed to parse (?!input at)|^Missing |is required$|^Unsupported "
+    r"|^Expected |^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
 )
 
 
