@@ -60,7 +60,8 @@ class ModelHeader:
 
     `window_tokens` is the sliding window, 0 where there is none; `train_context_tokens` what the
     model was trained for; `file_id` a hash of size, header and sampled blocks, so that two
-    fine-tunes of one shape differ.
+    fine-tunes of one shape differ. `rope_switch_tokens` is the context of a slot beyond which the
+    engine rotates by the model's long factors instead of its short ones, 0 where there are none.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class ModelHeader:
     chat_template: str
     size_bytes: int
     file_id: str
+    rope_switch_tokens: int = 0
 
 
 def read_model(path: Path) -> ModelHeader:
@@ -210,4 +212,15 @@ def _header(path: Path, fields: dict[str, Any], size: int, file_id: str) -> Mode
         chat_template=str(fields.get("tokenizer.chat_template") or ""),
         size_bytes=size,
         file_id=file_id,
+        rope_switch_tokens=_rope_switch(fields, arch),
     )
+
+
+def _rope_switch(fields: dict[str, Any], arch: str) -> int:
+    """llama.cpp's `get_rope_factors`: long ones if a slot's context is larger than the original.
+
+    Other kinds of scaling don't depend on the context that is asked for.
+    """
+    kind = str(fields.get(f"{arch}.rope.scaling.type") or "longrope")
+    original = fields.get(f"{arch}.rope.scaling.original_context_length") or 0
+    return int(original) if kind in ("longrope", "none") else 0
