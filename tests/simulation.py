@@ -162,6 +162,7 @@ class Simulation:
     cuttable: bool = True
     pool_tokens: int | None = None
     queue_limit: int = 64
+    slot_tokens: int | None = None
     now_s: float = 1000.0
     engine: list[Held] = field(init=False)
     scheduler: Scheduler = field(init=False)
@@ -186,6 +187,7 @@ class Simulation:
                 cuttable=self.cuttable,
                 can_save=True,
                 pool_tokens=self.pool_tokens,
+                slot_tokens=self.slot_tokens,
             ),
             rates=Rates(),
             lookup=self.lookup,

@@ -223,6 +223,20 @@ def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
     assert slot.idle_since_s == 100.0
 
 
+def test_what_was_computed_behind_text_that_is_gone_is_never_saved() -> None:
+    """With --context-shift a reply goes on beyond the slot's end, and its beginning is dropped."""
+    for decoded, is_known in ((40, True), (2000, False)):
+        sim = Simulation(slots=1, slot_tokens=2048)
+        ask(sim, 1)
+        while sim.pending:
+            sim.complete(sim.pending[0])
+        saves = sim.said["SaveSlot"]
+        sim.finish(sim.running[0], decoded=decoded, heard=True)
+        assert (sim.scheduler.slots[0].content is not None) == is_known
+        sim.tick(2 * SAVE_AFTER_IDLE_S)
+        assert sim.said["SaveSlot"] - saves == int(is_known)
+
+
 def test_a_slot_that_held_less_than_was_thought_isnt_saved_over_and_over() -> None:
     slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
     made = scheduler(slot)

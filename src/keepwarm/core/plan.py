@@ -102,7 +102,8 @@ class Machine:
 
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
-    each has its own part. `slack_tokens` of a restored prefix may be computed again.
+    each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
+    is the context of one slot, None if that isn't known: behind it an engine may shift.
     """
 
     row_bytes: int
@@ -110,6 +111,16 @@ class Machine:
     can_save: bool
     pool_tokens: int | None
     slack_tokens: int = 0
+    slot_tokens: int | None = None
+
+    def may_have_shifted(self, tokens: int) -> bool:
+        """Whether a slot that came to so many tokens may hold rows of text that is gone.
+
+        With `--context-shift` a full slot loses its beginning, and the rest stays as it was
+        computed behind it. Neither the reply nor the slot's tokens tell, only that there were too
+        many.
+        """
+        return self.slot_tokens is not None and tokens >= self.slot_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,9 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None:
+        if counts is not None and self.machine.may_have_shifted(counts.prompt + counts.decoded):
+            slot.content, slot.held_tokens = None, self.machine.slot_tokens or 0
+        elif counts is not None:
             self._learn(job, slot, counts, reply)
         elif touched:
             self._unsure(job, slot)

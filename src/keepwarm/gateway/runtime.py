@@ -291,6 +291,7 @@ class Runtime:
             pool_tokens=pool,
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
+            slot_tokens=slot_tokens,
         )
         self.slot_store = SlotStore(
             self.store, row_bytes=self.probed.row_bytes, cuttable=self.probed.cuttable
