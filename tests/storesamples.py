@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import (
     CacheLayout,
     Layout,
     RowsPart,
     TensorLayout,
     assemble,
 )
-from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
 from keepwarm.store.shelf import StoreSettings

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.core.slotfile import Buffer, Layout
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer, Layout
 from keepwarm.store.checks import integrity
 from keepwarm.store.disk import Disk, Written
 from keepwarm.store.snapshots import Snapshots

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepwarm.core.slotfile import TensorLayout
-from keepwarm.core.slotfile.finite import rows_are_finite
+from keepwarm.slotfile import TensorLayout
+from keepwarm.slotfile.finite import rows_are_finite
 from keepwarm.store.checks import integrity
 from storesamples import NoSyncDisk, opened, refused, save, settings_in
 

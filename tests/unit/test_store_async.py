@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
 from keepwarm.store import (
     Mark,
     Origin,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store.checks import integrity
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Origin

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from keepwarm.core.slotfile import Layout
+from keepwarm.slotfile import Layout
 from keepwarm.store.checks import integrity, verify_extent
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Mark, Origin

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from keepwarm.batch.job import Paths
-from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.journal import DiskFullError, disk_errors
 from keepwarm.errors import ConfigError, RequestError
 
 log = logging.getLogger("keepwarm")
@@ -62,7 +62,11 @@ class ConflictError(RequestError):
 
 
 class Ledger:
-    """See the module. Its methods may be called from several threads, one at a time each."""
+    """See the module. Its methods may be called from several threads, one at a time each.
+
+    Each of them raises UnwritableError if the disk can't be used now, and ConfigError if the
+    ledger's own file is damaged; nothing has changed then.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Open or begin it.
@@ -73,12 +77,13 @@ class Ledger:
         self.directory = directory
         self._files = directory / "files"
         self._journals = directory / "journals"
+        self._database = directory / "batches.sqlite"
         self._lock = threading.RLock()
         self._uploading: set[str] = set()
         try:
             for path in (directory, self._files, self._journals):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            database = directory / "batches.sqlite"
+            database = self._database
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._fd = os.open(directory / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -107,6 +112,11 @@ class Ledger:
         with self._lock:
             self._db.close()
             os.close(self._fd)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock, disk_errors(self._database):
+            yield
 
     def part(self) -> Path:
         """Where an upload is written before it is a file. `drop_part` or `add_file` ends it.
@@ -149,12 +159,12 @@ class Ledger:
 
     def used_bytes(self) -> int:
         """What our files take, uploads and unfinished results included."""
-        with self._lock:
+        with self._locked():
             names = {name for (name,) in self._db.execute("SELECT id FROM files")}
             names |= {name for (name,) in self._db.execute("SELECT name FROM refuse")}
             for pair in self._db.execute("SELECT output_id, error_id FROM batches"):
                 names |= set(pair)
-        with os.scandir(self._files) as entries:
+        with disk_errors(self._files), os.scandir(self._files) as entries:
             return sum(e.stat(follow_symlinks=False).st_size for e in entries if e.name in names)
 
     def add_file(
@@ -162,11 +172,11 @@ class Ledger:
     ) -> dict[str, Any]:
         """Make a file of what was uploaded to `part`; returns its object."""
         file_id = f"file-{uuid.uuid4().hex[:24]}"
-        size_bytes = part.stat().st_size
-        with self._lock:
+        with disk_errors(part), self._lock:
+            size_bytes = part.stat().st_size
             self._db.execute("INSERT INTO refuse VALUES (?)", (file_id,))
             part.rename(self._files / file_id)
-        with self._lock, self._transaction():
+        with self._locked(), self._transaction():
             self._db.execute(
                 "INSERT INTO files VALUES (?,?,?,?,?,?)",
                 (file_id, namespace, filename[:255], purpose, size_bytes, int(time.time())),
@@ -177,7 +187,7 @@ class Ledger:
 
     def file(self, file_id: str, namespace: str) -> dict[str, Any]:
         """A file's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE id=? AND namespace=?",
@@ -189,7 +199,7 @@ class Ledger:
 
     def list_files(self, namespace: str, *, purpose: str | None = None) -> list[dict[str, Any]]:
         """All files of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE namespace=? AND (? IS NULL OR purpose=?) ORDER BY rowid DESC",
@@ -204,7 +214,7 @@ class Ledger:
             NotFoundError: there is none.
             ConflictError: a batch that hasn't ended reads it.
         """
-        with self._lock:
+        with self._locked():
             self.file(file_id, namespace)
             for batch in self.unfinished():
                 if batch["input_file_id"] == file_id:
@@ -227,7 +237,7 @@ class Ledger:
         metadata: Mapping[str, str] | None,
     ) -> dict[str, Any]:
         """Begin a batch; returns its object. Raises: NotFoundError: there is no such file."""
-        with self._lock:
+        with self._locked():
             self.file(input_file_id, namespace)
             now = int(time.time())
             batch = {
@@ -262,7 +272,7 @@ class Ledger:
 
     def batch(self, batch_id: str, namespace: str) -> dict[str, Any]:
         """A batch's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT object FROM batches WHERE id=? AND namespace=?", (batch_id, namespace)
             ).fetchone()
@@ -272,13 +282,13 @@ class Ledger:
 
     def status(self, batch_id: str) -> str:
         """A batch's status, whose ever it is."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT status FROM batches WHERE id=?", (batch_id,)).fetchone()
         return str(row[0])
 
     def list_batches(self, namespace: str) -> list[dict[str, Any]]:
         """All batches of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT object FROM batches WHERE namespace=? ORDER BY seq DESC", (namespace,)
             ).fetchall()
@@ -287,7 +297,7 @@ class Ledger:
     def unfinished(self) -> list[dict[str, Any]]:
         """Batches of all namespaces that haven't ended, the oldest first, with `namespace`."""
         marks = ",".join("?" * len(UNFINISHED))
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 f"SELECT namespace, object FROM batches WHERE status IN ({marks}) "  # noqa: S608
                 "ORDER BY seq",
@@ -297,7 +307,7 @@ class Ledger:
 
     def change(self, batch_id: str, **changes: Any) -> dict[str, Any]:
         """Change fields of a batch; returns its object. A status also notes its time."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT object FROM batches WHERE id=?", (batch_id,)).fetchone()
             batch = {**msgspec.json.decode(row[0]), **changes}
             stamp = f"{batch['status']}_at"
@@ -311,7 +321,7 @@ class Ledger:
 
     def paths(self, batch_id: str) -> Paths:
         """A batch's files."""
-        with self._lock:
+        with self._locked():
             output_id, error_id, raw = self._db.execute(
                 "SELECT output_id, error_id, object FROM batches WHERE id=?", (batch_id,)
             ).fetchone()
@@ -325,7 +335,7 @@ class Ledger:
     def finish(self, batch_id: str, *, status: str, **changes: Any) -> dict[str, Any]:
         """End a batch: its results become files, and its journal isn't needed any more."""
         paths = self.paths(batch_id)
-        with self._lock:
+        with self._locked():
             namespace = self._db.execute(
                 "SELECT namespace FROM batches WHERE id=?", (batch_id,)
             ).fetchone()[0]

@@ -20,8 +20,8 @@ from rich.tree import Tree
 from keepwarm.cli import options as opt
 from keepwarm.cli.inspect import describe
 from keepwarm.cli.output import err, out, print_json
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store import checks
 from keepwarm.store.container import read_container
 from keepwarm.store.shelf import StoreSettings

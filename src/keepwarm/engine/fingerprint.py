@@ -9,6 +9,7 @@ import xxhash
 from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.gguf_header import ModelHeader
 from keepwarm.engine.launch import Launch
+from keepwarm.engine.tuning import without_rows
 
 
 def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
@@ -32,6 +33,7 @@ def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
     if options:
         parts += [options.kv_type_k, options.kv_type_v, options.flash_attention]
         parts += [str(options.swa_full), *_that_matter(options.extra)]
+        parts += options.tuning.rows_identity
     for part in parts:
         raw = part.encode()
         h.update(len(raw).to_bytes(4, "little"))
@@ -88,9 +90,12 @@ def _that_matter(extra: tuple[str, ...]) -> list[str]:
     """Arguments of a binary that may change what it computes."""
     out: list[str] = []
     skip = 0
-    for argument in extra:
+    without = without_rows(extra)
+    for index, argument in enumerate(extra):
         if skip:
             skip -= 1
+        elif index in without:
+            continue
         elif argument in _HARMLESS:
             skip = _HARMLESS[argument]
         else:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from keepwarm.core.slotfile import Layout, SlotFileError
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout, SlotFileError
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import UNTRUSTED, FileKey, check_file, key_of
 from keepwarm.store.index import BoundaryRow, ExtentRow, read_only

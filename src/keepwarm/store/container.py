@@ -25,10 +25,10 @@ import msgspec
 import numpy as np
 import xxhash
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.disk import Disk, disk_errors, map_file
 from keepwarm.store.types import Origin
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import xxhash
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 
 CHUNK_BYTES = 1 << 20
 """Bytes checksummed, then written, at a time: still in the CPU's cache for the second step."""

@@ -28,8 +28,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
 from keepwarm.store.disk import (
     Disk,
     Written,

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.core.tree import Tokens
+from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import (
     Buffer,
     Layout,
     RowsPart,
@@ -21,9 +23,7 @@ from keepwarm.core.slotfile import (
     file_tokens,
     parse,
 )
-from keepwarm.core.slotfile.finite import rows_are_finite
-from keepwarm.core.tree import Tokens
-from keepwarm.errors import SnapshotError
+from keepwarm.slotfile.finite import rows_are_finite
 
 
 @dataclass(frozen=True, slots=True)

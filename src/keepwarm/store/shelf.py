@@ -30,8 +30,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import ExtentFiles, FileKey, key_of
@@ -58,7 +58,8 @@ class StoreSettings:
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
     form. `quota_bytes` bounds everything under `root`, `staging_bytes` the staging directory, which
     is the engine's `--slot-save-path`. `streams` is the engine's stream count, `max_tokens` what
-    a slot may hold. `owner` is what the lock says of this process.
+    a slot may hold. `file_mode` is what staged files have. `owner` is what the lock says of this
+    process.
     """
 
     root: Path
@@ -69,6 +70,7 @@ class StoreSettings:
     staging_bytes: int
     streams: int
     max_tokens: int
+    file_mode: int = 0o600
     owner: str = "keepwarm"
 
     @property

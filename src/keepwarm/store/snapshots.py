@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from keepwarm.core.slotfile import Buffer, RowsPart
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Match, Tokens, as_tokens
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer, RowsPart
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.container import Header, checksum_of, read_container, write_container
 from keepwarm.store.disk import Disk, disk_errors, map_file
@@ -54,7 +54,10 @@ class Snapshots:
         try:
             with disk_errors("opening the staging directory"):
                 self.staging = Staging(
-                    settings.staging, bound_bytes=settings.staging_bytes, disk=disk
+                    settings.staging,
+                    bound_bytes=settings.staging_bytes,
+                    disk=disk,
+                    file_mode=settings.file_mode,
                 )
         except BaseException:
             self.shelf.close()

@@ -36,9 +36,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import ConfigError, SnapshotError
-from keepwarm.store.disk import Disk, disk_errors, read_checksum
+from keepwarm.slotfile import Buffer
+from keepwarm.store.disk import Disk, checksum, disk_errors, map_file
 from keepwarm.store.lock import OwnerLock
 from keepwarm.store.neighbours import remove_left
 
@@ -67,12 +67,16 @@ class ReadyFile:
 class Staging:
     """See the module. Changed on the store's thread only; `is_ready` may be asked anywhere."""
 
-    def __init__(self, root: Path, *, bound_bytes: int, disk: Disk) -> None:
-        """Make the directory (0700) if it is missing. Raises: OSError."""
+    def __init__(self, root: Path, *, bound_bytes: int, disk: Disk, file_mode: int = 0o600) -> None:
+        """Make the directory (0700) if it is missing. Raises: OSError.
+
+        `file_mode` is for a server that runs as somebody else.
+        """
         self.root = root
         self.bound_bytes = bound_bytes
         self.damaged = 0
         self._disk = disk
+        self._file_mode = file_mode
         self._life = secrets.token_hex(4)
         self._count = 0
         self._expected: dict[str, int] = {}
@@ -212,7 +216,7 @@ class Staging:
 
     def _is_whole(self, file: ReadyFile) -> bool:
         try:
-            found = read_checksum(self.path(file.name), size_bytes=file.size_bytes)
+            found = checksum(map_file(self.path(file.name)))
         except (OSError, SnapshotError) as error:
             log.warning("%s is gone from the staging directory: %s", file.name, error)
             return False
@@ -283,6 +287,8 @@ class Staging:
                 self._disk.rename(over, path)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
+            if self._file_mode != 0o600:
+                os.fchmod(fd, self._file_mode)
             written = self._disk.write_staged(fd, buffers)
             os.ftruncate(fd, written.size_bytes)
         finally:
