@@ -16,7 +16,6 @@ _MODULE_VERBS = {("os", verb) for verb in ("remove", "replace", "rename", "unlin
 KNOWN = {
     "batch/drop.py": "journals and directories whose names it gave, in DIR/running",
     "batch/ledger.py": "names that it wrote down before their files were made",
-    "bench/batch_night.py": "a run's own output, in the directory it was given for it",
     "bench/servers.py": "directories that it made with a name of its own",
     "cli/service.py": "the unit, which `unitfile` proved to be ours or a person confirmed",
     "deployment/probe.py": "slot files under random names that it gave",
