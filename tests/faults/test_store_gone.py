@@ -23,7 +23,15 @@ async def assert_warm_again(keepwarm: Keepwarm) -> None:
         status, headers, body = await keepwarm.ask(f"Question {number}?")
         assert status == 200
         assert body["timings"]["cache_n"] >= 60, headers
+    # Not in a slot alone: what was lost is saved again, where a next start finds it.
+    await keepwarm.occupy()
+    status, headers, body = await keepwarm.ask("And now?", model="standard")
+    assert (status, headers["x-keepwarm-plan"]) == (200, "snapshot")
+    assert body["timings"]["cache_n"] >= 60
     await keepwarm.settled()
+    root = keepwarm.runtime.store.settings.root
+    assert list(root.glob("*.index"))
+    assert list(root.glob("*/*.rows"))
     assert await keepwarm.runtime.store.check_integrity() == ()
 
 
