@@ -45,10 +45,10 @@ class EngineClient:
         self.http = EngineHttp(base_url, api_key=api_key, opens_ahead=opens_ahead)
         self._erases_first = False
 
-    async def health(self) -> bool:
-        """Whether the engine is up and its model loaded."""
+    async def health(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the engine is up and its model loaded, and says so within a time."""
         try:
-            await self._call("GET", "/health", timeout_s=5)
+            await self._call("GET", "/health", timeout_s=timeout_s)
         except EngineError:
             # A proxy before a dead server answers too, with an error or with a page.
             return False
