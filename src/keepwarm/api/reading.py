@@ -6,7 +6,6 @@ alone; which API it was matters at the door, and where the reply goes out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from keepwarm.api import responses

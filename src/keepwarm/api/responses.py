@@ -211,7 +211,9 @@ def _items(item: object, index: int) -> list[Any]:
     if kind == "reasoning":
         return _reasoning(item)
     if kind == "item_reference":
-        raise RequestError(f"input[{index}]: nothing is kept here that `item_reference` could name.")
+        raise RequestError(
+            f"input[{index}]: nothing is kept here that `item_reference` could name."
+        )
     call_id = item.get("call_id")
     if isinstance(kind, str) and isinstance(call_id, str):
         if kind.endswith("_output"):
@@ -331,7 +333,9 @@ def _output(item: Mapping[str, Any], call_id: str, index: int) -> list[Any]:
         return [{**new, "output": "" if output is None else _dumped(output)}]
     where = f"input[{index}].output"
     parts = [
-        _part(p, "tool", f"{where}[{i}]") if _is_known(p) else {"type": "input_text", "text": _dumped(p)}
+        _part(p, "tool", f"{where}[{i}]")
+        if _is_known(p)
+        else {"type": "input_text", "text": _dumped(p)}
         for i, p in enumerate(output)
     ]
     texts = [p for p in parts if p["type"] == "input_text"]
@@ -349,10 +353,15 @@ def _is_known(part: object) -> bool:
 
 
 def _is_plain(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "input_text" and set(part) <= {
-        "type",
-        "text",
-    }
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") == "input_text"
+        and set(part)
+        <= {
+            "type",
+            "text",
+        }
+    )
 
 
 def _pictures_last(items: list[Any]) -> list[Any]:
@@ -374,8 +383,10 @@ def _pictures_last(items: list[Any]) -> list[Any]:
 
 def _is_pictures(item: Mapping[str, Any]) -> bool:
     content = item.get("content")
-    return set(item) == {"role", "content"} and isinstance(content, list) and all(
-        isinstance(p, Mapping) and p.get("type") == "input_image" for p in content
+    return (
+        set(item) == {"role", "content"}
+        and isinstance(content, list)
+        and all(isinstance(p, Mapping) and p.get("type") == "input_image" for p in content)
     )
 
 
