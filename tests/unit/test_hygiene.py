@@ -249,7 +249,7 @@ def test_responses_have_their_rules_in_instructions(asked: Any) -> None:
 
 def digests(*turns: str, line: str) -> list[bytes]:
     body = clean(chat(f"{RULE}\n{line}", *turns), "move-volatile").body
-    return [mark.digest for mark in prompt_of("chat", body, fingerprint="f", namespace="n").marks]
+    return [mark.digest for mark in prompt_of(body, fingerprint="f", namespace="n").marks]
 
 
 def test_a_conversation_keeps_its_prefix_as_far_as_its_line_holds() -> None:

@@ -95,18 +95,35 @@ def chat_form(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_static(
-    body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
+    body: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any],
+    *,
+    without_opening: bool,
 ) -> dict[str, Any]:
-    """A responses body with a tier's messages and tools (chat's) before its own."""
+    """A responses body with a tier's messages and tools (chat's) before its own.
+
+    `without_opening`: its first system text is in those messages already.
+    """
     own = body.get("input")
-    if isinstance(own, str):
-        own = [{"role": "user", "content": own}]
-    leading = [_message(m) for m in messages]
-    out = {**body, "input": [*leading, *(own if isinstance(own, list) else ())]}
+    items = [{"role": "user", "content": own}] if isinstance(own, str) else list(own or ())
+    out = dict(body)
+    if "instructions" in body:
+        # The engine puts them first, before the tier's.
+        said = {"role": "system", "content": out.pop("instructions")}
+        items = [said, *items]
+    if without_opening:
+        items = items[1:]
+    out["input"] = [*map(_message, messages), *items]
     if tools or body.get("tools"):
         flat = [{"type": "function", **tool["function"]} for tool in tools]
         out["tools"] = [*flat, *(body.get("tools") or ())]
     return out
+
+
+def opens_with_system(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the first of these messages is the client's system text."""
+    return bool(messages) and messages[0].get("role") in SYSTEM_ROLES
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +144,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
     elif kind == "function_call_output":
         output = item.get("output")
         if isinstance(output, list):
-            output = [{**part, "type": "text"} for part in output]
+            output = [{**part, "type": "text"} for part in _parts(output)]
         call_id = item.get("call_id")
         messages.append({"content": output, "role": "tool", "tool_call_id": call_id})
     elif kind == "reasoning":
@@ -159,7 +176,7 @@ def _bare(item: Mapping[str, Any]) -> dict[str, Any]:
 def _parts(content: object) -> list[Any]:
     if isinstance(content, str):
         return [{"type": "input_text", "text": content}]
-    return content if isinstance(content, list) else []
+    return [p for p in content if isinstance(p, Mapping)] if isinstance(content, list) else []
 
 
 def _assistant_part(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from keepwarm.core.prompt import Api
+from keepwarm.api.reading import Api
 
 URLS: dict[str, Api] = {
     "/v1/chat/completions": "chat",

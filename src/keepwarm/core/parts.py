@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keepwarm.core.prompt import Api, Segment, dump, head_of, raw_of, segments_of
+from keepwarm.core.prompt import Segment, dump, head_of, is_raw, raw_of, segments_of
 
 # Role and turn tokens that `prompt` counts for each message.
 _TURN_CHARS = 16
@@ -50,22 +50,21 @@ class Parts:
         return Parts(self.tools, self.arguments, (*self.segments, reply), (*self.sent, None))
 
 
-def parts_of(api: Api, body: Mapping[str, Any]) -> Parts:
-    """Take a request's body apart."""
-    if api == "completion":
+def parts_of(body: Mapping[str, Any]) -> Parts:
+    """Take a request apart: in chat's terms, or of a raw prompt."""
+    if is_raw(body):
         return Parts((), (), (_raw_segment(raw_of(body)),), (None,))
     head = head_of(body)
     tools = head.pop("tools", None)
     listed = tools if isinstance(tools, list) else []
-    segments = tuple(segments_of(api, body))
-    items = body.get("input" if api == "responses" else "messages")
+    segments = tuple(segments_of(body))
+    items = body["messages"]
     sent = [m for m in items if isinstance(m, Mapping)] if isinstance(items, list) else []
-    lead: list[Mapping[str, Any] | None] = [None] * (len(segments) - len(sent))
     return Parts(
         tuple(Tool(_tool_name(tool), dump(tool)) for tool in listed),
         tuple((key, dump(value)) for key, value in head.items()),
         segments,
-        (*lead, *sent),
+        tuple(sent),
     )
 
 

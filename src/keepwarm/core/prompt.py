@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -38,8 +38,6 @@ _TURN_CHARS = 16
 # A request brings all that was said before it once more, so marks are remembered: of so many
 # messages, and of none that is so long that together they would fill the memory.
 _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
-
-Api = Literal["chat", "responses", "completion"]
 
 # Arguments that may change how the template renders; those that this engine's doesn't look at are
 # taken out of a body before (`engine.rendering`).
@@ -88,12 +86,13 @@ class SharedEnd(NamedTuple):
 class Prompt:
     """A request's identity.
 
-    `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
-    if there is nothing static; `turns` counts how often the model is asked in it: by a user, or
-    by a tool's result; `is_static_shared`: the static part is a tier's and nothing else.
+    `is_raw`: it isn't rendered of messages. `marks` are in order of position; `static_index` is
+    the index of the static end's mark, or -1 if there is nothing static; `turns` counts how often
+    the model is asked in it: by a user, or by a tool's result; `is_static_shared`: the static part
+    is a tier's and nothing else.
     """
 
-    api: Api
+    is_raw: bool
     marks: tuple[Mark, ...]
     static_index: int
     turns: int
@@ -115,7 +114,6 @@ class Prompt:
 
 
 def prompt_of(
-    api: Api,
     body: Mapping[str, Any],
     *,
     fingerprint: str,
@@ -126,9 +124,9 @@ def prompt_of(
     """Read the identity of a request.
 
     Args:
-        api: whose body it is; `completion` takes `prompt` as text or token ids.
-        body: the decoded JSON body. Wrong types are taken as they are: the engine, not
-            Keepwarm, tells the client what is wrong with its request.
+        body: a request in chat's terms (`keepwarm.api.reading`), or one of a raw prompt: text or
+            token ids. Wrong types are taken as they are: the engine, not Keepwarm, tells the
+            client what is wrong with its request.
         fingerprint, namespace: what the digests are keyed by.
         shared_segments: so many messages (and the head) are a tier's, the same for all
             namespaces; only what follows is the tenant's own.
@@ -137,14 +135,14 @@ def prompt_of(
     """
     own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
     key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
-    if api == "completion":
+    if is_raw(body):
         return _raw_prompt(raw_of(body), key, [e.chars for e in ends])
     head = head_of(body)
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
     text = dump(head) if head else ""
     marks = [Mark(_digest(key, _bytes(text)), len(text))]
-    segments = segments_of(api, body)
+    segments = segments_of(body)
     statics = _leading(segments, shared_segments)
     has_static = bool(statics or head.get("tools")) and _asks_at(segments, statics)
     static_index = -1
@@ -160,7 +158,7 @@ def prompt_of(
         cuts = [e.chars for e in ends if e.segment == count]
         marks += _segment_marks(before, segments[count], cuts)
     static_shared = has_static and 0 < statics == shared_segments
-    return Prompt(api, tuple(marks), static_index, _turns(segments), static_shared)
+    return Prompt(False, tuple(marks), static_index, _turns(segments), static_shared)
 
 
 def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
@@ -194,12 +192,12 @@ def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Pr
         segments: the same body's, by `segments_of`.
         end: where the part ends.
     """
-    head_chars = 0 if prompt.api == "completion" else prompt.marks[0].chars
+    head_chars = 0 if prompt.is_raw else prompt.marks[0].chars
     before = sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[: end.segment])
     chars = head_chars + before + end.chars
     index = max(i for i, mark in enumerate(prompt.marks) if mark.chars <= chars or i == 0)
     shared = prompt.is_static_shared and index <= prompt.static_index
-    return Prompt(prompt.api, prompt.marks[: index + 1], index, 0, shared)
+    return Prompt(prompt.is_raw, prompt.marks[: index + 1], index, 0, shared)
 
 
 def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,29 +208,26 @@ def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
     return head
 
 
-def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
-    """The messages of a body in canonical form, system text first."""
-    out: list[Segment] = []
-    if api == "responses":
-        if body.get("instructions"):
-            out.append(Segment("system", str(body["instructions"])))
-        items = body.get("input")
-        if isinstance(items, str):
-            return [*out, Segment("user", items)]
-    else:
-        items = body.get("messages")
+def is_raw(body: Mapping[str, Any]) -> bool:
+    """Whether a body has a prompt of its own rather than messages to render."""
+    return "messages" not in body
+
+
+def segments_of(body: Mapping[str, Any]) -> list[Segment]:
+    """The messages of a body in chat's terms, in canonical form; none of a raw prompt."""
+    items = body.get("messages")
     listed = items if isinstance(items, list) else []
-    return out + [segment_of(item) for item in listed if isinstance(item, Mapping)]
+    return [segment_of(item) for item in listed if isinstance(item, Mapping)]
 
 
 def segment_of(message: Mapping[str, Any]) -> Segment:
-    """One message, tool call or tool result in canonical form.
+    """One message in canonical form.
 
     Clients send back what the model said in many shapes (`content` null, empty or absent, reasoning
     left out, white space trimmed, arguments parsed and printed again); those are one segment here.
     Where their tokens differ all the same, the engine's `cache_n` tells.
     """
-    role = str(message.get("role") or message.get("type") or "")
+    role = str(message.get("role") or "")
     text, extra = _text(message.get("content"))
     if role in ("assistant", "model"):
         text = text.strip()
@@ -240,10 +235,6 @@ def segment_of(message: Mapping[str, Any]) -> Segment:
     if isinstance(calls, list):
         functions = (c.get("function", c) for c in calls if isinstance(c, Mapping))
         extra += "".join(_call(f) for f in functions if isinstance(f, Mapping))
-    if role == "function_call":
-        extra += _call(message)
-    if role == "function_call_output":
-        text = str(message.get("output", ""))
     return Segment(role, text, extra)
 
 
@@ -350,11 +341,11 @@ def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
     """Identity of a `/completion` prompt: text, token ids, or anything else (never shared)."""
     if isinstance(prompt, str):
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
-        return Prompt("completion", marks, -1, 1)
+        return Prompt(True, marks, -1, 1)
     if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
-        return Prompt("completion", token_marks(prompt, key), -1, 1)
+        return Prompt(True, token_marks(prompt, key), -1, 1)
     opaque = _digest(key, _bytes(_dump(prompt)))
-    return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
+    return Prompt(True, (Mark(opaque, len(_dump(prompt))),), -1, 1)
 
 
 def token_marks(tokens: Sequence[int], key: bytes) -> tuple[Mark, ...]:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from keepwarm.core.prompt import Api
+from keepwarm.core.prompt import is_raw
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.engine.client import EngineClient
 
@@ -58,34 +58,8 @@ def common_length(first: list[int], second: list[int]) -> int:
     return min(len(first), len(second))
 
 
-def static_body(api: Api, body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The static part of any API's body in the shape of chat completions.
-
-    llama-server converts its other APIs to chat before it renders them; this follows its shapes as
-    far as the static part goes. None where there is nothing to render (raw prompts).
-    """
-    if api == "completion":
+def static_body(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The static part of a request in chat's terms; None where nothing is rendered."""
+    if is_raw(body):
         return None
-    if api == "chat":
-        return {**body, "messages": _leading(body.get("messages"))}
-    system = body.get("instructions")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += _leading(body.get("input"))
-    out: dict[str, Any] = {"messages": messages}
-    tools = [_tool(tool) for tool in body.get("tools") or [] if isinstance(tool, Mapping)]
-    if tools:
-        out["tools"] = tools
-    if body.get("chat_template_kwargs"):
-        out["chat_template_kwargs"] = body["chat_template_kwargs"]
-    return out
-
-
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(tool.get("function"), Mapping):
-        return dict(tool)
-    function = {
-        "name": tool.get("name"),
-        "description": tool.get("description", ""),
-        "parameters": tool.get("parameters") or {},
-    }
-    return {"type": "function", "function": function}
+    return {**body, "messages": _leading(body["messages"])}

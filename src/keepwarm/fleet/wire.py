@@ -12,15 +12,16 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from keepwarm.api.reading import Api, read
 from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hints import NODE_HEADER
 from keepwarm.core.hygiene import Hygiene
-from keepwarm.core.prompt import Api, prompt_of
+from keepwarm.core.prompt import prompt_of
 from keepwarm.errors import KeepwarmError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
@@ -125,14 +126,14 @@ def ask_of(
 
 
 def _marks(
-    api: Api, body: Mapping[str, Any], headers: Sequence[tuple[str, str]]
+    api: Api, body: dict[str, Any], headers: Sequence[tuple[str, str]]
 ) -> tuple[list[int], list[int]]:
     told = {name.lower(): value for name, value in headers}
     who = f"{told.get('authorization', '')}\0{told.get('x-api-key', '')}"
     whose = hashlib.blake2b(who.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     # A tier is composed in by the node; which one is asked for is part of what the prompt is.
     tier = f"{told.get('x-keepwarm-tier', '')}\0{body.get('model', '')}"
-    prompt = prompt_of(api, body, fingerprint=f"fleet\0{tier}", namespace=whose)
+    prompt = prompt_of(read(api, body), fingerprint=f"fleet\0{tier}", namespace=whose)
     marks = [mark for mark in prompt.marks if mark.chars > 0]
     return (
         [int.from_bytes(mark.digest[:8], "little") for mark in marks],

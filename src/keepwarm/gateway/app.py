@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from keepwarm.core.prompt import Api
+from keepwarm.api.reading import Api
 from keepwarm.errors import (
     EngineDownError,
     EngineRefusedError,
@@ -173,7 +173,7 @@ class _Site:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        decision = runtime.router.decide("chat", body, explain=True).to_json()
+        decision = runtime.router.decide(body, explain=True).to_json()
         decision["costs"] = {c.tier: round(c.seconds, 4) for c in runtime.prefixes.costs()}
         return _json(decision)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from keepwarm.api.reading import Api, read
 from keepwarm.core.hints import (
     PRIORITY_HEADER,
     SHARED_HEADER,
@@ -14,7 +15,7 @@ from keepwarm.core.hints import (
     parse_priority,
 )
 from keepwarm.core.hygiene import Cleaned, Hygiene, Kind
-from keepwarm.core.prompt import Api, SharedEnd, segments_of
+from keepwarm.core.prompt import SharedEnd, is_raw, segments_of
 from keepwarm.errors import RequestError
 from keepwarm.gateway.dialect import OPENAI, Dialect
 from keepwarm.gateway.tiering import Tiered
@@ -38,7 +39,7 @@ PLANNED: Mapping[str, Api] = {
 class Asked:
     """One request: whose, of which API, to which path of the engine, and how it is answered.
 
-    `rewrites` counts what hygiene changed in the body.
+    `rewrites` counts what was changed in the body on its way; `chat` is the body in chat's terms.
     """
 
     api: Api
@@ -48,6 +49,11 @@ class Asked:
     headers: Mapping[str, str]
     dialect: Dialect = OPENAI
     rewrites: Mapping[str, int] = field(default_factory=dict)
+    chat: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the body once."""
+        object.__setattr__(self, "chat", read(self.api, self.body))
 
     @property
     def is_infill(self) -> bool:
@@ -72,10 +78,10 @@ class Asked:
             RequestError: the header can't be read or names a segment that isn't there.
         """
         named = parse_ends(self.headers.get(SHARED_HEADER, ""))
-        if not named or self.api == "completion":
+        if not named or is_raw(self.chat):
             return named
-        own = len(segments_of(self.api, self.body))
-        shift = len(segments_of(self.api, tiered.body)) - own
+        own = len(segments_of(self.chat))
+        shift = len(segments_of(tiered.chat)) - own
         for end in named:
             if end.segment > own or (end.segment == own and end.chars):
                 raise RequestError(

@@ -46,7 +46,7 @@ async def begin_explaining(runtime: Runtime) -> None:
         target = targets.get(f"tier:{tier.name}")
         if target is None or target.prompt is None:
             continue
-        parts = parts_of("chat", compose(tier, {"messages": []}))
+        parts = parts_of(compose(tier, {"messages": []}))
         digests = frozenset(mark.digest for mark in target.prompt.marks)
         tiers.append(Remembered(target.name, SHARED, parts, digests, runtime.started_s))
     await runtime.explainer.open(runtime.store.settings.root, identity, tiers)
@@ -79,15 +79,12 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     # other and are explained by each other.
     now_s, clock_s = time.monotonic(), time.time()
     asked = exchange.asked
-    runtime.router.note(asked.api, asked.body, exchange.tiered, exchange.reply)
+    runtime.router.note(asked.chat, exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
     runtime.explainer.ended(
         Ended(
             id=exchange.id,
-            api=exchange.asked.api,
-            client_api="messages"
-            if isinstance(exchange.asked.dialect, Anthropic)
-            else exchange.asked.api,
+            api="messages" if isinstance(exchange.asked.dialect, Anthropic) else exchange.asked.api,
             namespace=exchange.asked.namespace,
             model=str(exchange.asked.body.get("model") or "")[:100],
             body=tiered.shaping,

@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.api.reading import Api
 from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Api, Prompt, prompt_of
+from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
@@ -170,7 +171,7 @@ class Proxy:
         doubt_s = tiered.decision.doubt_s if tiered.decision else 0.0
         if not doubt_s:
             return tiered
-        text = runtime.router.task_of(asked.api, asked.body)
+        text = runtime.router.task_of(asked.chat)
         if not judge.is_worth_asking(text, doubt_s=doubt_s, rates=runtime.dispatcher.rates):
             return tiered
         verdict = await judge.verdict(text, namespace=asked.namespace, priority=asked.priority)
@@ -240,7 +241,7 @@ class Proxy:
             is_savable=is_savable,
         )
         fills = prompt.static and is_savable
-        static = static_body(asked.api, tiered.body) if fills else None
+        static = static_body(tiered.chat) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
@@ -252,7 +253,6 @@ class Proxy:
 
     def _prompt(self, asked: Asked, tiered: Tiered) -> Prompt:
         return prompt_of(
-            asked.api,
             tiered.shaping,
             fingerprint=self._runtime.fingerprint,
             namespace=asked.namespace,

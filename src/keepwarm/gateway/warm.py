@@ -90,7 +90,6 @@ async def tier_targets(
         tokens = await static_tokens(client, static)
         await check_tools(client, static, tier.name)
         prompt = prompt_of(
-            "chat",
             static,
             fingerprint=fingerprint,
             namespace="",
