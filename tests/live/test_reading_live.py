@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import tinymodels
 from bareengine import BareEngine, StartEngine
+from keepwarm.api.items import mended
 from keepwarm.api.reading import chat_form
-from keepwarm.api.responses import mended
 
 CONTEXT_TOKENS = 32768
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from keepwarm.api.messages import chat_request
 from keepwarm.core import hygiene, volatile
-from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import (
     MOST_EXPRESSION_CHARS,
     MOST_EXPRESSIONS,

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
+from keepwarm.api.messages import chat_request
 from keepwarm.api.reading import Api, read
-from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hints import NODE_HEADER
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import prompt_of

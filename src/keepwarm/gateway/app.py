@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from keepwarm.api.dialect import dialect_of
 from keepwarm.api.reading import Api
 from keepwarm.errors import (
     EngineDownError,
@@ -19,7 +20,6 @@ from keepwarm.errors import (
 )
 from keepwarm.gateway.asked import PLANNED
 from keepwarm.gateway.batch_api import add_batch_routes
-from keepwarm.gateway.dialect import dialect_of
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
 from keepwarm.gateway.pages import add_page_routes

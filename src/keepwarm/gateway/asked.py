@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from keepwarm.api.dialect import OPENAI, Dialect
 from keepwarm.api.reading import Api, read
 from keepwarm.core.hints import (
     PRIORITY_HEADER,
@@ -17,7 +18,6 @@ from keepwarm.core.hints import (
 from keepwarm.core.hygiene import Cleaned, Hygiene, Kind
 from keepwarm.core.prompt import SharedEnd, is_raw, segments_of
 from keepwarm.errors import RequestError
-from keepwarm.gateway.dialect import OPENAI, Dialect
 from keepwarm.gateway.tiering import Tiered
 
 # An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.

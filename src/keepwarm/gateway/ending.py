@@ -6,10 +6,10 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
+from keepwarm.api.dialect import Anthropic
 from keepwarm.core.parts import parts_of
 from keepwarm.core.recent import SHARED, Remembered
 from keepwarm.core.tiers import compose
-from keepwarm.gateway.dialect import Anthropic
 from keepwarm.gateway.explainer import Identity
 from keepwarm.gateway.record import Ended
 

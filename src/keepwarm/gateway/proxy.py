@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.api.dialect import OPENAI, Anthropic, Dialect
+from keepwarm.api.messages import chat_request
 from keepwarm.api.reading import Api
-from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
@@ -29,7 +30,6 @@ from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
-from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from keepwarm.core.anthropic import MessageStream, error_reply, message_reply
+from keepwarm.api.message_reply import MessageStream, error_reply, message_reply
 
 
 class StreamTranslator(Protocol):
