@@ -27,7 +27,7 @@ from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
-from keepwarm.engine.static_end import static_body
+from keepwarm.engine.static_end import rendered_from, static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dispatcher import Grant
@@ -239,8 +239,10 @@ class Proxy:
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
             is_savable=is_savable,
+            chat=None if asked.is_infill else rendered_from(tiered.chat),
+            reuses=tiered.body.get("cache_prompt") is not False,
         )
-        fills = prompt.static and is_savable
+        fills = prompt.static and is_savable and job.reuses
         static = static_body(tiered.chat) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
