@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from batchsamples import document
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.effects import (
     Effect,
     FilledSlot,
@@ -25,7 +26,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, cleaned
+from keepwarm.gateway.asked import Asked, asked_of
 from keepwarm.gateway.tiering import Tiered
 
 SHARED = document(1)
@@ -117,15 +118,16 @@ def test_hygiene_keeps_the_text_whose_characters_a_planner_has_counted() -> None
 
     def rewrites(**headers: str) -> dict[str, int]:
         named = {name.replace("_", "-"): text for name, text in headers.items()}
-        return dict(cleaned(Asked("chat", sent, "n", "/", named), hygiene).rewrites)
+        return dict(
+            asked_of(Asked("chat", sent, "n", "/", named), hygiene, SystemPlaces()).rewrites
+        )
 
     both = {"sort-tools": 2, "move-volatile": 1}
     assert rewrites() == rewrites(X_Keepwarm_Priority="interactive") == both
     assert rewrites(x_keepwarm_priority="Batch") == {"sort-tools": 2}
     assert rewrites(X_Keepwarm_Shared="0:40") == {"sort-tools": 2}
     plain = Asked("completion", sent, "n", "/", {})
-    assert cleaned(plain, hygiene) is plain
-    assert cleaned(plain, None) is plain
+    assert asked_of(plain, hygiene, SystemPlaces()) is plain
 
 
 class Desk:

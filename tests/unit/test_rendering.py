@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
+from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.prompt import SHAPING
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import system_places, unrendered_arguments
 from keepwarm.errors import EngineDownError, EngineRefusedError
 
-ALL = {"response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"}
+ALL = {
+    *("response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"),
+    *("thinking_budget_tokens", "parallel_tool_calls"),
+}
 Template = Callable[[Mapping[str, Any]], str]
 
 
@@ -68,6 +73,44 @@ async def test_an_argument_that_changes_any_prompt_is_no_unrendered_one(
     template: Template, looked_at: set[str]
 ) -> None:
     assert await unrendered_arguments(Rendering(template)) == ALL - looked_at
+
+
+def test_whatever_is_tried_shapes_an_identity_where_it_is_rendered() -> None:
+    assert set(SHAPING) >= ALL
+
+
+def says(messages: Any) -> str:
+    return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def strict(body: Mapping[str, Any]) -> str:
+    if any(m["role"] == "system" for m in body["messages"][1:]):
+        raise EngineRefusedError("System message must be at the beginning.", status=400)
+    return says(body["messages"])
+
+
+def hoisting(body: Mapping[str, Any]) -> str:
+    first = [m for m in body["messages"] if m["role"] == "system"]
+    return says(first) + says(m for m in body["messages"] if m["role"] != "system")
+
+
+def dropping_developers(body: Mapping[str, Any]) -> str:
+    return says(m for m in body["messages"] if m["role"] != "developer")
+
+
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [
+        (lambda body: says(body["messages"]), SystemPlaces()),
+        (strict, SystemPlaces(several=False, late=False)),
+        (hoisting, SystemPlaces(late=False)),
+        (dropping_developers, SystemPlaces(developer=False)),
+    ],
+)
+async def test_where_a_template_takes_system_messages_is_found_by_rendering(
+    template: Template, takes: SystemPlaces
+) -> None:
+    assert await system_places(Rendering(template)) == takes
 
 
 async def test_an_argument_that_is_refused_somewhere_counts_as_rendered() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from keepwarm.api.mending import whole_json
 from keepwarm.api.responses import texts_of
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.errors import RequestError
@@ -190,12 +191,14 @@ def _call(item: Mapping[str, Any], call_id: str) -> Mapping[str, Any]:
     name, arguments = item.get("name"), item.get("arguments")
     is_taken = item["type"] == "function_call" and isinstance(name, str)
     if is_taken and isinstance(arguments, str):
-        return item
+        whole = whole_json(arguments)
+        return item if whole is arguments else {**item, "arguments": whole}
     if arguments is None:
         told = {key: item[key] for key in ("input", "action", "operation") if key in item}
         arguments = next(iter(told.values())) if "input" not in told and told else told
     if not isinstance(arguments, str):
         arguments = _dumped(arguments)
+    arguments = whole_json(arguments)
     named = name if isinstance(name, str) else str(item["type"]).removesuffix("_call")
     new = {"type": "function_call", "call_id": call_id, "name": named, "arguments": arguments}
     return {**new, "namespace": item["namespace"]} if "namespace" in item else new

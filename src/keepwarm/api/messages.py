@@ -327,9 +327,8 @@ def _image_url(block: Mapping[str, Any], where: str) -> str:
 def _chat_tool(tool: object) -> object:
     if not isinstance(tool, Mapping) or "function" in tool:
         return tool
-    function = {
-        "name": tool.get("name"),
-        "description": tool.get("description") or "",
-        "parameters": tool.get("input_schema") or {"type": "object", "properties": {}},
-    }
+    function = {"name": tool.get("name")}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    function["parameters"] = tool.get("input_schema") or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}

@@ -6,6 +6,7 @@ alone; which API it was matters here, at the door, and where the reply goes out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from keepwarm.api import responses
@@ -54,3 +55,16 @@ def composed(
     static = joined["messages"][: len(joined["messages"]) - own + is_merged]
     out = responses.with_static(body, static, tier.tools, without_opening=is_merged)
     return out, responses.chat_form(out)
+
+
+def opening_of(chat: Mapping[str, Any]) -> str:
+    """The words of an assistant's message at the end, which the engine goes on from."""
+    messages = chat.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return ""
+    content = last.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""

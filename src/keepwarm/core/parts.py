@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 
 from keepwarm.core.prompt import Segment, dump, head_of, is_raw, raw_of, segments_of
 
-# Role and turn tokens that `prompt` counts for each message.
-_TURN_CHARS = 16
-
 
 class Tool(NamedTuple):
     """A tool and its JSON as it was sent, key order included."""
@@ -83,7 +80,7 @@ def _tool_name(tool: object) -> str:
 
 def chars_before(segments: Sequence[Segment], index: int) -> int:
     """Characters of the messages before one, as a prompt's marks count them behind the head."""
-    return sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[:index])
+    return sum(s.chars for s in segments[:index])
 
 
 def common_chars(first: str, second: str) -> int:

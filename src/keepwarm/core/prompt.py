@@ -39,9 +39,10 @@ _TURN_CHARS = 16
 # messages, and of none that is so long that together they would fill the memory.
 _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
-# Arguments that may change how the template renders; those that this engine's doesn't look at are
-# taken out of a body before (`engine.rendering`).
-_HEAD_KEYS = (
+# What of a body, besides its messages, may change how they render: the one list of it. What this
+# engine's template doesn't look at is found by rendering (`engine.rendering`) and taken out of a
+# body before it is compared.
+SHAPING = (
     "tools",
     "functions",
     "chat_template_kwargs",
@@ -51,7 +52,16 @@ _HEAD_KEYS = (
     "reasoning_effort",
     "lora",
     "thinking",
+    "thinking_budget_tokens",
+    "parallel_tool_calls",
+    "tool_choice",
 )
+# Where nothing is said, a model may call a tool or not.
+_NO_CHOICE = "auto"
+# A picture or a sound is a few hundred tokens or some thousands, whatever its bytes.
+_MEDIA_CHARS = 4096
+# Longer values in a part that isn't text are its bytes: a digest stands for them.
+_MOST_PART_CHARS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +75,21 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One message in canonical form; `extra` is what a template may render besides the text."""
+    """One message in canonical form; `extra` is what a template may render besides the text.
+
+    `media` counts its pictures and sounds, of which `extra` has the digests.
+    """
 
     role: str
     text: str
     extra: str = ""
+    media: int = 0
+
+    @property
+    def chars(self) -> int:
+        """What it weighs, in characters: a message costs its role and its media their tokens."""
+        text = len(self.text) + len(self.extra)
+        return text + _TURN_CHARS + self.media * _MEDIA_CHARS
 
 
 class SharedEnd(NamedTuple):
@@ -98,6 +118,7 @@ class Prompt:
     static_index: int
     turns: int
     is_static_shared: bool = False
+    has_media: bool = False
     asked_index: int = -1
     answered_index: int = -1
 
@@ -173,6 +194,7 @@ def prompt_of(
     static_shared = has_static and 0 < statics == shared_segments
     return Prompt(
         *(False, tuple(marks), static_index, _turns(segments), static_shared),
+        has_media=any(segment.media for segment in segments),
         asked_index=asked_index,
         answered_index=answered_index,
     )
@@ -210,7 +232,7 @@ def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Pr
         end: where the part ends.
     """
     head_chars = 0 if prompt.is_raw else prompt.marks[0].chars
-    before = sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[: end.segment])
+    before = sum(s.chars for s in segments[: end.segment])
     chars = head_chars + before + end.chars
     index = max(i for i, mark in enumerate(prompt.marks) if mark.chars <= chars or i == 0)
     shared = prompt.is_static_shared and index <= prompt.static_index
@@ -218,10 +240,10 @@ def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Pr
 
 
 def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a body shapes how its messages render, in the order of `_HEAD_KEYS`."""
-    head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
-    if body.get("tool_choice") == "none":
-        head["tool_choice"] = "none"
+    """What of a body shapes how its messages render, in the order of `SHAPING`."""
+    head = {k: body[k] for k in SHAPING if body.get(k) not in (None, [], {})}
+    if head.get("tool_choice") == _NO_CHOICE:
+        del head["tool_choice"]
     return head
 
 
@@ -245,22 +267,22 @@ def segment_of(message: Mapping[str, Any]) -> Segment:
     Where their tokens differ all the same, the engine's `cache_n` tells.
     """
     role = str(message.get("role") or "")
-    text, extra = _text(message.get("content"))
+    text, extra, media = _text(message.get("content"))
     if role in ("assistant", "model"):
         text = text.strip()
     calls = message.get("tool_calls")
     if isinstance(calls, list):
         functions = (c.get("function", c) for c in calls if isinstance(c, Mapping))
         extra += "".join(_call(f) for f in functions if isinstance(f, Mapping))
-    return Segment(role, text, extra)
+    return Segment(role, text, extra, media)
 
 
-def _text(content: object) -> tuple[str, str]:
-    """Text of a content field, and a canonical form of its parts that aren't text."""
+def _text(content: object) -> tuple[str, str, int]:
+    """Text of a content field, a canonical form of its other parts, and how many are media."""
     if content is None:
-        return "", ""
+        return "", "", 0
     if isinstance(content, str):
-        return content, ""
+        return content, "", 0
     texts: list[str] = []
     extra: list[str] = []
     for part in content if isinstance(content, list) else [content]:
@@ -269,8 +291,22 @@ def _text(content: object) -> tuple[str, str]:
         elif part.get("type") in ("text", "input_text", "output_text"):
             texts.append(str(part.get("text", "")))
         elif part.get("type") not in ("thinking", "redacted_thinking", "reasoning"):
-            extra.append(_dump(part))
-    return "\n".join(texts), "".join(extra)
+            extra.append(_dump(_shortened(part)))
+    return "\n".join(texts), "".join(extra), len(extra)
+
+
+def _shortened(value: object) -> object:
+    """A part with digests for the bytes it brings: two pictures are two prompts, and none is long.
+
+    base64 of 4 MB would be counted as a million tokens.
+    """
+    if isinstance(value, str) and len(value) > _MOST_PART_CHARS:
+        return _digest(_bytes(value)).hex()
+    if isinstance(value, Mapping):
+        return {key: _shortened(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shortened(one) for one in value]
+    return value
 
 
 def _call(call: Mapping[str, Any]) -> str:
@@ -335,7 +371,7 @@ def _marked(before: Mark, segment: Segment, cuts: tuple[int, ...]) -> tuple[Mark
     h.update(b"\0")
     h.update(_bytes(segment.extra))
     h.update(b"\0end")
-    chars = before.chars + len(text) + len(segment.extra) + _TURN_CHARS
+    chars = before.chars + segment.chars
     marks.append(Mark(h.digest(), chars))
     return tuple(marks)
 

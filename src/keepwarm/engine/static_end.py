@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keepwarm.core.prompt import is_raw
+from keepwarm.core.prompt import SHAPING, is_raw
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.tree import Tokens, as_tokens, common_tokens
 from keepwarm.engine.counting import PromptCounter
@@ -28,8 +28,6 @@ _EARLIER_TURN = [
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "7 mild steps"},
 ]
-# What else of a body reaches the template.
-ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
 
 
 async def static_tokens(counter: PromptCounter, static: Mapping[str, Any]) -> list[int]:
@@ -63,7 +61,7 @@ async def _earlier(counter: PromptCounter, static: Mapping[str, Any]) -> Tokens 
 
 
 def _with_turns(static: Mapping[str, Any], turns: list[dict[str, str]]) -> dict[str, Any]:
-    request = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
+    request = {key: static[key] for key in SHAPING if static.get(key) is not None}
     request["messages"] = [*static["messages"], *turns]
     return request
 

@@ -17,15 +17,16 @@ from typing import Any
 
 import msgspec
 
-from keepwarm.api.messages import chat_request
+from keepwarm.api.door import arrived
 from keepwarm.api.reading import Api, read
-from keepwarm.core.hints import NODE_HEADER
-from keepwarm.core.hygiene import Hygiene
+from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.hints import NODE_HEADER, is_planned
+from keepwarm.core.hygiene import Hygiene, hygiene_of
 from keepwarm.core.prompt import prompt_of
 from keepwarm.errors import KeepwarmError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
-from keepwarm.gateway.asked import PLANNED, cleaned_body
+from keepwarm.gateway.asked import PLANNED
 
 _MESSAGES = "/v1/messages"
 # An estimate that serves until a node has reported what it measured (English text, common models).
@@ -107,13 +108,16 @@ def ask_of(
         # Whatever is wrong with a body is for the node to say; any node can.
         with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
             decoded = msgspec.json.decode(body, type=dict)
-            api = PLANNED.get(path, "chat")
-            if api != "completion":
-                kind = "messages" if path == _MESSAGES else api
-                decoded = cleaned_body(hygiene, kind, decoded, dict(headers)).body
-            if path == _MESSAGES:
-                decoded = chat_request(decoded)
-            prefixes, ends = _marks(api, decoded, headers)
+            kind = "messages" if path == _MESSAGES else PLANNED[path]
+            told = dict(headers)
+            came = arrived(
+                kind,
+                decoded,
+                hygiene=hygiene or hygiene_of((), ()),
+                takes=SystemPlaces(),
+                keeps_text=is_planned(told),
+            )
+            prefixes, ends = _marks(came.api, came.body, headers)
     return Ask(
         method=method,
         path=path_qs,

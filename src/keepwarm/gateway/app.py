@@ -18,7 +18,7 @@ from keepwarm.errors import (
     RequestError,
     TooLargeError,
 )
-from keepwarm.gateway.asked import PLANNED
+from keepwarm.gateway.asked import COUNTED, PLANNED
 from keepwarm.gateway.batch_api import add_batch_routes
 from keepwarm.gateway.ending import observe_deployment
 from keepwarm.gateway.metrics import merged
@@ -45,9 +45,19 @@ def make_app(runtime: Runtime) -> web.Application:
 
         return handle
 
+    def counted(kind: str) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await proxy.count(request, kind)
+
+        return handle
+
     for path, api in PLANNED.items():
         app.router.add_post(path, planned(api))
     app.router.add_post("/v1/messages", proxy.handle_messages)
+    for path, kind in COUNTED.items():
+        app.router.add_post(path, counted(kind))
+    # How agents ask whether anybody is there.
+    app.router.add_route("HEAD", "/", site.here)
     app.router.add_get("/health", site.health)
     app.router.add_get("/metrics", site.metrics)
     app.router.add_get("/v1/models", site.models)
@@ -68,8 +78,9 @@ def _errors(runtime: Runtime) -> Middleware:
         try:
             return await handler(request)
         except EngineRefusedError as error:
+            body = dialect_of(request.path).whole(error.body, status=error.refused_status)
             return web.Response(
-                body=error.body, status=error.refused_status, content_type="application/json"
+                body=body, status=error.refused_status, content_type="application/json"
             )
         except KeepwarmError as error:
             runtime.metrics.failed(error.kind)
@@ -100,6 +111,10 @@ class _Site:
         ready = runtime.state is State.READY
         body = {"status": "ok" if ready else runtime.state.value, "detail": runtime.status}
         return _json(body, status=200 if ready else 503)
+
+    async def here(self, _: web.Request) -> web.StreamResponse:
+        """Nothing but the status."""
+        return web.Response()
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import BodyPartReader, web
 
+from keepwarm.api.mending import decode_body
 from keepwarm.batch.hours import parse_hours
 from keepwarm.batch.journal import DiskFullError
 from keepwarm.batch.ledger import UNFINISHED, Ledger
@@ -25,7 +26,7 @@ from keepwarm.batch.tasks import URLS
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
-from keepwarm.gateway.proxy import Proxy, decode_body
+from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
 

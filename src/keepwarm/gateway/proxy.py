@@ -15,12 +15,11 @@ from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
-from keepwarm.api.dialect import OPENAI, Anthropic, Dialect
-from keepwarm.api.messages import chat_request
-from keepwarm.api.reading import Api
+from keepwarm.api.dialect import OPENAI, Dialect, dialect_of
+from keepwarm.api.mending import decode_body
+from keepwarm.api.reading import Api, opening_of
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
@@ -28,8 +27,8 @@ from keepwarm.core.reply import Reply, read_reply
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import rendered_from, static_body
-from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
+from keepwarm.errors import EngineDownError, EngineError, KeepwarmError
+from keepwarm.gateway.asked import Asked, asked_of
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
@@ -41,6 +40,7 @@ from keepwarm.router import Escalation
 
 log = logging.getLogger("keepwarm")
 
+_CHAT_PATH = "/v1/chat/completions"
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
 # A reader that is slower than the model must not hold the engine's slot: this much is buffered for
@@ -108,22 +108,36 @@ class Proxy:
 
     async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
         """Serve one request of a planned API."""
-        namespace = self._runtime.keys.namespace(request.headers)
-        body = decode_body(await request.read())
-        asked = Asked(api, body, namespace, request.path_qs, request.headers)
-        return await self._answer(cleaned(asked, self._runtime.hygiene), request)
+        return await self._arrive(request, api, request.path_qs)
 
     async def handle_messages(self, request: web.Request) -> web.StreamResponse:
         """Serve one request of Anthropic's API, over chat completions."""
-        namespace = self._runtime.keys.namespace(request.headers)
+        return await self._arrive(request, "messages", _CHAT_PATH)
+
+    async def _arrive(self, request: web.Request, kind: str, path: str) -> web.StreamResponse:
+        received_s = time.monotonic()
+        asked = await self._read(request, kind, path)
+        return await self._answer(asked, request, received_s)
+
+    async def _read(self, request: web.Request, kind: str, path: str) -> Asked:
+        """A request as it goes on; the template, which decides on its form, must be known."""
+        runtime = self._runtime
+        namespace = runtime.keys.namespace(request.headers)
         body = decode_body(await request.read())
-        dialect = Anthropic(str(body.get("model", "")))
-        path = "/v1/chat/completions"
-        # Before its blocks are joined, so that a line is what the client meant as one.
-        body, rewrites = cleaned_body(self._runtime.hygiene, "messages", body, request.headers)
-        chat = chat_request(body)
-        asked = Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
-        return await self._answer(asked, request)
+        await runtime.admitted()
+        dialect = dialect_of(request.path, model=str(body.get("model", "")))
+        asked = Asked("completion", body, namespace, path, request.headers, dialect)
+        return asked_of(asked, runtime.hygiene, runtime.takes, kind=kind)
+
+    async def count(self, request: web.Request, kind: str) -> web.StreamResponse:
+        """Count the tokens of a request, as it would be sent: with its tier, and cleaned."""
+        runtime = self._runtime
+        asked = await self._read(request, kind, _CHAT_PATH)
+        tiered = runtime.router.tier(
+            asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
+        )
+        tokens = await runtime.client.count(tiered.chat)
+        return web.Response(body=asked.dialect.counted(tokens), content_type="application/json")
 
     async def answer(self, asked: Asked) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
@@ -133,10 +147,14 @@ class Proxy:
         Raises:
             KeepwarmError: as a client would be told.
         """
-        return await self._answer(cleaned(asked, self._runtime.hygiene), None)
-
-    async def _answer(self, asked: Asked, request: web.Request | None) -> web.StreamResponse:
+        await self._runtime.admitted()
         received_s = time.monotonic()
+        asked = asked_of(asked, self._runtime.hygiene, self._runtime.takes)
+        return await self._answer(asked, None, received_s)
+
+    async def _answer(
+        self, asked: Asked, request: web.Request | None, received_s: float
+    ) -> web.StreamResponse:
         runtime = self._runtime
         api, body, namespace = asked.api, asked.body, asked.namespace
         runtime.metrics.rewritten(asked.rewrites)
@@ -286,7 +304,8 @@ class Proxy:
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
             if gathers or not upstream.is_stream:
-                return self._whole(exchange, await read_whole(upstream))
+                opening = opening_of(exchange.tiered.chat)
+                return self._whole(exchange, await read_whole(upstream, opening=opening))
             assert request, "only a client's request may stream"
             return await self._stream(request, exchange, upstream)
 
@@ -457,18 +476,3 @@ def error_response(error: KeepwarmError, dialect: Dialect = OPENAI) -> web.Respo
         content_type="application/json",
         headers={"Retry-After": "5"} if error.retry else {},
     )
-
-
-def decode_body(raw: bytes) -> dict[str, Any]:
-    """A request's JSON object.
-
-    Raises:
-        RequestError: it isn't one.
-    """
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"The request body isn't valid JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise RequestError("The request body must be a JSON object.")
-    return body

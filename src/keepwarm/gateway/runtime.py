@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.memory import MemoryKind
@@ -35,7 +36,7 @@ from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
@@ -134,6 +135,8 @@ class Runtime:
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
+        # Set once the engine is up and has been asked; see `engine.rendering`.
+        self.takes = SystemPlaces()
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
@@ -251,7 +254,7 @@ class Runtime:
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
         # The one keeps the engine's loop busy, the other its HTTP threads.
-        self.probed, self.router.unrendered = await asyncio.gather(
+        self.probed, self.router.unrendered, self.takes = await asyncio.gather(
             probe(
                 self.client,
                 self.launch.slot_dir,
@@ -259,6 +262,7 @@ class Runtime:
                 max_tokens=slot_tokens,
             ),
             unrendered_arguments(self.client),
+            system_places(self.client),
         )
         if self.probed.layout is None:
             log.warning(

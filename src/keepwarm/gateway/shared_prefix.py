@@ -25,7 +25,7 @@ from keepwarm.core.prompt import SharedEnd, is_raw, prefix_of, prompt_of, segmen
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, cleaned
+from keepwarm.gateway.asked import Asked, asked_of
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER
 
@@ -66,7 +66,7 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     """
     began_s = time.monotonic()
     await runtime.admitted()
-    asked = cleaned(asked, runtime.hygiene)
+    asked = asked_of(asked, runtime.hygiene, runtime.takes)
     runtime.metrics.rewritten(asked.rewrites)
     tiered = runtime.router.tier(asked.api, asked.body, asked.headers.get(HEADER), asked.namespace)
     ends = asked.ends(tiered)
