@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.prompt import SHAPING
+from keepwarm.core.tiers import compose
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.rendering import system_places, unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.errors import EngineDownError, EngineRefusedError
+from keepwarm.tierfiles import load_tiers
+from smalltiers import write_small_tiers
 
 ALL = {
     *("response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"),
@@ -111,6 +116,45 @@ async def test_where_a_template_takes_system_messages_is_found_by_rendering(
     template: Template, takes: SystemPlaces
 ) -> None:
     assert await system_places(Rendering(template)) == takes
+
+
+def alternating(body: Mapping[str, Any]) -> str:
+    roles = [m["role"] for m in body["messages"]]
+    if any(a == b for a, b in pairwise(roles)):
+        raise EngineRefusedError("Roles must alternate.", status=400)
+    return strict(body)
+
+
+def without_assistants_first(body: Mapping[str, Any]) -> str:
+    if "assistant" in [m["role"] for m in body["messages"]]:
+        raise EngineRefusedError("No answers here.", status=400)
+    return strict(body)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (plain, ["system", "system", "user"]),
+        (strict, ["system", "user", "assistant", "user"]),
+        (alternating, ["system", "user", "assistant", "user"]),
+        (without_assistants_first, ["system", "user"]),
+    ],
+)
+async def test_tiers_are_laid_out_as_the_template_takes_them(
+    template: Template, roles: list[str], tmp_path: Path
+) -> None:
+    engine = Rendering(template)
+    tiers = load_tiers(write_small_tiers(tmp_path / "tiers"), "Keeper")
+    fitted = await fitted_tiers(engine, tiers, await system_places(engine))
+    standard = fitted.get("standard")
+    assert standard is not None
+    body = compose(standard, {"messages": [{"role": "user", "content": "Hello"}]})
+    assert [m["role"] for m in body["messages"]] == roles
+    template(body)
+    # The smaller tier's tokens still open the larger one's.
+    minimal = fitted.get("minimal")
+    assert minimal is not None
+    assert standard.messages[0].text.startswith(minimal.messages[0].text)
 
 
 async def test_an_argument_that_is_refused_somewhere_counts_as_rendered() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineDownError, EngineError
 
@@ -92,6 +94,29 @@ async def system_places(client: EngineClient) -> SystemPlaces:
         late=_in_order(late, first, asked, said, second, again),
         developer=_in_order(developer, first, asked),
     )
+
+
+async def fitted_tiers(client: EngineClient, tiers: TierSet, takes: SystemPlaces) -> TierSet:
+    """The tiers, laid out as the template takes them.
+
+    Where it takes no second system message, the texts of extending tiers stand in a user's
+    message, which nests exactly, or, if it refuses that too, in the first system message.
+
+    Raises:
+        EngineDownError: the engine can't be reached.
+    """
+    if takes.several or all(_systems(tier) < 2 for tier in tiers):
+        return tiers
+    for role in (ContextRole.USER, ContextRole.MERGE):
+        moved = tiers.with_context_role(role)
+        asked = [compose(tier, {"messages": [_says("user", "Hello")]}) for tier in moved]
+        if None not in await asyncio.gather(*(_rendered(client, body) for body in asked)):
+            return moved
+    return tiers
+
+
+def _systems(tier: Tier) -> int:
+    return sum(message.role in SYSTEM_ROLES for message in tier.messages)
 
 
 def _says(role: str, text: str) -> dict[str, str]:

@@ -58,7 +58,7 @@ class TierRouter:
         costs: Callable[[], Sequence[TierCost]],
         untiered: str,
     ) -> None:
-        self._tiers = tiers
+        self.tiers = tiers
         self._router = router
         self._costs = costs
         self._untiered = untiered
@@ -78,7 +78,7 @@ class TierRouter:
                 tools can't be joined.
         """
         chat = read(api, body)
-        asked = asked_tier(chat, header, self._tiers)
+        asked = asked_tier(chat, header, self.tiers)
         if asked and asked != AUTO:
             return self._apply(api, body, self._named(asked), "explicit")
         own = has_own_system(chat)
@@ -87,13 +87,13 @@ class TierRouter:
             return Tiered(body, None, reason, unrendered=self.unrendered, chat=chat)
         conversation = self._conversation(chat, namespace)
         decision = self.decide(chat, tier_so_far=self._tier_so_far(conversation))
-        tier = self._tiers.get(decision.tier) or self._tiers.default
+        tier = self.tiers.get(decision.tier) or self.tiers.default
         try:
             tiered = self._apply(api, body, tier, decision.reason.value)
         except RequestError:
             # The client defines one of the tier's tools otherwise; its own tools are what it
             # wants, so the tier without any goes with them.
-            tier = next(iter(self._tiers))
+            tier = next(iter(self.tiers))
             tiered = self._apply(api, body, tier, "client-tools")
         self._remember(conversation, tier.name)
         return replace(tiered, decision=decision)
@@ -103,7 +103,7 @@ class TierRouter:
     ) -> Tiered:
         """The request with the tier that the model named, as far as rules allow it."""
         assert tiered.decision
-        tier = self._tiers.get(larger(verdict, tiered.decision.floor) or "")
+        tier = self.tiers.get(larger(verdict, tiered.decision.floor) or "")
         if tier is None:
             return tiered
         try:
@@ -148,7 +148,7 @@ class TierRouter:
     ) -> Tiered | None:
         """The request one tier up, None if there is none."""
         assert now.tier
-        up = self._tiers.next_up(now.tier.name)
+        up = self.tiers.next_up(now.tier.name)
         if up is None:
             return None
         self._remember(self._conversation(read(api, body), namespace), up.name)
@@ -162,7 +162,7 @@ class TierRouter:
         return apply_tier(api, body, tier, reason, unrendered=self.unrendered)
 
     def _named(self, name: str) -> Tier:
-        tier = self._tiers.get(name)
+        tier = self.tiers.get(name)
         assert tier is not None
         return tier
 

@@ -36,7 +36,7 @@ from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
-from keepwarm.engine.rendering import system_places, unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
@@ -263,6 +263,9 @@ class Runtime:
             ),
             unrendered_arguments(self.client),
             system_places(self.client),
+        )
+        self.tiers = self.router.tiers = await fitted_tiers(
+            self.client, self._beginning.tiers, self.takes
         )
         if self.probed.layout is None:
             log.warning(
