@@ -217,3 +217,14 @@ def _message(raw: bytes) -> str:
         return str(value["error"]["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         return raw[:200].decode("utf-8", "replace")
+
+
+def names_of(models: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an engine calls its models: ids and aliases of its `/v1/models`."""
+    listed = models.get("data")
+    out: list[str] = []
+    for model in listed if isinstance(listed, list) else ():
+        if isinstance(model, Mapping):
+            aliases = model.get("aliases")
+            out += [str(model.get("id")), *(aliases if isinstance(aliases, list) else ())]
+    return tuple(dict.fromkeys(out))

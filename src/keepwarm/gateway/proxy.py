@@ -125,6 +125,7 @@ class Proxy:
         namespace = runtime.keys.namespace(request.headers)
         body = decode_body(await request.read())
         await runtime.admitted()
+        runtime.check_model(body.get("model"))
         dialect = dialect_of(request.path, model=str(body.get("model", "")))
         asked = Asked("completion", body, namespace, path, request.headers, dialect)
         return asked_of(asked, runtime.hygiene, runtime.takes, kind=kind)

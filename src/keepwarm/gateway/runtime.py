@@ -31,7 +31,7 @@ from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.attach import plan_launch, seen_again
-from keepwarm.engine.client import EngineClient
+from keepwarm.engine.client import EngineClient, names_of
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
@@ -45,6 +45,7 @@ from keepwarm.errors import (
     EngineError,
     EngineReplacedError,
     KeepwarmError,
+    NotFoundError,
 )
 from keepwarm.gateway.dispatcher import Dispatcher
 from keepwarm.gateway.ending import begin_explaining
@@ -57,7 +58,7 @@ from keepwarm.gateway.proof import Prover
 from keepwarm.gateway.routing import TierRouter
 from keepwarm.gateway.slot_store import SlotStore
 from keepwarm.gateway.supervision import Supervisor
-from keepwarm.gateway.tiering import Tiered
+from keepwarm.gateway.tiering import AUTO, Tiered
 from keepwarm.gateway.tracing import start_tracing
 from keepwarm.gateway.warm import (
     Progress,
@@ -137,6 +138,7 @@ class Runtime:
         )
         # Set once the engine is up and has been asked; see `engine.rendering`.
         self.takes = SystemPlaces()
+        self.model_names: tuple[str, ...] = ()
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
@@ -247,6 +249,20 @@ class Runtime:
             await self._process.stop()
             self._process = None
 
+    def check_model(self, name: object) -> None:
+        """Refuse a model that isn't here, where the settings say so.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        if not self.settings.server.strict_models or not name:
+            return
+        known = (*self.tiers.names, AUTO, *self.model_names)
+        if name not in known:
+            raise NotFoundError(
+                f"There is no model {str(name)[:80]!r} here. There are: {', '.join(known)}."
+            )
+
     async def _open_all(self) -> None:
         """Learn what the engine is, open the store that fits, and set up the scheduler."""
         props = await self.client.props()
@@ -264,6 +280,8 @@ class Runtime:
             unrendered_arguments(self.client),
             system_places(self.client),
         )
+        if self.settings.server.strict_models:
+            self.model_names = names_of(await self.client.models())
         self.tiers = self.router.tiers = await fitted_tiers(
             self.client, self._beginning.tiers, self.takes
         )
