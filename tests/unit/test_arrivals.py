@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keepwarm.api.arrival import Arrived, arrived, session_of
 from keepwarm.api.dialect import OPENAI, Anthropic
-from keepwarm.api.door import Arrived, arrived, session_of
 from keepwarm.api.mending import decode_body, whole_json
 from keepwarm.api.messages import chat_request
 from keepwarm.api.reading import opening_of, read

@@ -16,7 +16,7 @@ from keepwarm.core.tiers import compose
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.errors import EngineDownError, EngineRefusedError
-from keepwarm.tierfiles import load_tiers
+from keepwarm.tiers.files import load_tiers
 from smalltiers import write_small_tiers
 
 ALL = {

@@ -1,1 +1,1 @@
-"""A client's request, read: every API in chat's terms, as llama-server itself converts them."""
+"""The door: what it lets in, and a request read once, in chat's terms. Decisions only, no I/O."""

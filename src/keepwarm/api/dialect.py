@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any, Protocol
 
 import msgspec
@@ -38,6 +37,12 @@ class Dialect(Protocol):
     def counted(self, tokens: int) -> bytes:
         """The answer to a question for a prompt's length."""
 
+    def event(self, raw: bytes) -> bytes:
+        """An error's body as an event of a stream."""
+
+    def ping(self) -> bytes:
+        """What says in a stream that somebody is still there."""
+
 
 class _AsItIs:
     def feed(self, raw: bytes) -> bytes:
@@ -52,7 +57,7 @@ class OpenAI:
 
     def whole(self, raw: bytes, *, status: int) -> bytes:
         """See `Dialect`."""
-        return raw if status == HTTPStatus.OK else _with_code(raw)
+        return raw if status == 200 else _with_code(raw)
 
     def stream(self) -> StreamTranslator:
         """See `Dialect`."""
@@ -65,7 +70,15 @@ class OpenAI:
 
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """See `Dialect`."""
-        return b"data: " + self.error(message, kind=kind, status=status) + b"\n\n"
+        return self.event(self.error(message, kind=kind, status=status))
+
+    def event(self, raw: bytes) -> bytes:
+        """See `Dialect`."""
+        return b"data: " + raw + b"\n\n"
+
+    def ping(self) -> bytes:
+        """See `Dialect`."""
+        return b": keepwarm\n\n"
 
     def counted(self, tokens: int) -> bytes:
         """See `Dialect`."""
@@ -105,8 +118,15 @@ class Anthropic:
 
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """See `Dialect`."""
-        body = self.error(message, kind=kind, status=status)
-        return b"event: error\ndata: " + body + b"\n\n"
+        return self.event(self.error(message, kind=kind, status=status))
+
+    def event(self, raw: bytes) -> bytes:
+        """See `Dialect`."""
+        return b"event: error\ndata: " + raw + b"\n\n"
+
+    def ping(self) -> bytes:
+        """See `Dialect`."""
+        return b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def counted(self, tokens: int) -> bytes:
         """See `Dialect`."""

@@ -57,6 +57,11 @@ def composed(
     return out, responses.chat_form(out)
 
 
+def can_gather(api: Api) -> bool:
+    """Whether a whole reply can be put together from a stream of it."""
+    return api == "chat"
+
+
 def opening_of(chat: Mapping[str, Any]) -> str:
     """The words of an assistant's message at the end, which the engine goes on from."""
     messages = chat.get("messages")

@@ -22,11 +22,11 @@ from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import EngineError, EngineRefusedError, ModelError, TierError
-from keepwarm.gateway.keys import is_loopback
+from keepwarm.keys import is_loopback
 from keepwarm.settings import Places, Settings
 from keepwarm.staging import default_staging
 from keepwarm.store.checks import stores
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 _HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
 _ANSWER_S = 10.0

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from keepwarm.core.parts import common_chars
+from keepwarm.core.texts import common_chars
 from keepwarm.core.tree import Tokens, as_tokens
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineDownError, EngineError

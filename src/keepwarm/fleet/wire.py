@@ -12,18 +12,18 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
-from keepwarm.api.door import arrived
+from keepwarm.api.arrival import arrived
 from keepwarm.api.reading import Api, read
 from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hints import NODE_HEADER, is_planned
 from keepwarm.core.hygiene import Hygiene, hygiene_of
 from keepwarm.core.prompt import prompt_of
-from keepwarm.errors import KeepwarmError
+from keepwarm.errors import KeepwarmError, TooLargeError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
 from keepwarm.gateway.asked import PLANNED
@@ -148,3 +148,24 @@ def _marks(
 def _asked_node(headers: Sequence[tuple[str, str]]) -> str:
     """The node that a sender would rather have."""
     return next((v.strip() for k, v in headers if k.lower() == NODE_HEADER.lower()), "")
+
+
+async def bounded(chunks: AsyncIterator[bytes], declared: str | None, *, most: int) -> bytes:
+    """A request's body, no more of it than allowed.
+
+    Args:
+        chunks: it, as it comes.
+        declared: its `Content-Length`, if there is one.
+        most: bytes (`server.max_body_bytes`).
+
+    Raises: TooLargeError; what came is dropped.
+    """
+    too_large = TooLargeError(f"The request body is over {most:,} bytes (server.max_body_bytes).")
+    if declared and declared.isdecimal() and int(declared) > most:
+        raise too_large
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from keepwarm.api.arrival import arrived, session_of
 from keepwarm.api.dialect import OPENAI, Dialect
-from keepwarm.api.door import arrived, session_of
 from keepwarm.api.reading import Api, read
 from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hints import (
@@ -20,10 +20,11 @@ from keepwarm.core.hints import (
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import SharedEnd, is_raw, segments_of
 from keepwarm.errors import RequestError
-from keepwarm.gateway.tiering import Tiered
+from keepwarm.tiers.tiering import Tiered
 
 # An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.
 INFILL = "/infill"
+MESSAGES = "/v1/messages"
 # Paths whose requests get a slot that was chosen for them, and the shape of their bodies.
 PLANNED: Mapping[str, Api] = {
     "/v1/chat/completions": "chat",

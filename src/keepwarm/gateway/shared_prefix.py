@@ -22,12 +22,12 @@ from typing import Any
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import SharedEnd, is_raw, prefix_of, prompt_of, segments_of
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length
 from keepwarm.errors import RequestError
 from keepwarm.gateway.asked import Asked, asked_of
-from keepwarm.gateway.runtime import Runtime
-from keepwarm.gateway.tiering import HEADER
+from keepwarm.tiers.tiering import HEADER
 
 # Both begin with white space, so that the last word before them is whole, and part after it.
 _PROBES = (" Quartz", "\n7 mild steps")
