@@ -94,7 +94,9 @@ def _table() -> Iterator[Route]:
     for path in (*_CHAT, *_RESPONSES, *_COMPLETIONS):
         yield Route("POST", path, Way.PLANNED)
     yield Route("POST", "/v1/messages", Way.PLANNED)
-    for path in (*_COUNTS, *_READS_TEXT):
+    for path in _COUNTS:
+        yield Route("POST", path, Way.PLANNED)
+    for path in _READS_TEXT:
         yield Route("POST", path, Way.PASSED)
     for path in ("/props", "/lora-adapters"):
         yield Route("GET", path, Way.PASSED)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.memory import MemoryKind
@@ -40,12 +41,12 @@ from keepwarm.deployment.warm import (
     Progress,
 )
 from keepwarm.engine.attach import plan_launch, seen_again
-from keepwarm.engine.client import EngineClient
+from keepwarm.engine.client import EngineClient, names_of
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
@@ -54,6 +55,7 @@ from keepwarm.errors import (
     EngineError,
     EngineReplacedError,
     KeepwarmError,
+    NotFoundError,
     UnknownFlagError,
 )
 from keepwarm.explain.explainer import Explainer, Sink
@@ -66,7 +68,7 @@ from keepwarm.store.store import Store
 from keepwarm.tiers.router_files import load_router
 from keepwarm.tiers.router_outcomes import OutcomeLog
 from keepwarm.tiers.routing import TierRouter
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import AUTO, Tiered
 
 log = logging.getLogger("keepwarm")
 
@@ -136,6 +138,9 @@ class Runtime:
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
+        # Set once the engine is up and has been asked; see `engine.rendering`.
+        self.takes = SystemPlaces()
+        self.model_names: tuple[str, ...] = ()
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
@@ -256,6 +261,20 @@ class Runtime:
             await self._process.stop()
             self._process = None
 
+    def check_model(self, name: object) -> None:
+        """Refuse a model that isn't here, where the settings say so.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        if not self.settings.server.strict_models or not name:
+            return
+        known = (*self.tiers.names, AUTO, *self.model_names)
+        if name not in known:
+            raise NotFoundError(
+                f"There is no model {str(name)[:80]!r} here. There are: {', '.join(known)}."
+            )
+
     async def _open_all(self) -> None:
         """Learn what the engine is, open the store that fits, and set up the scheduler."""
         props = await self.client.props()
@@ -263,7 +282,7 @@ class Runtime:
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
         # The one keeps the engine's loop busy, the other its HTTP threads.
-        self.probed, self.router.unrendered = await asyncio.gather(
+        self.probed, self.router.unrendered, self.takes = await asyncio.gather(
             probe(
                 self.client,
                 self.launch.slot_dir,
@@ -272,6 +291,12 @@ class Runtime:
                 is_ours=self.launch.attached is None,
             ),
             unrendered_arguments(self.client),
+            system_places(self.client),
+        )
+        if self.settings.server.strict_models:
+            self.model_names = names_of(await self.client.models())
+        self.tiers = self.router.tiers = await fitted_tiers(
+            self.client, self._beginning.tiers, self.takes
         )
         if not self.probed.is_usable:
             log.warning(

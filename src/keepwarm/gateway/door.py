@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from keepwarm.api.dialect import OPENAI, Dialect, dialect_of
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
 from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
 from keepwarm.deployment.runtime import Runtime
@@ -28,7 +29,6 @@ from keepwarm.errors import (
     RequestError,
     TooLargeError,
 )
-from keepwarm.gateway.dialect import OPENAI, Dialect, dialect_of
 
 log = logging.getLogger("keepwarm")
 

@@ -61,8 +61,10 @@ async def posted(
         yield upstream
 
 
-async def read_whole(upstream: Response) -> Fetched:
+async def read_whole(upstream: Response, *, opening: str = "") -> Fetched:
     """Read a reply to its end; a stream of chat chunks becomes the whole completion.
+
+    `opening`: see `gather_chat`.
 
     Raises:
         EngineDownError: it broke off.
@@ -76,7 +78,7 @@ async def read_whole(upstream: Response) -> Fetched:
     status = upstream.status
     headers = returned(upstream.headers)
     if upstream.is_stream:
-        whole = gather_chat(stream_events(raw))
+        whole = gather_chat(stream_events(raw), opening=opening)
         if whole is None:
             raise EngineDownError("The engine closed the stream before its end.")
         if error := whole.get("error"):
