@@ -28,7 +28,7 @@ from keepwarm.router import DEFAULT_COSTS, NO_TOOLS, TIERS, UNKNOWN_TOOLS, Route
 from keepwarm.router.catalog import CatalogCache, ToolText
 from keepwarm.router.judge import judges_prompt, question_of, verdict_of
 from keepwarm.router.types import FULL, MINIMAL, STANDARD, RouteRequest
-from keepwarm.router_files import shipped_weights
+from keepwarm.tiers.router_files import shipped_weights
 
 
 class Row(NamedTuple):

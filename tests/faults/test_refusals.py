@@ -12,8 +12,8 @@ import pytest
 from fakeengine import FakeEngine
 from rig import Keepwarm, until
 
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError, EngineStartError
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, Settings
 from keepwarm.store.types import Origin
 

@@ -11,8 +11,8 @@ from aiohttp import web
 from fakeengine import FakeEngine, Fault
 from rig import Keepwarm, until
 
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, ServerSettings, Settings
 
 

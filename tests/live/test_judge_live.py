@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from served import Served
 from tinymodels import small_model
 

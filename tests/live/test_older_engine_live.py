@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import EngineStartError
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import EngineSettings, Places, Settings, StoreSettings, TierSettings
 
 pytestmark = pytest.mark.live

@@ -13,10 +13,10 @@ from keepwarm.core.reply import Reply
 from keepwarm.errors import EngineDownError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.judge import Judge
-from keepwarm.gateway.tiering import Tiered
 from keepwarm.router import DEFAULT_COSTS, NO_TOOLS, RouterConfig, RouteRequest, route
 from keepwarm.router.judge import judges_prompt, question_of, verdict_of
-from keepwarm.router_files import shipped_weights
+from keepwarm.tiers.router_files import shipped_weights
+from keepwarm.tiers.tiering import Tiered
 
 WEIGHTS = shipped_weights()
 

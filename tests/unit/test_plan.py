@@ -20,6 +20,7 @@ from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
 from keepwarm.core.returns import later_turn
 from keepwarm.core.slots import Content, Position, Slot, SlotState
+from keepwarm.core.tree import as_tokens
 
 ROW_BYTES = 23_000
 MACHINE = Machine(row_bytes=ROW_BYTES, cuttable=True, can_save=True, pool_tokens=None)
@@ -147,21 +148,15 @@ def test_another_tenants_slot_is_as_good_as_an_empty_one_and_no_better() -> None
     assert plan.reuse_tokens == plan.promise_tokens == 0
 
 
-@pytest.mark.parametrize("end", [780, 900])
-def test_a_recurrent_slot_is_reused_to_its_very_end_or_not_at_all(end: int) -> None:
+@pytest.mark.parametrize(("states", "reused"), [((780,), 780), ((500, 900), 500), ((900,), 0)])
+def test_a_recurrent_slot_is_reused_up_to_the_engines_last_checkpoint_and_promises_nothing(
+    states: tuple[int, ...], reused: int
+) -> None:
     machine = replace(MACHINE, cuttable=False)
-    content = replace(holding("abc", 780), tokens=end)
+    content = replace(holding("abc", 780), tokens=900, states=states)
     plan = best([slot(0, content)], machine=machine)
-    assert plan.source is (Source.SLOT if end == 780 else Source.COLD)
-    assert plan.promise_tokens == (780 if end == 780 else 0)
-
-
-def test_a_recurrent_slots_estimated_end_is_tried_and_not_promised() -> None:
-    machine = replace(MACHINE, cuttable=False)
-    content = holding("abc", 780, exact=False)
-    content.marks[b"b" * 16] = Position(520, exact=True)
-    plan = best([slot(0, content)], machine=machine)
-    assert plan.source is Source.SLOT
+    assert plan.source is (Source.SLOT if reused else Source.COLD)
+    assert plan.reuse_tokens == reused
     assert plan.promise_tokens == 0
 
 
@@ -246,7 +241,7 @@ def asking(*, reply: int, prompt: int = 1000, replies: int = 1) -> Demand:
     return replace(
         DEMAND,
         reply_tokens=reply,
-        counted_tokens=prompt,
+        ids=as_tokens(range(prompt)),
         replies=replies,
         is_alone=replies > 1,
     )
@@ -288,7 +283,7 @@ def test_several_replies_to_one_prompt_are_all_counted() -> None:
 
 
 def test_what_was_estimated_of_a_prompt_is_taken_for_longer_than_it_seems() -> None:
-    estimated = replace(asking(reply=1500), counted_tokens=None)
+    estimated = replace(asking(reply=1500), ids=None)
     plan = best([slot(0), slot(1)], demand=estimated, machine=pool(8000))
     assert plan.granted_tokens == plan.prompt_tokens * 5 // 4 + 1500
 

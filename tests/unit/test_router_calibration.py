@@ -12,8 +12,8 @@ from keepwarm.errors import ConfigError
 from keepwarm.router import Cause
 from keepwarm.router.calibrate import LEAST_OUTCOMES, Labelled, Outcome, evidence, fit_platt, refit
 from keepwarm.router.model import Platt, sigmoid
-from keepwarm.router_files import read_refits, write_refits
-from keepwarm.router_outcomes import OutcomeLog
+from keepwarm.tiers.router_files import read_refits, write_refits
+from keepwarm.tiers.router_outcomes import OutcomeLog
 
 THRESHOLDS = {"tools": 0.06, "context": 0.27, "depth": 0.54}
 
@@ -119,7 +119,7 @@ def test_outcomes_are_private_to_the_user(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_outcomes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keepwarm.router_outcomes.KEPT", 5)
+    monkeypatch.setattr("keepwarm.tiers.router_outcomes.KEPT", 5)
     log = OutcomeLog(tmp_path)
     for at in range(12):
         log.record(Outcome(float(at), "minimal", "simple", {}))

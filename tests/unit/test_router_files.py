@@ -17,8 +17,8 @@ from keepwarm.router.calibrate import Outcome
 from keepwarm.router.config import RouterConfig, probability_thresholds
 from keepwarm.router.model import weights_to_json
 from keepwarm.router.types import MissCosts, TierCost
-from keepwarm.router_files import load_router, shipped_weights
-from keepwarm.router_outcomes import OutcomeLog
+from keepwarm.tiers.router_files import load_router, shipped_weights
+from keepwarm.tiers.router_outcomes import OutcomeLog
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = """

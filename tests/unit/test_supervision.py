@@ -6,10 +6,10 @@ import asyncio
 import os
 from itertools import pairwise
 
+from keepwarm.deployment.supervision import Growth, Supervisor, pause_s
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import KeepwarmError
-from keepwarm.gateway.supervision import Growth, Supervisor, pause_s
 
 MB = 1_000_000
 

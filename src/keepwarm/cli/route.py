@@ -23,10 +23,10 @@ from keepwarm.router.calibrate import Fit, Refit, refit
 from keepwarm.router.catalog import ToolText
 from keepwarm.router.config import DEFAULT_COSTS, probability_thresholds
 from keepwarm.router.types import TIERS, RouteRequest
-from keepwarm.router_files import Router, load_router, read_refits, write_refits
-from keepwarm.router_outcomes import OutcomeLog
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tiers.files import find_tiers_directory, load_tiers
+from keepwarm.tiers.router_files import Router, load_router, read_refits, write_refits
+from keepwarm.tiers.router_outcomes import OutcomeLog
 
 #: Seconds to wait for a running gateway's word on what the tiers cost now.
 _SERVER_WAIT_S: Final = 1.5

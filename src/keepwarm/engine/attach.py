@@ -11,6 +11,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineIdentity
+from keepwarm.engine.tuning import refuse_tuned
 from keepwarm.errors import (
     ConfigError,
     EngineDownError,
@@ -47,6 +48,7 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
             "--upstream attaches to a server that runs already, so --model and --engine say "
             "nothing. Leave them out, or leave out --upstream."
         )
+    refuse_tuned(settings)
     if not settings.slot_dir and unused_dir is None:
         raise ConfigError(
             "--upstream needs --slot-dir DIR: the directory that server was given as "

@@ -17,7 +17,7 @@ from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import EngineStartError
 from keepwarm.settings import Places, Settings
 from keepwarm.staging import default_staging
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 log = logging.getLogger("keepwarm")
 

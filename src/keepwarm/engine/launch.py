@@ -18,6 +18,7 @@ from keepwarm.engine.process import (
     embedded_identity,
     free_port,
 )
+from keepwarm.engine.tuning import tuning_of
 from keepwarm.errors import ConfigError, UnknownFlagError
 from keepwarm.settings import EngineSettings, variables_set
 
@@ -116,6 +117,7 @@ async def plan_own(settings: EngineSettings, *, slot_dir: Path, tier_chars: int 
         chat_template=template,
         is_talking=log.isEnabledFor(logging.DEBUG),
         extra=settings.extra,
+        tuning=tuning_of(settings, embedded=not settings.binary),
     )
     binary = Path(settings.binary).expanduser() if settings.binary else None
     if settings.extra and binary is None:

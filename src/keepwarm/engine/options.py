@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.engine.arguments import leave_out
+from keepwarm.engine.tuning import Tuning
 
 # llama-server computes 512 tokens at a time anyway (`--ubatch-size`); with a logical batch of the
 # same size other slots decode in between, progress is reported and a hang-up noticed that often.
@@ -54,6 +55,7 @@ class EngineOptions:
     is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
     without: frozenset[str] = field(default=frozenset())
+    tuning: Tuning = field(default=Tuning({}))
 
     @property
     def _verbosity(self) -> int:
@@ -77,6 +79,8 @@ class EngineOptions:
             flags += ["--chat-template-file", str(self.chat_template)]
         if self.swa_full:
             flags.append("--swa-full")
+        # Behind what they override: of a flag that is given twice, the last one counts.
+        flags += self.tuning.flags()
         return [*leave_out(flags, self.without), *self.extra]
 
     def embedded_params(self, *, host: str, port: int) -> dict[str, Any]:
@@ -108,4 +112,4 @@ class EngineOptions:
             params["cpuparams_batch.n_threads"] = self.threads
         if self.chat_template:
             params["chat_template"] = self.chat_template.read_text(encoding="utf-8")
-        return params
+        return params | self.tuning.params()

@@ -13,12 +13,11 @@ import msgspec
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import prompt_tokens
-from keepwarm.core.prompt import Api
-from keepwarm.errors import EngineDownError, EngineError, EngineRefusedError
+from keepwarm.errors import EngineRefusedError
 from keepwarm.gateway.dialect import Dialect
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 # The names of a reply's limit in the APIs that llama-server has; the first one given counts there.
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
@@ -45,9 +44,7 @@ def bounded(body: Mapping[str, Any], reply_tokens: int) -> dict[str, Any]:
     return dict.fromkeys([name for name in _LIMITS if name in body] or _LIMITS[:1], reply_tokens)
 
 
-async def check_fits(
-    runtime: Runtime, dialect: Dialect, api: Api, body: Mapping[str, Any], job: Job
-) -> None:
+async def check_fits(runtime: Runtime, dialect: Dialect, job: Job) -> None:
     """Count a prompt that may be too long, and refuse it if it is.
 
     Raises:
@@ -58,40 +55,13 @@ async def check_fits(
     nearly = _NEARLY if pool is None else _NEARLY_IN_POOL
     if prompt_tokens(job.demand(), runtime.dispatcher.rates) < nearly * room:
         return
-    try:
-        tokens = await _counted(runtime, api, body)
-    except EngineDownError:
-        return  # it is waited for as ever
-    except EngineError:
-        return  # it will say itself what is wrong
-    if tokens is None:
-        return
-    if tokens < room:
-        job.counted_tokens = tokens if _is_text(body) else None
+    if job.chat is not None and not job.is_counted:
+        # An engine that is down is waited for as ever; what it refuses, it will say itself.
+        await runtime.dispatcher.count_ahead(job)
+    if job.ids is None or (tokens := int(job.ids.size)) < room:
         return
     message = f"The prompt has {tokens:,} tokens, and there is room for {room:,}."
     error = {"code": 400, "message": message, "type": "exceed_context_size_error"}
     error |= {"n_prompt_tokens": tokens, "n_ctx": room}
     raw = msgspec.json.encode({"error": error})
     raise EngineRefusedError(message, status=400, body=dialect.whole(raw, status=400))
-
-
-async def _counted(runtime: Runtime, api: Api, body: Mapping[str, Any]) -> int | None:
-    """A prompt's tokens, its pictures not among them; None where they can't be told ahead."""
-    if api == "chat":
-        return len(await runtime.client.tokenize(await runtime.client.render(body)))
-    prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return len(await runtime.client.tokenize(prompt))
-    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-        return len(prompt)
-    return None
-
-
-def _is_text(body: Mapping[str, Any]) -> bool:
-    messages = body.get("messages") or []
-    parts = [m.get("content") for m in messages if isinstance(m, dict)]
-    lists = [content for content in parts if isinstance(content, list)]
-    return all(
-        isinstance(part, dict) and part.get("type") == "text" for parts in lists for part in parts
-    )

@@ -11,8 +11,8 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Reply
 from keepwarm.errors import KeepwarmError
 from keepwarm.gateway.asked import Asked
-from keepwarm.gateway.tiering import Tiered, apply_tier
 from keepwarm.router.judge import judges_prompt, question_of, verdict_of
+from keepwarm.tiers.tiering import Tiered, apply_tier
 
 log = logging.getLogger("keepwarm")
 
