@@ -243,6 +243,15 @@ class Scheduler:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
+    def is_quiet(self, now_s: float) -> bool:
+        """Whether the next tick, too, does nothing if the last one did: nobody waits or is served.
+
+        Every slot has been idle for so long that all was done for which idleness is waited for.
+        """
+        idle_since_s = max((slot.idle_since_s for slot in self.slots), default=now_s)
+        is_long = now_s - idle_since_s > max(SAVE_AFTER_IDLE_S, ERASE_AFTER_IDLE_S)
+        return is_long and not self._queue and not self.busy
+
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
