@@ -14,6 +14,7 @@ from keepwarm.core.scheduler import ERASE_AFTER_IDLE_S, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.deployment import dispatcher
 from keepwarm.deployment.dispatcher import Dispatcher
+from keepwarm.engine.counting import PromptCounter
 
 NOBODY = cast("Any", None)
 
@@ -42,7 +43,11 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Counting:
 async def ticks_in(scheduler: Counting, *, event: bool = False) -> int:
     """How often the clock ticks in a tenth of a second, after an event if there is one."""
     made = Dispatcher(
-        scheduler, NOBODY, NOBODY, NOBODY, lambda work, name=None: asyncio.ensure_future(work)
+        scheduler,
+        PromptCounter(NOBODY),
+        NOBODY,
+        NOBODY,
+        lambda work, name=None: asyncio.ensure_future(work),
     )
     clock = made.start()
     await asyncio.sleep(0.05)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from keepwarm.core.plan import Source
 from keepwarm.core.prompt import Segment, prompt_of
+from keepwarm.core.texts import common_chars, common_tail_chars
 from keepwarm.dashboard import __file__ as dashboard_file
 from keepwarm.explain.difference import Cause, Difference, first_difference, sent_difference
 from keepwarm.explain.explanation import (
@@ -28,8 +29,6 @@ from keepwarm.explain.explanation import (
 from keepwarm.explain.parts import (
     Parts,
     chars_before,
-    common_chars,
-    common_tail_chars,
     parts_of,
 )
 

@@ -147,21 +147,15 @@ def test_another_tenants_slot_is_as_good_as_an_empty_one_and_no_better() -> None
     assert plan.reuse_tokens == plan.promise_tokens == 0
 
 
-@pytest.mark.parametrize("end", [780, 900])
-def test_a_recurrent_slot_is_reused_to_its_very_end_or_not_at_all(end: int) -> None:
+@pytest.mark.parametrize(("states", "reused"), [((780,), 780), ((500, 900), 500), ((900,), 0)])
+def test_a_recurrent_slot_is_reused_up_to_the_engines_last_checkpoint_and_promises_nothing(
+    states: tuple[int, ...], reused: int
+) -> None:
     machine = replace(MACHINE, cuttable=False)
-    content = replace(holding("abc", 780), tokens=end)
+    content = replace(holding("abc", 780), tokens=900, states=states)
     plan = best([slot(0, content)], machine=machine)
-    assert plan.source is (Source.SLOT if end == 780 else Source.COLD)
-    assert plan.promise_tokens == (780 if end == 780 else 0)
-
-
-def test_a_recurrent_slots_estimated_end_is_tried_and_not_promised() -> None:
-    machine = replace(MACHINE, cuttable=False)
-    content = holding("abc", 780, exact=False)
-    content.marks[b"b" * 16] = Position(520, exact=True)
-    plan = best([slot(0, content)], machine=machine)
-    assert plan.source is Source.SLOT
+    assert plan.source is (Source.SLOT if reused else Source.COLD)
+    assert plan.reuse_tokens == reused
     assert plan.promise_tokens == 0
 
 

@@ -145,9 +145,7 @@ def test_the_last_known_digest_wins(store: Snapshots) -> None:
     assert store.lookup([], [""]) is None
 
 
-def test_a_lower_bound_does_not_hide_an_earlier_prefix_that_reaches_further(
-    store: Snapshots,
-) -> None:
+def test_an_estimated_place_is_known_but_nothing_starts_from_it(store: Snapshots) -> None:
     saved = save(store, TURN, marks=[Mark(b"a" * 16, 50), Mark(b"b" * 16, 45, is_exact=False)])
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
@@ -155,7 +153,9 @@ def test_a_lower_bound_does_not_hide_an_earlier_prefix_that_reaches_further(
     store.mark(saved.extent_id, 60, "", [Mark(b"b" * 16, 58, is_exact=False)])
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
-    assert (hit.index, hit.at_tokens, hit.is_exact) == (1, 58, False)
+    assert (hit.index, hit.at_tokens, hit.is_exact) == (0, 50, True)
+    assert store.lookup([b"b" * 16], [""]) is None
+    assert store.shelf.catalog.knows(b"b" * 16, [""])
 
 
 def test_an_exact_mark_is_not_replaced_by_a_bound(store: Snapshots) -> None:

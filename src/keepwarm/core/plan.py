@@ -11,6 +11,11 @@ Pure: `choose` gets all it looks at and only decides. Four sources, as a client 
 
 Each candidate is charged with what its slot loses (see `slots.loss`): what nobody else holds and is
 dearer to prefill than to save is saved first, on the request's own time.
+
+A prompt is matched by tokens where they were counted, in slots and in the store alike, and by the
+marks of its digest chain otherwise. `doubt_tokens` says how much is at stake: what would be
+prefilled by the marks' account, though a count might find it. Where that is dearer than to count,
+the scheduler has the prompt counted before it plans.
 """
 
 from __future__ import annotations
@@ -21,13 +26,17 @@ from enum import StrEnum
 
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.rates import Rates
-from keepwarm.core.slots import Loss, Position, Slot, loss
+from keepwarm.core.slots import NOTHING, Loss, Reuse, Slot, loss
+from keepwarm.core.tree import Tokens
 
 # A static part that is shorter than this isn't worth a fill of its own (render, tokenize, save:
 # about 30 ms) on any machine that needs Keepwarm; a tenth of a second at 1 ms a token.
 FILL_MIN_TOKENS = 96
 # Turn tokens of a template that follow the last message, and the one token always evaluated again.
 _TURN_TOKENS = 6
+# A new message of fewer tokens isn't worth looking for: to count a prompt of 2,000 tokens costs as
+# much as to prefill 40 of them.
+_LONG_NEW_TOKENS = 256
 
 
 class Source(StrEnum):
@@ -116,7 +125,8 @@ class Machine:
 class Demand:
     """What one request asks for. `static_tokens` is known once its static part was tokenized.
 
-    `is_alone`: every other slot must be idle, and is emptied; see `Job`.
+    `is_alone`: every other slot must be idle, and is emptied; `ids`, `static_ids`: its tokens and
+    its static part's where they are known; `reuses`, `is_refused`: see `Job`.
     """
 
     prompt: Prompt
@@ -126,12 +136,18 @@ class Demand:
     static_tokens: int | None = None
     waited_for_fill: bool = False
     is_alone: bool = False
+    ids: Tokens | None = None
+    static_ids: Tokens | None = None
+    reuses: bool = True
+    is_refused: bool = False
 
 
 def prompt_tokens(demand: Demand, rates: Rates) -> int:
-    """An estimate of a prompt's length."""
+    """A prompt's length: counted, or else an estimate."""
     per_char = rates.tokens_per_char.value
     prompt = demand.prompt
+    if demand.ids is not None:
+        return int(demand.ids.size)
     if prompt.marks[-1].tokens is not None:
         return prompt.marks[-1].tokens
     if demand.static_tokens is not None and prompt.static is not None:
@@ -148,6 +164,31 @@ def static_tokens(demand: Demand, rates: Rates) -> int:
     return int(static.chars * rates.tokens_per_char.value) if static else 0
 
 
+def doubt_tokens(
+    demand: Demand, slots: Sequence[Slot], stored: Stored | None, *, machine: Machine, rates: Rates
+) -> int:
+    """How many tokens would be prefilled by the marks' account that a count might find somewhere.
+
+    0 where the marks decide: the prompt is counted already, or goes on from a slot's end (what is
+    behind that is new). In doubt is what was said before, up to the model's last message; what is
+    behind that is new, and in doubt only if it is long.
+    """
+    if demand.ids is not None or not demand.reuses or demand.is_refused:
+        return 0
+    contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
+    if any(content.goes_on(demand.prompt) for content in contents):
+        return 0
+    reuses = [c.reuse(demand.prompt, None, cuttable=machine.cuttable).tokens for c in contents]
+    known = max([*reuses, stored.tokens if stored else 0])
+    prompt = demand.prompt
+    before = max(prompt.answered_index, prompt.static_index, 0)
+    new = int((prompt.chars - prompt.marks[before].chars) * rates.tokens_per_char.value)
+    total = prompt_tokens(demand, rates)
+    if new < _LONG_NEW_TOKENS:
+        total -= new + _TURN_TOKENS
+    return max(total - known, 0)
+
+
 def choose(
     demand: Demand,
     slots: Sequence[Slot],
@@ -159,16 +200,18 @@ def choose(
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
     idle = [
-        (slot, _reusable(demand, slot, cuttable=machine.cuttable))
+        (slot, _reuse(demand, slot, cuttable=machine.cuttable))
         for slot in slots
         if slot.state == "idle"
     ]
-    total = _total_tokens(demand, [reusable for _, reusable in idle], stored, rates)
+    if not demand.reuses or demand.is_refused:
+        stored = None
+    total = _total_tokens(demand, [reuse for _, reuse in idle], stored, rates)
     best: tuple[float, Option, Loss, int] | None = None
     considered: list[Option] = []
-    for slot, reusable in idle:
+    for slot, reuse in idle:
         for option, lost, promise in _options(
-            demand, slot, reusable, stored, total, machine=machine, rates=rates, now_s=now_s
+            demand, slot, reuse, stored, total, machine=machine, rates=rates, now_s=now_s
         ):
             considered.append(option)
             cost = option.ttft_s + option.loss_s
@@ -181,16 +224,15 @@ def choose(
     if best is None:
         return None
     _, option, lost, promise = best
-    evict = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
+    evict: tuple[tuple[int, bool], ...] | None = ()
+    if not demand.is_refused:
+        evict = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
     if evict is None:
         return None
     restored = stored if option.source is Source.SNAPSHOT else None
     source = option.source
     if restored and demand.waited_for_fill:
         source = Source.SHARED
-    lacking = 0
-    if demand.can_fill and option.mark_index < demand.prompt.static_index:
-        lacking = static_tokens(demand, rates) - option.reuse_tokens
     return Plan(
         source=source,
         slot=option.slot,
@@ -198,26 +240,35 @@ def choose(
         promise_tokens=promise,
         prompt_tokens=total,
         estimate_s=option.ttft_s + (lost.seconds if lost.save else 0.0),
-        save_first=lost.save,
-        fill=lacking >= FILL_MIN_TOKENS,
+        save_first=lost.save and not demand.is_refused,
+        fill=_lacking_tokens(demand, option, rates) >= FILL_MIN_TOKENS,
         restore=restored,
         evict=evict,
         considered=tuple(considered),
+        discard=not demand.reuses,
     )
 
 
-def _reusable(demand: Demand, slot: Slot, *, cuttable: bool) -> tuple[int, Position]:
-    """The last of the prompt's marks up to which a slot spares it, and where that lies there."""
-    if slot.content is None or slot.is_foreign(demand.namespace):
-        return -1, Position(0, exact=True)
-    return slot.content.reusable(demand.prompt, cuttable=cuttable)
+def _lacking_tokens(demand: Demand, option: Option, rates: Rates) -> int:
+    """Tokens of the static part that a fill would bring."""
+    if not demand.can_fill or not demand.reuses or demand.is_refused:
+        return 0
+    if demand.ids is None and option.mark_index >= demand.prompt.static_index:
+        return 0
+    return static_tokens(demand, rates) - option.reuse_tokens
+
+
+def _reuse(demand: Demand, slot: Slot, *, cuttable: bool) -> Reuse:
+    """What of a prompt a slot spares."""
+    if slot.content is None or slot.is_foreign(demand.namespace) or not demand.reuses:
+        return NOTHING
+    is_whole = demand.ids is not None
+    ids = demand.ids if is_whole else demand.static_ids
+    return slot.content.reuse(demand.prompt, ids, is_whole=is_whole, cuttable=cuttable)
 
 
 def _total_tokens(
-    demand: Demand,
-    reusables: Sequence[tuple[int, Position]],
-    stored: Stored | None,
-    rates: Rates,
+    demand: Demand, reuses: Sequence[Reuse], stored: Stored | None, rates: Rates
 ) -> int:
     """A prompt's length, from the longest part of it whose tokens were counted once.
 
@@ -225,11 +276,11 @@ def _total_tokens(
     slot that holds more would look no better than one that holds less.
     """
     prompt = demand.prompt
-    known = [(position.tokens, index) for index, position in reusables]
+    known = [(reuse.tokens, reuse.mark_index) for reuse in reuses]
     if stored:
         known.append((stored.tokens, stored.mark_index))
     tokens, index = max(known, default=(0, -1))
-    if index < 0 or prompt.marks[-1].tokens is not None:
+    if index < 0 or demand.ids is not None or prompt.marks[-1].tokens is not None:
         return prompt_tokens(demand, rates)
     rest = prompt.chars - prompt.marks[index].chars
     return tokens + int(rest * rates.tokens_per_char.value) + _TURN_TOKENS
@@ -238,7 +289,7 @@ def _total_tokens(
 def _options(
     demand: Demand,
     slot: Slot,
-    reusable: tuple[int, Position],
+    reuse: Reuse,
     stored: Stored | None,
     total: int,
     *,
@@ -247,9 +298,9 @@ def _options(
     now_s: float,
 ) -> list[tuple[Option, Loss, int]]:
     """The ways one idle slot could serve a prompt of `total` tokens."""
-    content = slot.content
-    index, position = reusable
-    kept = min(position.tokens, total - 1)
+    kept = min(reuse.tokens, total - 1)
+    # What stands behind the place from which the same conversation goes on is of no more use.
+    goes_on = slot.content is not None and slot.content.goes_on(demand.prompt)
 
     def lose(tokens: int) -> Loss:
         return loss(
@@ -262,20 +313,17 @@ def _options(
         )
 
     out: list[tuple[Option, Loss, int]] = []
-    lost = lose(kept)
+    lost = Loss(0.0, save=False) if goes_on and kept else lose(kept)
     source = Source.SLOT if kept else Source.COLD
-    promise = content.promise(demand.prompt, index) if content and kept else 0
-    if not machine.cuttable and not position.exact:
-        # All of it is reused or nothing, and where it ends is an estimate.
-        promise = 0
     ttft = rates.prefill_s(total - kept)
-    out.append((Option(source, slot.id, kept, ttft, lost.seconds, index), lost, promise))
-    if stored and stored.tokens > kept:
-        reuse = min(stored.tokens, total - 1)
+    option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
+    out.append((option, lost, min(reuse.certain, kept)))
+    if stored and stored.tokens > kept and not (goes_on and kept and demand.ids is None):
+        restored = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)
-        ttft += rates.prefill_s(total - reuse)
+        ttft += rates.prefill_s(total - restored)
         lost = lose(0)
-        option = Option(Source.SNAPSHOT, slot.id, reuse, ttft, lost.seconds, stored.mark_index)
+        option = Option(Source.SNAPSHOT, slot.id, restored, ttft, lost.seconds, stored.mark_index)
         out.append((option, lost, stored.promise_tokens))
     return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from keepwarm.core.effects import (
+    CountPrompt,
     Effect,
     EraseSlot,
     Fail,
     FilledSlot,
     FillSlot,
     Interrupt,
+    LookedSlot,
+    LookSlot,
     Outcome,
     RestoredSlot,
     RestoreSlot,
@@ -38,8 +42,9 @@ from keepwarm.core.prompt import Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
+from keepwarm.core.tree import Tokens, as_tokens
 from keepwarm.deployment.slot_store import SlotStore
-from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter, count_all
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import (
     DeadlineError,
@@ -52,10 +57,16 @@ from keepwarm.errors import (
 from keepwarm.explain.metrics import Metrics
 from keepwarm.store.types import Origin
 
+log = logging.getLogger("keepwarm")
+
 _TICK_S = 0.1
 # While nothing can happen by time alone. A wake costs 0.3 ms (two cores), so that ten a second were
 # most of what an idle gateway cost.
 _QUIET_TICK_S = 2.0
+# A slot that its client left is looked at so often, and for so long: a batch of 2,048 tokens takes
+# minutes on the slowest machines.
+_LOOK_EVERY_S = 0.02
+_LOOK_FOR_S = 300.0
 # Static parts whose tokens are remembered, so that filling one again needs no rendering.
 _KNOWN_STATICS = 64
 
@@ -90,14 +101,15 @@ class Dispatcher:
     def __init__(
         self,
         scheduler: Scheduler,
-        client: EngineClient,
+        counter: PromptCounter,
         snapshots: SlotStore,
         metrics: Metrics,
         supervise: Supervise,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = metrics
-        self._client = client
+        self._counter = counter
+        self._client = counter.client
         self._snapshots = snapshots
         self._supervise = supervise
         self._waiting: dict[str, _Waiting] = {}
@@ -135,10 +147,9 @@ class Dispatcher:
             QueueFullError, DeadlineError: it was not forwarded and holds nothing.
         """
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
+        known = static if isinstance(static, list) else known
         if known:
-            job.static_tokens = len(known)
-        if isinstance(static, list):
-            job.static_tokens = len(static)
+            job.static_tokens, job.static_ids = len(known), as_tokens(known)
         if static is not None:
             self._bodies[job.id] = static
             job.can_fill = True
@@ -227,6 +238,8 @@ class Dispatcher:
                 self._resolve(effect.job, effect.plan)
             elif isinstance(effect, Fail):
                 self._refuse(effect)
+            elif isinstance(effect, CountPrompt):
+                self._supervise(self._count(effect))
             elif isinstance(effect, Interrupt):
                 if task := self._fills.get(effect.step):
                     task.cancel()
@@ -298,9 +311,49 @@ class Dispatcher:
             return await self._restore(step)
         if isinstance(step, FillSlot):
             return await self._fill(step)
+        if isinstance(step, LookSlot):
+            return await self._look(step)
         if isinstance(step, EraseSlot):
             await self._client.erase(step.slot)
         return None
+
+    async def _count(self, effect: CountPrompt) -> None:
+        """Have a prompt counted, and slots that it might start from."""
+        job = self.scheduler.jobs.get(effect.job)
+        counted: list[Tokens | None] = []
+        try:
+            if job is not None and not job.gone:
+                await self.count_ahead(job)
+            counted = await count_all(self._counter, [c.chat for c in effect.contents if c.chat])
+        finally:
+            pairs = zip(effect.contents, counted, strict=False)
+            known = [(content, ids) for content, ids in pairs if ids is not None]
+            effects = self.scheduler.counted(effect.job, time.monotonic(), contents=known)
+            if not self._is_closed:
+                self._perform(effects)
+
+    async def count_ahead(self, job: Job) -> None:
+        """Count a prompt before it is submitted; what fails is left to the marks."""
+        assert job.chat is not None
+        try:
+            job.ids, job.counted_s = await self._counter.timed(job.chat)
+        except EngineRefusedError:
+            job.is_refused = True
+        except EngineError as error:
+            log.debug("%s couldn't be counted: %s", job.id, error)
+        job.is_counted = True
+
+    async def _look(self, step: LookSlot) -> Outcome:
+        """Wait for the engine to let go of a slot: a batch at most after its client has left."""
+        deadline = time.monotonic() + _LOOK_FOR_S
+        while time.monotonic() < deadline:
+            seen = next((s for s in await self._client.slots() if s.get("id") == step.slot), None)
+            if seen is None or "n_prompt_tokens" not in seen:
+                break  # an engine that doesn't tell
+            if not seen.get("is_processing"):
+                return LookedSlot(int(seen["n_prompt_tokens"]))
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return StepFailed(emptied=True)
 
     async def _save(self, step: SaveSlot) -> Outcome:
         content = self.scheduler.slots[step.slot].content
@@ -325,8 +378,10 @@ class Dispatcher:
         return SavedSlot(name, info.tokens, info.size_bytes)
 
     async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
+        ids: Tokens | None = None
+        states: tuple[int, ...] = ()
         try:
-            await self._snapshots.absorb(
+            saved = await self._snapshots.absorb(
                 name,
                 namespace=step.namespace,
                 marks=step.marks,
@@ -334,10 +389,11 @@ class Dispatcher:
                 prefill_s=step.prefill_s,
                 origin=Origin.FILL if step.static else Origin.CONVERSATION,
             )
+            ids, states = self._snapshots.ids_of(saved), saved.ends
         except SnapshotError as error:
             self.metrics.miss(error.reason)
         finally:
-            effects = self.scheduler.absorbed(name, time.monotonic())
+            effects = self.scheduler.absorbed(name, time.monotonic(), ids=ids, states=states)
             if not self._is_closed:
                 self._perform(effects)
 
@@ -359,7 +415,7 @@ class Dispatcher:
             )
         if info.tokens != file.tokens:
             raise SnapshotError("The engine restored another number of tokens.", reason="restore")
-        return RestoredSlot(info.tokens)
+        return RestoredSlot(info.tokens, self._snapshots.ids_at(step.stored))
 
     async def _fill(self, step: FillSlot) -> Outcome:
         task = self._fills[step]
@@ -367,7 +423,7 @@ class Dispatcher:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
-                return StepFailed(emptied=True)
+                return StepFailed(emptied=False)
             task.cancel()
             raise
         finally:
@@ -382,10 +438,11 @@ class Dispatcher:
         tokens = given if isinstance(given, list) else self._statics.get(digest)
         if tokens is None:
             assert isinstance(given, dict)
-            tokens = await static_tokens(self._client, given)
+            tokens = await static_tokens(self._counter, given)
             self.know_static(digest, tokens)
         if not tokens:
             return StepFailed(emptied=False)
+        job.static_tokens, job.static_ids = len(tokens), as_tokens(tokens)
         await self._start_from_store(step.slot, job, tokens)
         # In a stream, since only that is ended when the fill is interrupted.
         counts = await self._client.fill(tokens, slot=step.slot, progress=lambda *_: None)

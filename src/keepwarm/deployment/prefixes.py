@@ -55,13 +55,13 @@ class Prefixes:
         """
         runtime = self._runtime
         settings = runtime.settings.tiers
-        client, fingerprint = runtime.client, runtime.fingerprint
+        counter, fingerprint = runtime.counter, runtime.fingerprint
         targets = await tier_targets(
-            runtime.tiers, client, fingerprint=fingerprint, only=settings.warm
+            runtime.tiers, counter, fingerprint=fingerprint, only=settings.warm
         )
         if settings.judge:
             prompts = TierSet([judges_prompt()])
-            targets += await tier_targets(prompts, client, fingerprint=fingerprint)
+            targets += await tier_targets(prompts, counter, fingerprint=fingerprint)
         return targets
 
     async def warm(self) -> None:

@@ -124,7 +124,7 @@ class Prover:
         try:
             now = await tier_targets(
                 runtime.tiers,
-                runtime.client,
+                runtime.counter,
                 fingerprint=runtime.fingerprint,
                 only=runtime.settings.tiers.warm,
             )

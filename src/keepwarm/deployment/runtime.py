@@ -41,6 +41,7 @@ from keepwarm.deployment.warm import (
 )
 from keepwarm.engine.attach import plan_launch, seen_again
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
@@ -88,6 +89,7 @@ class Runtime:
 
     fingerprint: str
     client: EngineClient
+    counter: PromptCounter
     dispatcher: Dispatcher
     store: Store
 
@@ -268,6 +270,8 @@ class Runtime:
             # A slot's own limit is the model's trained context, which the pool may exceed.
             options = self.launch.options
             pool = options.context_tokens if options else slot_tokens
+        self.counter = PromptCounter(self.client)
+        await self.counter.prepare()
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
             StoreSettings(
@@ -300,10 +304,11 @@ class Runtime:
             machine=self.machine,
             rates=Rates(),
             lookup=self.slot_store.lookup,
+            knows=self.slot_store.knows,
             queue_limit=self.settings.server.queue,
         )
         self.dispatcher = Dispatcher(
-            scheduler, self.client, self.slot_store, self.metrics, self.supervise
+            scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         self.prover = Prover(self)
 

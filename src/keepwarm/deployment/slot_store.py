@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from keepwarm.core.plan import Stored
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.slots import Position
+from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
 from keepwarm.store.store import Store
 from keepwarm.store.types import Hit, Mark, Origin, Saved
@@ -30,19 +31,24 @@ class SlotStore:
         self.row_bytes = row_bytes
         self.cuttable = cuttable
 
-    def lookup(self, prompt: Prompt, namespace: str) -> Stored | None:
-        """The longest kept prefix of a prompt, from memory."""
-        digests = [mark.digest for mark in prompt.marks]
-        hit = self.store.lookup(digests, namespace=namespace)
-        if hit is None:
-            return None
-        promise = hit.at_tokens if hit.is_exact else 0
-        if not promise:
-            static = prompt.static
-            if static and hit.index >= prompt.static_index:
-                base = self.store.lookup([static.digest], namespace=namespace)
-                promise = base.at_tokens if base and base.is_exact else 0
-        return self._stored(hit, promise)
+    def lookup(self, prompt: Prompt, namespace: str, ids: Tokens | None = None) -> Stored | None:
+        """The longest kept prefix of a prompt, from memory: by its tokens where they are known.
+
+        By its digests only what was counted is found: a place that is estimated is no end to start
+        from, and a prompt of which more than that is in doubt is counted.
+        """
+        if ids is not None:
+            # The last token is evaluated again, which a state that can't be cut can't do.
+            wanted = ids if self.cuttable else ids[:-1]
+            hit = self.store.match_now(wanted, namespace=namespace)
+        else:
+            digests = [mark.digest for mark in prompt.marks]
+            hit = self.store.lookup(digests, namespace=namespace)
+        return self._stored(hit, hit.at_tokens) if hit else None
+
+    def knows(self, digest: bytes, namespace: str) -> bool:
+        """Whether a prompt with this mark was saved, wherever its end is."""
+        return self.store.knows(digest, namespace=namespace)
 
     async def match(self, tokens: Sequence[int], namespace: str) -> Stored | None:
         """The longest restorable prefix of these very tokens."""
@@ -110,6 +116,16 @@ class SlotStore:
             # Cancelled or failed, the engine may not be through with it.
             self.store.release(file.name, is_read=is_read)
         self.store.touch(stored.extent_id, stored.tokens)
+
+    def ids_of(self, saved: Saved) -> Tokens | None:
+        """The tokens of what was saved."""
+        return self.store.tokens_now(saved.extent_id, saved.at_tokens)
+
+    def ids_at(self, stored: Stored) -> Tokens | None:
+        """The tokens of what was restored; None where they aren't known any more."""
+        if stored.extent_id is None:
+            return None
+        return self.store.tokens_now(stored.extent_id, stored.tokens)
 
     async def quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:
         """Never restore this again; returns the names of pins that lost their prefix."""

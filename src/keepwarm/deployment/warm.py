@@ -21,6 +21,7 @@ from keepwarm.core.slots import Content, Position, positions
 from keepwarm.core.tiers import TierSet, compose
 from keepwarm.deployment.slot_store import SlotStore
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.static_end import common_length, static_tokens
 from keepwarm.errors import SnapshotError, TierError
 from keepwarm.store.files import UNTRUSTED
@@ -73,7 +74,7 @@ Progress = Callable[[str, int, int], None]
 
 
 async def tier_targets(
-    tiers: TierSet, client: EngineClient, *, fingerprint: str, only: Iterable[str] = ()
+    tiers: TierSet, counter: PromptCounter, *, fingerprint: str, only: Iterable[str] = ()
 ) -> list[Target]:
     """Render and tokenize every tier with the running model.
 
@@ -87,8 +88,8 @@ async def tier_targets(
         if wanted and tier.name not in wanted:
             continue
         static = compose(tier, {"messages": []})
-        tokens = await static_tokens(client, static)
-        await check_tools(client, static, tier.name)
+        tokens = await static_tokens(counter, static)
+        await check_tools(counter.client, static, tier.name)
         prompt = prompt_of(
             "chat",
             static,

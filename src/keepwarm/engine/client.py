@@ -70,9 +70,12 @@ class EngineClient:
         """The rendered prompt of a chat body (`/apply-template`)."""
         return str((await self._call("POST", "/apply-template", body)).get("prompt", ""))
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of rendered text, special tokens parsed, as the engine does for a prompt."""
-        body = {"content": text, "add_special": True, "parse_special": True}
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of rendered text, special tokens parsed, as the engine does for a prompt.
+
+        Not `add_special`: of a text that stands behind another one.
+        """
+        body = {"content": text, "add_special": add_special, "parse_special": True}
         return list((await self._call("POST", "/tokenize", body))["tokens"])
 
     async def fill(

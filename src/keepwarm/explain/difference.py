@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from keepwarm.core.prompt import Segment, dump
 from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.core.texts import common_chars, common_tail_chars
 from keepwarm.core.volatile import find_volatile
-from keepwarm.explain.parts import Parts, Tool, chars_before, common_chars, common_tail_chars
+from keepwarm.explain.parts import Parts, Tool, chars_before
 
 # What a person needs to recognise the place, and no more of the prompt than that.
 _CONTEXT_CHARS = 40

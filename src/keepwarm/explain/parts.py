@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from keepwarm.core.prompt import Api, Segment, dump, head_of, raw_of, segments_of
+from keepwarm.core.texts import common_chars, common_tail_chars
 
 # Role and turn tokens that `prompt` counts for each message.
 _TURN_CHARS = 16
@@ -85,34 +86,6 @@ def _tool_name(tool: object) -> str:
 def chars_before(segments: Sequence[Segment], index: int) -> int:
     """Characters of the messages before one, as a prompt's marks count them behind the head."""
     return sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[:index])
-
-
-def common_chars(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    n = min(len(first), len(second))
-    if first[:n] == second[:n]:
-        return n
-    low, high = 0, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def common_tail_chars(first: str, second: str) -> int:
-    """How many characters two texts end with alike."""
-    n = min(len(first), len(second))
-    low, high = 0, n + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[len(first) - middle :] == second[len(second) - middle :]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def likeness_chars(before: Parts, after: Parts) -> int:

@@ -43,6 +43,9 @@ class _FetchingDispatcher(Dispatcher):
 
     async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """See `Dispatcher.acquire`."""
+        if job.chat is not None and not job.is_counted:
+            # The node's own store is matched by tokens, and what it has isn't fetched again.
+            await self.count_ahead(job)
         total = prompt_tokens(job.demand(), self.rates)
         brought = await self.second.bring(
             job.prompt,
@@ -59,11 +62,11 @@ class _FetchingDispatcher(Dispatcher):
 
     def _local_tokens(self, job: Job) -> int:
         """How much of a prompt a slot or the node's own store holds."""
-        stored = self.scheduler.lookup(job.prompt, job.namespace)
+        stored = self.scheduler.lookup(job.prompt, job.namespace, job.ids)
         best = stored.tokens if stored is not None else 0
         for slot in self.scheduler.slots:
             if slot.content is not None and not slot.is_foreign(job.namespace):
-                best = max(best, slot.content.match(job.prompt)[1].tokens)
+                best = max(best, slot.content.reuse(job.prompt, job.ids, cuttable=True).tokens)
         return best
 
 
@@ -125,7 +128,7 @@ class NodeRuntime(Runtime):
             self.store, self._shared, rates=rates, row_bytes=self.machine.row_bytes
         )
         dispatcher = _FetchingDispatcher(
-            self.dispatcher.scheduler, self.client, self.slot_store, self.metrics, self.supervise
+            self.dispatcher.scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         dispatcher.second, dispatcher.moved = self.second, self.moved
         self.dispatcher = dispatcher

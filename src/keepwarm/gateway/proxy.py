@@ -27,7 +27,7 @@ from keepwarm.deployment.dispatcher import Grant
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
-from keepwarm.engine.static_end import static_body
+from keepwarm.engine.static_end import rendered_from, static_body
 from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
@@ -238,8 +238,10 @@ class Proxy:
             static_shared=prompt.is_static_shared,
             is_alone=is_alone,
             is_savable=is_savable,
+            chat=None if asked.is_infill else rendered_from(asked.api, tiered.body),
+            reuses=tiered.body.get("cache_prompt") is not False,
         )
-        fills = prompt.static and is_savable
+        fills = prompt.static and is_savable and job.reuses
         static = static_body(asked.api, tiered.body) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (

@@ -113,6 +113,17 @@ class Store:
         """
         return self._snapshots.lookup(digests, namespaces_of(namespace))
 
+    def match_now(self, tokens: Tokens, *, namespace: str) -> Hit | None:
+        """As `match`, from memory, as `lookup` does: what changes meanwhile is a miss."""
+        try:
+            return self._snapshots.match(tokens, namespace)
+        except (KeyError, RuntimeError):
+            return None
+
+    def knows(self, digest: bytes, *, namespace: str) -> bool:
+        """Whether a prompt with this digest was saved, even if its place is an estimate."""
+        return self._snapshots.shelf.catalog.knows(digest, namespaces_of(namespace))
+
     async def match(self, tokens: Sequence[int] | Tokens, *, namespace: str) -> Hit | None:
         """The longest restorable prefix of these very tokens; `is_exact` if it is all of them.
 
@@ -229,6 +240,13 @@ class Store:
     async def tokens_of(self, extent_id: int, at_tokens: int) -> Tokens:
         """The token ids of a kept prefix. Raises: SnapshotError('unknown')."""
         return await self._run(self._snapshots.tokens_of, extent_id, at_tokens)
+
+    def tokens_now(self, extent_id: int, at_tokens: int) -> Tokens | None:
+        """As `tokens_of`, from memory; None if it is gone."""
+        try:
+            return self._snapshots.tokens_of(extent_id, at_tokens)
+        except (SnapshotError, RuntimeError):
+            return None
 
     async def quarantine(self, extent_id: int, at_tokens: int, *, reason: str) -> Removed:
         """Set aside the extent that a restore of this prefix ended in, and what hangs off it.

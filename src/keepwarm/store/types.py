@@ -58,13 +58,14 @@ class Saved:
     """What `absorb` kept: the prefix of `at_tokens` tokens that ends in `extent_id`.
 
     `new_tokens` of them weren't known before. `new_bytes` were written for these and the boundary
-    state; 0 when all of it was there.
+    state; 0 when all of it was there. `ends` are those whose state the file held, kept or not.
     """
 
     extent_id: int
     at_tokens: int
     new_tokens: int
     new_bytes: int
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
