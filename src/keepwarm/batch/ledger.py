@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from keepwarm.batch.job import Paths
-from keepwarm.errors import ConfigError, RequestError
+from keepwarm.errors import ConfigError, ConflictError, NotFoundError
 
 # What a batch can still come to.
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -35,18 +35,6 @@ CREATE TABLE IF NOT EXISTS batches (
   status TEXT NOT NULL, output_id TEXT NOT NULL, error_id TEXT NOT NULL, object TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS unfinished ON batches (status, seq);
 """
-
-
-class NotFoundError(RequestError):
-    """There is no such file or batch, or not for this key."""
-
-    status = 404
-
-
-class ConflictError(RequestError):
-    """It can't be done while something else is under way."""
-
-    status = 409
 
 
 class Ledger:
