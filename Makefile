@@ -23,7 +23,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-fast test-fleet lint format bench soak clean
+.PHONY: help setup demo test test-all test-fast test-fleet test-clients lint format bench soak clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make test       run the tests, those with the real engine too"
 	@echo "make test-all   run the long ones as well"
 	@echo "make test-fleet run those of the fleet, on a Ray of their own (installs Ray: 200 MB)"
+	@echo "make test-clients run real coding agents against Keepwarm (installs them: 1 GB, needs npm)"
 	@echo "make test-fast  run the tests that need neither engine nor model"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
@@ -56,6 +57,13 @@ test-fast: $(VENV)/.installed-dev
 test-fleet: $(VENV)/.installed-fleet $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(FLEET_TESTS) || \
 		$(BIN)/python -m pytest $(PYTEST_FLAGS) --last-failed $(FLEET_TESTS)
+
+# Pinned versions, installed below $(CLIENTS) and nowhere else. They run on a model of random weights
+# for the counts, and on one that can call tools where it lies among the models.
+CLIENTS := .cache/clients
+test-clients: $(VENV)/.installed-dev $(MODEL)
+	@$(BIN)/python scripts/install_clients.py --aider $(CLIENTS)
+	@KEEPWARM_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/clients
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

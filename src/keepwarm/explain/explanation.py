@@ -273,7 +273,8 @@ _ADVICE = MappingProxyType(
         "move-volatile does that.",
         Cause.IDENTIFIER: "Put ids behind what stays the same, or leave them out of the prompt. "
         "For lines of a system prompt the hygiene rules move-volatile and drop-billing do that.",
-        Cause.ENVIRONMENT: "Put paths, hosts and process ids behind what stays the same.",
+        Cause.ENVIRONMENT: "Put paths, hosts and process ids behind what stays the same. For the "
+        "prompts of coding agents the hygiene rule move-known does that.",
         Cause.KEY_ORDER: "Serialise JSON with a fixed order of keys (sort_keys=True); another "
         "order is another prompt. For tools the hygiene rule sort-tools does that.",
         Cause.TOOL_ADDED: "Send the same tools with each request and say in the message which to "
@@ -286,7 +287,8 @@ _ADVICE = MappingProxyType(
         "for a conversation.",
         Cause.TEXT_CHANGED: "Keep the system text constant and put what varies into the last "
         "message; a tier keeps several fixed ones warm. A line that a client adds to each request "
-        "is left out by the hygiene rule drop-billing.",
+        "is left out by the hygiene rule drop-billing, and what coding agents tell of a repository "
+        "is moved by move-known.",
         Cause.HISTORY_CHANGED: "Append to a conversation rather than edit it: everything behind an "
         "edited turn is prefilled again.",
         Cause.HISTORY_CUT: "Drop old turns rarely and many at a time: each cut costs a prefill of "

@@ -34,6 +34,7 @@ async def overview(runtime: Runtime, namespace: str) -> dict[str, Any]:
         "has_keys": bool(runtime.keys),
         "namespace": namespace,
         "keeps_text": runtime.settings.log.prompts,
+        "hygiene": list(runtime.settings.hygiene.rules),
         "totals": {"today": _totals(today), "ever": _totals(ever)},
         "tiers": [],
     }

@@ -119,6 +119,11 @@ def packaged_configs() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "configs"
 
 
+def tools_template() -> Path:
+    """Our own chat template for ChatML models whose template drops tools."""
+    return packaged_configs() / "chat-templates" / "chatml-tools.jinja"
+
+
 def _read_tier(folder: Path) -> TierSource:
     _refuse_unknown_files(folder)
     path = folder / _MANIFEST
