@@ -29,6 +29,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
 from keepwarm.deployment.prefixes import Prefixes, UnprovedError
@@ -85,14 +86,11 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class Runtime:
+class Runtime(Deployment):
     """See the module. Make it, `start` it, hand it to the HTTP server, `stop` it."""
 
-    fingerprint: str
-    client: EngineClient
-    counter: PromptCounter
-    dispatcher: Dispatcher
-    store: Store
+    prefixes: Prefixes
+    prover: Prover
 
     def __init__(
         self,
