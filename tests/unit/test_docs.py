@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,11 @@ def test_every_relative_link_in_the_docs_leads_somewhere() -> None:
             if target and "://" not in target and not (page.parent / target).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {target}")
     assert not missing
+
+
+def test_every_file_on_the_tour_of_the_code_is_there() -> None:
+    text = (ROOT / "docs" / "tour-of-the-code.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./]+\.py)`", text))
+    assert len(named) > 40
+    roots = (ROOT, ROOT / "src" / "keepwarm")
+    assert not [name for name in named if not any((root / name).exists() for root in roots)]
