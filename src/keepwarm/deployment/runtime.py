@@ -41,9 +41,9 @@ from keepwarm.deployment.warm import (
     Progress,
 )
 from keepwarm.engine.attach import plan_launch, seen_again
+from keepwarm.engine.beginning import Beginning, prepare, start_process
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
-from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
 from keepwarm.engine.rendering import unrendered_arguments
