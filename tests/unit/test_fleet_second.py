@@ -14,9 +14,9 @@ import storesamples as samples
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Mean, Rates
 from keepwarm.errors import ConfigError, SnapshotError
-from keepwarm.fleet import second as second_module
+from keepwarm.fleet import second_level as second_module
 from keepwarm.fleet.objects import Seal, directory, read_seal
-from keepwarm.fleet.second import SecondLevel, message_ends
+from keepwarm.fleet.second_level import SecondLevel, message_ends
 from keepwarm.slotfile import Buffer, Layout
 from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin

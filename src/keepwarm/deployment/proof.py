@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Target, tier_targets
 from keepwarm.errors import EngineError, SnapshotError, TierError
 from keepwarm.store.types import Origin, Pin
 from keepwarm.tiers.tiering import Tiered
-
-if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 
@@ -27,7 +24,7 @@ _SEEN_LIMIT = 4096
 class Prover:
     """Counts hits and misses; pins what comes again; looks into broken promises."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Deployment) -> None:
         self._runtime = runtime
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()

@@ -30,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
 from keepwarm.deployment.prefixes import Prefixes, UnprovedError
@@ -41,9 +42,9 @@ from keepwarm.deployment.warm import (
     Progress,
 )
 from keepwarm.engine.attach import plan_launch, seen_again
+from keepwarm.engine.beginning import Beginning, prepare, start_process
 from keepwarm.engine.client import EngineClient, names_of
 from keepwarm.engine.counting import PromptCounter
-from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
 from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
@@ -87,14 +88,11 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class Runtime:
+class Runtime(Deployment):
     """See the module. Make it, `start` it, hand it to the HTTP server, `stop` it."""
 
-    fingerprint: str
-    client: EngineClient
-    counter: PromptCounter
-    dispatcher: Dispatcher
-    store: Store
+    prefixes: Prefixes
+    prover: Prover
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.objects import Seal
-from keepwarm.fleet.second import Objects, SecondLevel
+from keepwarm.fleet.second_level import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
 

@@ -10,7 +10,7 @@ from keepwarm.explain.record import Ended
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime
-    from keepwarm.gateway.proxy import Exchange
+    from keepwarm.gateway.exchange import Exchange
 
 
 def tell_ended(runtime: Runtime, exchange: Exchange) -> None:

@@ -13,9 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from aiohttp import web
 
@@ -24,11 +22,9 @@ from keepwarm.api.dialect import StreamTranslator, dialect_of
 from keepwarm.api.mending import decode_body
 from keepwarm.api.reading import can_gather, opening_of
 from keepwarm.api.routes import request_headers
-from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
-from keepwarm.deployment.dispatcher import Grant
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
@@ -43,6 +39,7 @@ from keepwarm.errors import (
 from keepwarm.gateway.asked import COUNTED, MESSAGES, PLANNED, Asked, asked_of
 from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
+from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_fits, reply_limit
 from keepwarm.gateway.fitting import refuse_too_long
@@ -75,51 +72,6 @@ _CRASHES = (
     "The engine has died {} times over this request. It isn't sent again; the engine's log says "
     'more (log.level = "debug").'
 )
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request on its way; what is known of it grows."""
-
-    id: str
-    asked: Asked
-    received_s: float
-    tiered: Tiered
-    job: Job
-    static: dict[str, Any] | None
-    grant: Grant | None = None
-    first_byte_s: float | None = None
-    streamed: bool = False
-    status: int = 0
-    trouble: str = ""
-    reply: Reply | None = None
-    may_escalate: bool = False
-    is_left: bool = False
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What the client is told of what happened."""
-        tier = self.tiered.tier.name if self.tiered.tier else "none"
-        out = {"X-Keepwarm-Request-Id": self.id, HEADER: f"{tier}; {self.tiered.reason}"}
-        if self.job.filled_tokens:
-            # They were prefilled before the engine's own count of this reply began.
-            out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
-        if self.asked.rewrites:
-            out["X-Keepwarm-Hygiene"] = told(self.asked.rewrites)
-        if plan := self.grant.plan if self.grant else self.job.plan:
-            out["X-Keepwarm-Plan"] = plan.source.value
-            out["X-Keepwarm-Slot"] = str(plan.slot)
-        if self.grant:
-            route_s = self.job.arrived_s - self.received_s
-            out["Server-Timing"] = ", ".join(
-                f"{name};dur={seconds * 1e3:.2f}"
-                for name, seconds in (
-                    ("route", route_s),
-                    ("queue", self.grant.queued_s),
-                    ("restore", self.grant.prepared_s),
-                )
-            )
-        return out
 
 
 class Proxy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from keepwarm.core.tiers import ContextRole, Segment, Tier
+from keepwarm.core.tiers import ContextRole, Tier, TierText
 from keepwarm.router.types import FULL, MINIMAL, STANDARD
 
 #: Its own name among the prompts that are kept warm; no tier can be asked for by it.
@@ -41,7 +41,7 @@ def judges_prompt() -> Tier:
         name=NAME,
         description="Which tier does this task need?",
         extends=None,
-        segments=(Segment(NAME, _QUESTION, ContextRole.SYSTEM),),
+        segments=(TierText(NAME, _QUESTION, ContextRole.SYSTEM),),
         tools=(),
     )
 
