@@ -178,7 +178,9 @@ class Dispatcher:
         )
 
     def know_static(self, digest: bytes, tokens: list[int]) -> None:
-        """Remember a static part's tokens."""
+        """Remember a static part's tokens, unless its template renders it otherwise later on."""
+        if self._counter.tells_time:
+            return
         self._statics[digest] = tokens
         self._statics.move_to_end(digest)
         if len(self._statics) > _KNOWN_STATICS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
@@ -19,6 +20,8 @@ log = logging.getLogger("keepwarm")
 
 # A prefix is learned when it is seen for the second time within this many distinct ones.
 _SEEN_LIMIT = 4096
+# A template with the date in it is warmed anew when the date changes; one with the time isn't.
+_WARM_ANEW_AFTER_S = 3600.0
 
 
 class Prover:
@@ -29,6 +32,7 @@ class Prover:
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()
         self._mending = asyncio.Lock()
+        self._warmed_anew_s = -_WARM_ANEW_AFTER_S
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
         """Compare what was promised with what the engine reused."""
@@ -79,6 +83,9 @@ class Prover:
                 runtime.metrics.miss("template_changed")
                 log.warning("the template renders the tiers otherwise than before: warming again")
                 lost = await self._drop_stale(moved)
+                if time.monotonic() < self._warmed_anew_s + _WARM_ANEW_AFTER_S:
+                    return  # a clock: what is warmed now is stale in a minute
+                self._warmed_anew_s = time.monotonic()
             elif plan.restore is None:
                 runtime.metrics.miss("slot_lost")
                 return

@@ -311,7 +311,7 @@ class Runtime(Deployment):
             # A slot's own limit is the model's trained context, which the pool may exceed.
             options = self.launch.options
             pool = options.context_tokens if options else slot_tokens
-        self.counter = PromptCounter(self.client)
+        self.counter = PromptCounter(self.client, template=str(props.get("chat_template") or ""))
         await self.counter.prepare()
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
@@ -339,6 +339,7 @@ class Runtime(Deployment):
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
             slot_tokens=slot_tokens,
             appends=self.counter.appends,
+            tells_time=self.counter.tells_time,
             window_tokens=self.launch.model.window_tokens if self.launch.model else 0,
         )
         self.slot_store = SlotStore(
