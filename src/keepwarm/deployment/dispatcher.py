@@ -146,6 +146,8 @@ class Dispatcher:
         Raises:
             QueueFullError, DeadlineError: it was not forwarded and holds nothing.
         """
+        if isinstance(static, dict) and self._counter.tells_time:
+            static = None  # it may render otherwise by the time it is filled
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         known = static if isinstance(static, list) else known
         if known:
