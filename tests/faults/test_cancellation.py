@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from random import Random
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import ClientConnectionResetError
 from fakeengine import Fault, tokenize
 from rig import Keepwarm, until
 
@@ -300,3 +302,17 @@ async def test_a_crowd_that_hangs_up_at_random_leaves_every_slot_free(
         s.state is not SlotState.SERVING for s in keepwarm.runtime.dispatcher.scheduler.slots
     )
     await assert_well(keepwarm)
+
+
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_error(
+    keepwarm: Keepwarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left(*_: object) -> None:
+        raise ClientConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(keepwarm.runtime.router, "tier", left)
+    url = f"{keepwarm.base}/v1/chat/completions"
+    async with keepwarm.session.post(url, json=keepwarm.body()) as response:
+        assert response.status == 499  # which only a test can still read
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    await keepwarm.settled()

@@ -126,7 +126,7 @@ async def node(
 def prompt(*texts: str, namespace: str = "a") -> Prompt:
     roles = ["system", *(["user", "assistant"] * len(texts))]
     body = {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
-    return prompt_of("chat", body, fingerprint="f", namespace=namespace)
+    return prompt_of(body, fingerprint="f", namespace=namespace)
 
 
 TALK = prompt("You are terse.", "hello", "hi", "and now?")

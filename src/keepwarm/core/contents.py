@@ -21,6 +21,8 @@ from keepwarm.core.tree import Tokens, common_tokens
 _PROMPT_END_TOKENS = 4
 # And one before the last piece of a longer prefill: it computes so many tokens at a time.
 _UBATCH_TOKENS = 512
+# A sliding window's cache has room for the window and such a piece, in multiples of so many cells.
+_CELLS = 256
 
 
 def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None) -> Content:
@@ -116,7 +118,8 @@ def _held_from(before: Content | None, cached: int, total: int, window_tokens: i
         kept = before.held_from
     else:  # cut there, or gone back to a checkpoint, which holds the window alone
         kept = max(cached - window_tokens, before.held_from)
-    return max(kept, total - window_tokens - _UBATCH_TOKENS)
+    cells = -(-(window_tokens + _UBATCH_TOKENS) // _CELLS) * _CELLS
+    return max(kept, total - cells)
 
 
 def _states(

@@ -1,11 +1,13 @@
 """Prompt hygiene: named rules that take what changes out of the front of a prompt, by consent.
 
-Theory of operation. Each rule is off unless a deployment names it, works on a request's decoded
+Theory of operation. Each rule is off unless a deployment names it (but for the billing line, which
+says nothing to a model and makes all that stands behind it cold), works on a request's decoded
 body before anything else reads it, and says how often it changed something, so nothing is rewritten
 in silence. A body that no rule applies to is returned as it came: the same object.
 
 - `drop-billing`: a line of accounting that a client puts before its system prompt, new with each
-  request and meant for its vendor (`_BILLING`), and lines that the deployment names, are left out.
+  session or request and meant for its vendor (`_BILLING`), is left out always; with the rule, so
+  are lines that the deployment names.
 - `move-volatile`: a line of the system prompt that only tells a date, a time or an id goes behind
   a message of the user. What holds for a day or a conversation goes behind the *first* one, where
   it stands still while the conversation grows. What may be new with each request goes behind the
@@ -52,7 +54,8 @@ _LIST: Mapping[Kind, str] = {"chat": "messages", "responses": "input", "messages
 # cc_entrypoint=cli; cch=36ee5;`, of which `cch` is new with each request. Seen in
 # github.com/anthropics/claude-code/issues/68900 and github.com/ggml-org/llama.cpp/pull/21793.
 _PAIR = r"[ \t]*[\w-]{1,40}=[^;\s]{0,200}(?:;|(?=[ \t\r]*$))"
-_BILLING = (re.compile(rf"(?m)^(?:x-anthropic-billing-header:(?:{_PAIR})+[ \t\r]*)+\n?"),)
+_BILLED = "x-anthropic-billing-header:"
+_BILLING = re.compile(rf"(?m)^(?:{_BILLED}(?:{_PAIR})+[ \t\r]*)+\n?")
 # A longer line isn't tried against a deployment's expressions, whose cost nobody bounds.
 _MOST_DROPPED_CHARS = 1000
 
@@ -112,8 +115,9 @@ class Hygiene:
             keeps_text: only tools may be changed, since somebody counts the texts' characters.
         """
         rewrites: dict[str, int] = {}
-        if "drop-billing" in self.rules and not keeps_text:
-            body, rewrites["drop-billing"] = _drop(kind, body, self.drop_lines)
+        if not keeps_text:
+            named = self.drop_lines if "drop-billing" in self.rules else ()
+            body, rewrites["drop-billing"] = _drop(kind, body, named)
         if "move-known" in self.rules and not keeps_text:
             body, rewrites["move-known"] = _move_known(kind, body)
         if "move-volatile" in self.rules and not keeps_text:
@@ -123,11 +127,10 @@ class Hygiene:
         return Cleaned(body, {rule: rewrites[rule] for rule in RULES if rewrites.get(rule)})
 
 
-def hygiene_of(rules: Sequence[str], drop_lines: Sequence[str]) -> Hygiene | None:
-    """The rules by name; None if there are none. Raises: ValueError as the two checks below."""
+def hygiene_of(rules: Sequence[str], drop_lines: Sequence[str]) -> Hygiene:
+    """The rules by name. Raises: ValueError as the two checks below."""
     check_rules(rules)
-    expressions = compile_lines(drop_lines)
-    return Hygiene(frozenset(rules), expressions) if rules else None
+    return Hygiene(frozenset(rules), compile_lines(drop_lines))
 
 
 def check_rules(rules: Sequence[str]) -> None:
@@ -179,8 +182,8 @@ def _drop(
 
     def change(text: str) -> str:
         nonlocal dropped
-        for pattern in _BILLING:
-            text, count = pattern.subn("", text)
+        if _BILLED in text:
+            text, count = _BILLING.subn("", text)
             dropped += count
         if not expressions:
             return text

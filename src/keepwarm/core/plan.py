@@ -122,7 +122,7 @@ class Machine:
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
     each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
     is what a slot may hold, 0 if that isn't known; `window_tokens` the model's sliding window, 0 if
-    it has none.
+    it has none. `appends`: its template renders a history the same whatever follows.
     """
 
     row_bytes: int
@@ -131,6 +131,7 @@ class Machine:
     pool_tokens: int | None
     slack_tokens: int = 0
     window_tokens: int = 0
+    appends: bool = True
     slot_tokens: int = 0
 
 
@@ -186,12 +187,16 @@ def doubt_tokens(
 
     0 where the marks decide: the prompt is counted already, or goes on from a slot's end (what is
     behind that is new). In doubt is what was said before, up to the model's last message; what is
-    behind that is new, and in doubt only if it is long.
+    behind that is new, and in doubt only if it is long. Where a template may write the history
+    otherwise once a user asks anew, the marks say nothing of a slot that was asked before that.
     """
     if demand.ids is not None or not demand.reuses or demand.is_refused:
         return 0
+    prompt = demand.prompt
     contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
-    if any(content.goes_on(demand.prompt) for content in contents):
+    if not machine.appends:
+        contents = [c for c in contents if c.match(prompt)[0] > prompt.asked_index]
+    if any(content.goes_on(prompt) for content in contents):
         return 0
     reuses = [
         c.reuse(
@@ -199,8 +204,7 @@ def doubt_tokens(
         ).tokens
         for c in contents
     ]
-    known = max([*reuses, stored.tokens if stored else 0])
-    prompt = demand.prompt
+    known = max([0, *reuses, stored.tokens if stored else 0])
     before = max(prompt.answered_index, prompt.static_index, 0)
     new = int((prompt.chars - prompt.marks[before].chars) * rates.tokens_per_char.value)
     total = prompt_tokens(demand, rates)

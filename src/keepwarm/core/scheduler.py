@@ -700,7 +700,8 @@ class Scheduler:
             slot.content.saved_tokens = slot.content.tokens
         slot.held_tokens = slot.content.tokens
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
-        if counts.prompt >= 64 and job.prompt.marks[-1].tokens is None:
+        is_text = job.prompt.marks[-1].tokens is None and not job.prompt.has_media
+        if counts.prompt >= 64 and is_text:
             self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))
 
     def _is_kept(self, job: Job, said: Mark) -> bool:

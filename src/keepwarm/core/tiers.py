@@ -152,6 +152,11 @@ class Tier:
         """Characters of all static texts and of the tools as JSON."""
         return self.text_chars + len(json.dumps(self.tools))
 
+    @property
+    def takes_in_system(self) -> bool:
+        """Whether a system message that opens a request goes into the tier's own messages."""
+        return self.client_role is not ContextRole.SYSTEM
+
     def with_context_role(self, role: ContextRole) -> Tier:
         """This tier with the texts of all extending tiers, and the client's, moved to `role`."""
         first, *others = self.segments
@@ -263,7 +268,7 @@ def compose(tier: Tier, body: Mapping[str, Any]) -> dict[str, Any]:
     composed = dict(body)
     static = tier.messages
     own_system = _opening_system_text(messages)
-    if own_system is not None and tier.client_role is not ContextRole.SYSTEM:
+    if own_system is not None and tier.takes_in_system:
         static = _lay_out((*tier.segments, TierText("", own_system, tier.client_role)))
         messages = messages[1:]
     composed["messages"] = [{"role": m.role, "content": m.text} for m in static] + messages

@@ -39,7 +39,7 @@ async def begin_explaining(runtime: Deployment) -> None:
         target = targets.get(f"tier:{tier.name}")
         if target is None or target.prompt is None:
             continue
-        parts = parts_of("chat", compose(tier, {"messages": []}))
+        parts = parts_of(compose(tier, {"messages": []}))
         digests = frozenset(mark.digest for mark in target.prompt.marks)
         tiers.append(Remembered(target.name, SHARED, parts, digests, runtime.started_s))
     await runtime.explainer.open(runtime.store.settings.root, identity, tiers)

@@ -151,14 +151,18 @@ class Prover:
         hit = runtime.store.lookup([static.digest], namespace=job.namespace)
         if hit is None or not hit.is_exact:
             return
-        await runtime.store.pin(
-            name,
-            hit.extent_id,
-            hit.at_tokens,
-            origin=Origin.LEARNED,
-            digest=static.digest,
-            prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
-        )
+        try:
+            await runtime.store.pin(
+                name,
+                hit.extent_id,
+                hit.at_tokens,
+                origin=Origin.LEARNED,
+                digest=static.digest,
+                prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
+            )
+        except SnapshotError as error:  # evicted meanwhile, or the disk is full
+            log.info("a prefix that clients repeat isn't kept: %s", error)
+            return
         log.info("learned a prefix of %d tokens that clients repeat", hit.at_tokens)
         await self._forget_oldest()
 

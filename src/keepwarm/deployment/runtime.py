@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.memory import MemoryKind
@@ -42,11 +43,11 @@ from keepwarm.deployment.warm import (
 )
 from keepwarm.engine.attach import plan_launch, seen_again
 from keepwarm.engine.beginning import Beginning, prepare, start_process
-from keepwarm.engine.client import EngineClient
+from keepwarm.engine.client import EngineClient, names_of
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     ConfigError,
@@ -55,6 +56,7 @@ from keepwarm.errors import (
     EngineError,
     EngineReplacedError,
     KeepwarmError,
+    NotFoundError,
     UnknownFlagError,
 )
 from keepwarm.explain.explainer import Explainer, Sink
@@ -67,7 +69,7 @@ from keepwarm.store.store import Store
 from keepwarm.tiers.router_files import load_router
 from keepwarm.tiers.router_outcomes import OutcomeLog
 from keepwarm.tiers.routing import TierRouter
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import AUTO, Tiered
 
 log = logging.getLogger("keepwarm")
 
@@ -134,6 +136,9 @@ class Runtime(Deployment):
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
+        # Set once the engine is up and has been asked; see `engine.rendering`.
+        self.takes = SystemPlaces()
+        self.model_names: tuple[str, ...] = ()
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
@@ -254,6 +259,20 @@ class Runtime(Deployment):
             await self._process.stop()
             self._process = None
 
+    def check_model(self, name: object) -> None:
+        """Refuse a model that isn't here, where the settings say so.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        if not self.settings.server.strict_models or not name:
+            return
+        known = (*self.tiers.names, AUTO, *self.model_names)
+        if name not in known:
+            raise NotFoundError(
+                f"There is no model {str(name)[:80]!r} here. There are: {', '.join(known)}."
+            )
+
     async def _open_all(self) -> None:
         """Learn what the engine is, open the store that fits, and set up the scheduler."""
         props = await self.client.props()
@@ -261,7 +280,7 @@ class Runtime(Deployment):
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
         # The one keeps the engine's loop busy, the other its HTTP threads.
-        self.probed, self.router.unrendered = await asyncio.gather(
+        self.probed, self.router.unrendered, self.takes = await asyncio.gather(
             probe(
                 self.client,
                 self.launch.slot_dir,
@@ -270,6 +289,12 @@ class Runtime(Deployment):
                 is_ours=self.launch.attached is None,
             ),
             unrendered_arguments(self.client),
+            system_places(self.client),
+        )
+        if self.settings.server.strict_models:
+            self.model_names = names_of(await self.client.models())
+        self.tiers = self.router.tiers = await fitted_tiers(
+            self.client, self._beginning.tiers, self.takes
         )
         if not self.probed.is_usable:
             log.warning(
@@ -313,6 +338,7 @@ class Runtime(Deployment):
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
             slot_tokens=slot_tokens,
+            appends=self.counter.appends,
             window_tokens=self.launch.model.window_tokens if self.launch.model else 0,
         )
         self.slot_store = SlotStore(

@@ -26,6 +26,7 @@ log = logging.getLogger("keepwarm")
 
 _POLL_S = 0.03
 _HEALTH_EVERY_S = 2.0
+_HEALTH_TIMEOUT_S = 5.0
 # Once it didn't answer it is asked more often; an attached one is given up after a second, since
 # its process can't be seen.
 _AGAIN_S = 0.2
@@ -208,7 +209,9 @@ class Supervisor:
         self._answered = len(self._asking)
         if process and process.exited.is_set():
             return "died"
-        if await self._life.client.health():
+        # An engine that hangs doesn't answer this either: it must not take longer than a hang may.
+        patience_s = min(_HEALTH_TIMEOUT_S, self._hang_timeout_s)
+        if await self._life.client.health(timeout_s=patience_s):
             if process and not self._life.may_sleep:
                 return None
             is_same = await self._life.is_same_engine()

@@ -157,7 +157,6 @@ class NodeRuntime(Runtime):
                 continue
             static = compose(tier, {"messages": []})
             prompt = prompt_of(
-                "chat",
                 static,
                 fingerprint=self.fingerprint,
                 namespace="",

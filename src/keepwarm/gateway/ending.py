@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from keepwarm.api.dialect import Anthropic
 from keepwarm.explain.record import Ended
-from keepwarm.gateway.dialect import Anthropic
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime
@@ -19,15 +19,12 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     # other and are explained by each other.
     now_s, clock_s = time.monotonic(), time.time()
     asked = exchange.asked
-    runtime.router.note(asked.api, asked.body, exchange.tiered, exchange.reply)
+    runtime.router.note(asked.chat, exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
     runtime.explainer.ended(
         Ended(
             id=exchange.id,
-            api=exchange.asked.api,
-            client_api="messages"
-            if isinstance(exchange.asked.dialect, Anthropic)
-            else exchange.asked.api,
+            api="messages" if isinstance(exchange.asked.dialect, Anthropic) else exchange.asked.api,
             namespace=exchange.asked.namespace,
             model=str(exchange.asked.body.get("model") or "")[:100],
             body=tiered.shaping,
