@@ -14,7 +14,7 @@ _MODULE_VERBS = {("os", verb) for verb in ("remove", "replace", "rename", "unlin
 
 # module -> why what it removes is its own. Whoever adds a line here says what proves it.
 KNOWN = {
-    "batch/drop.py": "journals and directories whose names it gave, in DIR/running",
+    "batch/watched_directory.py": "journals and directories whose names it gave, in DIR/running",
     "batch/ledger.py": "names that it wrote down before their files were made",
     "bench/servers.py": "directories that it made with a name of its own",
     "cli/service.py": "the unit, which `unitfile` proved to be ours or a person confirmed",
