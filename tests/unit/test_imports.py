@@ -167,7 +167,10 @@ def test_every_foreign_error_is_translated_but_in_the_supervisor() -> None:
             kinds = ast.unparse(node.type) if node.type else ""
             assert kinds, f"{name}:{node.lineno} catches everything"
             raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            assert kinds != "Exception" or raises, f"{name}:{node.lineno} swallows every error"
+            # A supervisor that ends of an error nobody thought of leaves the engine dead for ever.
+            is_supervisor = name == "deployment/supervision.py"
+            fine = kinds != "Exception" or raises or is_supervisor
+            assert fine, f"{name}:{node.lineno} swallows every error"
 
 
 def test_modules_have_names_that_say_something() -> None:

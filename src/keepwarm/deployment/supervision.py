@@ -20,7 +20,7 @@ from typing import Protocol
 
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
-from keepwarm.errors import EngineReplacedError, KeepwarmError
+from keepwarm.errors import EngineReplacedError, EngineStartError, KeepwarmError
 
 log = logging.getLogger("keepwarm")
 
@@ -248,6 +248,11 @@ class Supervisor:
             log.error("the engine didn't come back: %s", error)
             gave_up = gave_up or isinstance(error, EngineReplacedError)
             self._life.engine_failed(error, gave_up=gave_up)
+            return False
+        except Exception as error:  # nobody else would bring the engine back
+            log.error("the engine didn't come back", exc_info=error)
+            failure = EngineStartError(f"It can't be started again ({type(error).__name__}).")
+            self._life.engine_failed(failure, gave_up=gave_up)
             return False
         self._life.engine_back()
         return True
