@@ -25,7 +25,8 @@ IMPURE = frozenset((
 # Who may be imported by whom: a module of one layer knows its own and those before it.
 # fmt: off
 LAYERS = (
-    "core", "slotfile", "tiers", "store", "engine", "explain", "deployment", "gateway", "cli",
+    "core", "api", "slotfile", "tiers", "store", "engine", "explain", "deployment", "gateway",
+    "cli",
 )
 # fmt: on
 # What decides and stands beside what keeps: as strict as the core.
