@@ -117,6 +117,9 @@ def test_every_client_reaches_the_keepwarm_that_runs_and_it_stays(
     assert told["base"] == served.base
     assert told["argv"][-3:] == ["ask", "--its", "own"]
     assert "127.0.0.1" in told["environment"]["NO_PROXY"]
+    if name == "claude":
+        assert told["argv"][0] == "--exclude-dynamic-system-prompt-sections"
+        assert told["environment"]["CLAUDE_CODE_AUTO_COMPACT_WINDOW"].isdecimal()
     assert "1 request, " in err
     assert out == ""
     assert "move-known" in err, "nobody is told that the gateway leaves the blocks where they are"

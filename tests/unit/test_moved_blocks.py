@@ -195,3 +195,39 @@ def test_who_isnt_an_agent_or_counts_characters_is_left_alone() -> None:
         assert clean("chat", body).body is body
     body = request("chat", PI, "read", "bash")
     assert clean("chat", body, keeps_text=True).body is body
+
+
+META = '{\n  "message_id": "1467012345",\n  "at": "2026-11-28T10:22:31Z",\n  "chat": "kitchen"\n}'
+
+
+@pytest.mark.parametrize("block", [META, f"```json\n{META}\n```", '{"message_id": 12}'])
+def test_metadata_in_json_at_the_end_goes_behind_the_last_question(block: str) -> None:
+    cleaner = hygiene_of(["move-volatile"], [])
+    assert cleaner
+    body = request("chat", f"You are it.\n\n## Context\n{block}\n")
+    body["messages"] += [
+        {"role": "assistant", "content": "It sells."},
+        {"role": "user", "content": "And then?"},
+    ]
+    out = cleaner.clean("chat", body)
+    assert out.rewrites == {"move-volatile": 1}
+    assert out.body["messages"][0]["content"] == "You are it.\n\n## Context"
+    assert out.body["messages"][1] == body["messages"][1]
+    assert out.body["messages"][-1]["content"] == f"And then?\n\n{block}"
+    assert cleaner.clean("chat", out.body).body is out.body
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        '{"name": "an example", "kind": "tool"}',
+        "{not json, id_1}",
+        '{"message_id": 1}\nBe brief.',
+        '["2026-11-28"]',
+    ],
+)
+def test_json_that_says_something_else_or_stands_elsewhere_stays(end: str) -> None:
+    cleaner = hygiene_of(["move-volatile"], [])
+    assert cleaner
+    body = request("chat", f"You are it.\n{end}")
+    assert cleaner.clean("chat", body).body is body

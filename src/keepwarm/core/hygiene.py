@@ -10,7 +10,7 @@ in silence. A body that no rule applies to is returned as it came: the same obje
   a message of the user. What holds for a day or a conversation goes behind the *first* one, where
   it stands still while the conversation grows. What may be new with each request goes behind the
   *last* one; the next request has that message without it, so what comes behind is prefilled again
-  then, and nothing before it.
+  then, and nothing before it. So goes a JSON object of metadata that ends a system prompt.
 - `move-known`: the blocks of coding agents' prompts that tell the directory, the repository's
   status and the day go before the question in the first message of the user (`moved_blocks`).
 - `sort-tools`: tools are listed by name and their keys stand in one order. The JSON values are the
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from keepwarm.core.moved_blocks import is_agent, take_blocks
+from keepwarm.core.moved_blocks import is_agent, metadata_start, take_blocks
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
@@ -200,15 +200,20 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if not isinstance(messages, list):
         return body, 0
     questions = [i for i, message in enumerate(messages) if _is_question(message)]
-    moved: list[str] = []
+    moved: list[tuple[str, str]] = []
     is_left = False
 
     def change(text: str) -> str:
         nonlocal is_left
+        blocks: list[str] = []
+        while start := metadata_start(text):
+            blocks.insert(0, text[start:].rstrip())
+            text = text[:start].rstrip("\n")
         lines = text.split("\n")
         taken = _volatile_lines(lines)
         kept = [line for i, line in enumerate(lines) if i not in taken]
-        moved.extend(taken.values())
+        moved.extend((line, _tells(line)) for line in taken.values())
+        moved.extend((block, "now") for block in blocks)
         is_left = is_left or any(line.strip() for line in kept)
         return "\n".join(kept)
 
@@ -218,7 +223,7 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return body, 0
     messages = list(messages if is_text else out[place])
     for index, what in ((questions[0], "day"), (questions[-1], "now")):
-        if lines := [line for line in moved if _tells(line) == what]:
+        if lines := [line for line, told in moved if told == what]:
             messages[index] = _with_lines(messages[index], lines, kind)
     return {**out, place: messages[0]["content"] if is_text else messages}, len(moved)
 

@@ -22,6 +22,7 @@ Invariants: every word of the text is kept or taken; taking twice is taking once
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -59,6 +60,9 @@ _QUOTED_PATH = re.compile(rf"`({_DIRECTORY})`")
 # A folder whose name is a whole directory's, `/` written as `-`, or a digest of it.
 _NAMED_AFTER_DIRECTORY = re.compile(r"/(?:-[\w.]+(?:-[\w.]+)+|[0-9a-f]{32,64})(?:/|$)")
 _MOST_MENTION_CHARS = 1200
+_OBJECT_AT_END = re.compile(r"(?m)^(?:```\w{0,10}\n)?(?P<object>\{[^`]*\})(?:\n```)?\s*\Z")
+_MOST_METADATA_CHARS = 4000
+_ID_KEY = re.compile(r'"(?:\w{0,40}_)?id"\s*:')
 _MOST_MENTIONS = 8
 
 
@@ -91,6 +95,26 @@ def take_blocks(texts: Sequence[str]) -> Taken:
             blocks += [kept[index][start:end].strip() for start, end in spans]
             kept[index] = _without(kept[index], spans)
     return Taken(kept, blocks) if any(text.strip() for text in kept) else Taken(list(texts), [])
+
+
+def metadata_start(text: str) -> int:
+    """Where a JSON object that ends the text begins, if it tells an id or a time; 0: nowhere.
+
+    Agents for messengers end a system prompt with one, new with each message: ids, clocks, counts.
+    """
+    end = len(text.rstrip())
+    match = _OBJECT_AT_END.search(text, max(end - _MOST_METADATA_CHARS, 0), end)
+    if not match:
+        return 0
+    try:
+        value = json.loads(match["object"])
+    except (ValueError, RecursionError):
+        return 0
+    if not isinstance(value, dict):
+        return 0
+    kinds = {found.kind for found in find_volatile(match["object"])}
+    changes = kinds & {"id", "time"} or _ID_KEY.search(match["object"])
+    return match.start() if changes else 0
 
 
 def _without_forms(text: str) -> tuple[str, list[str]]:
