@@ -266,7 +266,7 @@ CLIENTS: Mapping[str, Client] = {
             title="Aider",
             command="aider",
             install="python -m pip install aider-install && aider-install",
-            tried="",
+            tried="0.86.2",
             configure=_aider,
             places=("~/.local/bin/aider",),
         ),
