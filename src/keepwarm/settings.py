@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -401,6 +401,11 @@ def service_manager() -> ServiceManager:
 def child_environment(unless_set: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process of ours: the user's own, and these where they aren't set."""
     return {**unless_set, **os.environ}
+
+
+def variables_set(names: Collection[str]) -> set[str]:
+    """Which of these environment variables are set."""
+    return {name for name in names if os.environ.get(name)}
 
 
 def client_environment(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -40,6 +40,7 @@ class Fault(Enum):
     REFUSED = "400, as for a prompt that is too long"
     UNABLE = "501, as for an infill by a model without its tokens"
     FAILED = "500"
+    DIES = "the engine dies over it, and is back a moment later"
     LIES = "the slot was restored, but nothing of it is reused"
 
 
@@ -77,9 +78,21 @@ class FakeEngine:
         self.prefilled = 0
         self.resume = asyncio.Event()
         self.hung_up = 0
+        self.died = 0
+        # It dies over whatever holds this.
+        self.deadly = ""
+        self.away_s = 1.5
         self.is_loading = False
         self.closes_connections = False
         self.loses_restores = False
+        # How many of the next restores are refused; of files that only try it, all or none.
+        self.refused_restores = 0
+        self.refuses_probes = False
+        # Of the files that it saves; None: what is its own.
+        self.file_mode: int | None = None
+        self.file_version: int | None = None
+        # Token ids that it doesn't know.
+        self.unknown_tokens: set[int] = set()
         self.opening = "Monday. "
         self.port = 0
         self._seconds_a_token = seconds_a_token
@@ -108,6 +121,12 @@ class FakeEngine:
                 connection.force_close()
             await self._runner.cleanup()
         self._runner = None
+
+    async def _die(self) -> None:
+        await self.stop()
+        # Longer than an attached server may be silent.
+        await asyncio.sleep(self.away_s)
+        await self.start()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path
@@ -165,12 +184,20 @@ class FakeEngine:
             self.slots[slot] = []
         elif action == "save":
             raw = slot_file(self.slots[slot])
-            (self.slot_dir / body["filename"]).write_bytes(raw)
+            if self.file_version is not None:
+                raw = raw[:4] + self.file_version.to_bytes(4, "little") + raw[8:]
+            path = self.slot_dir / body["filename"]
+            path.write_bytes(raw)
+            if self.file_mode is not None:
+                path.chmod(self.file_mode)
             out |= {"n_saved": len(self.slots[slot]), "n_written": len(raw)}
             out["timings"] = {"save_ms": 1.0}
         else:
             path = self.slot_dir / body["filename"]
-            if not path.is_file():
+            is_probe = path.name.startswith("probe-")
+            self.refused_restores -= not is_probe
+            refuses = self.refuses_probes if is_probe else self.refused_restores >= 0
+            if not path.is_file() or refuses:
                 self.slots[slot] = []
                 return web.json_response({"error": {"message": "no file"}}, status=400)
             raw = path.read_bytes()
@@ -181,6 +208,8 @@ class FakeEngine:
         return web.json_response(out)
 
     async def _fill(self, body: dict[str, Any]) -> web.Response:
+        if self.unknown_tokens & set(body["prompt"]):
+            return web.json_response({"error": {"message": "invalid tokens"}}, status=400)
         timings = await self._prefill(body["id_slot"], body["prompt"])
         done = {"content": "", "timings": timings}
         if not body.get("stream"):
@@ -209,10 +238,16 @@ class FakeEngine:
         return {"cache_n": same, "prompt_n": len(tokens) - same, "prompt_ms": 10.0}
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if self.deadly and self.deadly in json.dumps(body):
+            self.faults.appendleft(Fault.DIES)
         fault = self.faults.popleft() if self.faults else None
         slot = body["id_slot"]
         if fault is Fault.CLOSED_BEFORE_FIRST_BYTE:
             _hang_up(request)
+            await asyncio.sleep(60)
+        if fault is Fault.DIES:
+            self.died += 1
+            self._again = asyncio.ensure_future(self._die())
             await asyncio.sleep(60)
         if fault is Fault.STALL:
             await self._stall(slot)

@@ -97,6 +97,38 @@ async def test_an_engine_that_never_answers_a_request_is_given_up_with_a_503(
     await assert_well(keepwarm)
 
 
+async def test_a_request_that_kills_the_engine_is_sent_once_more_and_then_refused(
+    keepwarm: Keepwarm,
+) -> None:
+    engine = keepwarm.engine
+    engine.faults.extend([Fault.DIES] * 3)
+    status, headers, body = await keepwarm.ask()
+    assert engine.died == 2
+    assert status == 422
+    assert body["error"]["type"] == "engine_crashed"
+    assert "retry-after" not in headers
+    assert 'keepwarm_failures_total{kind="request_crashed"} 1.0' in await keepwarm.metrics()
+    engine.faults.clear()
+    await assert_well(keepwarm)
+
+
+async def test_a_request_beside_one_that_kills_the_engine_is_answered(keepwarm: Keepwarm) -> None:
+    engine = keepwarm.engine
+    engine.faults.append(Fault.STALL)
+    beside = asyncio.create_task(keepwarm.ask("Beside it?"))
+    await until(lambda: engine.busy)
+    culprit = asyncio.create_task(keepwarm.ask("Who kills it?"))
+    # Whoever of the two goes first: this text alone is deadly.
+    engine.deadly = "Who kills it?"
+    status, _, body = await beside
+    assert (status, answer_of(body)) == (200, ANSWER)
+    status, _, body = await culprit
+    assert (status, body["error"]["type"]) == (422, "engine_crashed")
+    assert engine.died <= 3
+    engine.deadly = ""
+    await assert_well(keepwarm)
+
+
 async def test_a_stream_that_breaks_off_ends_in_an_error_event(keepwarm: Keepwarm) -> None:
     keepwarm.engine.faults.append(Fault.CLOSED_MID_STREAM)
     status, text = await keepwarm.ask_streamed()

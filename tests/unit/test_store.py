@@ -388,14 +388,17 @@ def test_only_what_can_be_restored_can_be_pinned(store: Snapshots) -> None:
     assert store.shelf.catalog.pins == {}
 
 
-def test_an_index_of_another_layout_is_set_aside(tmp_path: Path) -> None:
+def test_another_layout_has_a_store_of_its_own(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path), NoSyncDisk())
-    save(store, FIRST)
+    saved = save(store, FIRST)
     store.close()
-    store = opened(settings_in(tmp_path, HYBRID), NoSyncDisk())
-    assert "layout" in (store.shelf.report.set_aside or "")
-    assert store.lookup([digest_of(FIRST)], [""]) is None
-    assert save(store, FIRST).new_tokens == 40
+    other = opened(settings_in(tmp_path, HYBRID), NoSyncDisk())
+    assert other.lookup([digest_of(FIRST)], [""]) is None
+    assert save(other, FIRST).new_tokens == 40
+    assert other.shelf.report.lines() == []
+    other.close()
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    assert restored(store, saved.extent_id, 40) == slot_file(FIRST)
     assert integrity(store) == ()
 
 
@@ -412,7 +415,9 @@ def test_a_corrupt_index_is_set_aside_and_a_new_one_begun(tmp_path: Path, where:
     path.write_bytes(data)
     store = opened(settings_in(tmp_path), NoSyncDisk())
     if store.shelf.report.set_aside is not None:
-        assert path.with_suffix(".set-aside").exists()
+        aside = store.shelf.settings.directory.with_suffix(".1.aside")
+        assert len(list(aside.glob("*.rows"))) == 100
+        assert path.with_name(path.name + ".1.aside").exists()
         assert "new snapshot index" in store.shelf.report.lines()[0]
         assert len(store.shelf.catalog.tree) == 0
     assert integrity(store) == ()
@@ -443,5 +448,7 @@ def test_all_is_private_to_the_user(tmp_path: Path) -> None:
     for path in [tmp_path / "store", tmp_path / "staging", *(tmp_path / "store").rglob("*")]:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
-    made = [p for p in (tmp_path / "staging").iterdir() if p.stat().st_size < len(slot_file(FIRST))]
+    made = [
+        p for p in (tmp_path / "staging").glob("*.slot") if p.stat().st_size < len(slot_file(FIRST))
+    ]
     assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o600]

@@ -22,6 +22,7 @@ from keepwarm.store import (
     stores,
     verify_files,
 )
+from keepwarm.store.disk import Written
 from storesamples import HYBRID, NoSyncDisk, digest_of, refused, settings_in, slot_file
 
 FIRST = list(range(100, 140))
@@ -93,11 +94,11 @@ async def test_a_cancelled_materialize_holds_nothing(tmp_path: Path) -> None:
     class Slow(NoSyncDisk):
         is_slow = False
 
-        def write_unchecked(self, fd: int, buffers: Iterable[Buffer]) -> int:
+        def write_staged(self, fd: int, buffers: Iterable[Buffer]) -> Written:
             if self.is_slow:
                 begun.set()
                 go_on.wait(10)
-            return super().write_unchecked(fd, buffers)
+            return super().write_staged(fd, buffers)
 
     disk = Slow()
     settings = settings_in(tmp_path, staging_bytes=len(slot_file(FIRST)) + 10)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.batch.senders import HttpSender, Sender, UnreachableError
+from keepwarm.batch.senders import HttpSender, RefusedError, Sender, UnreachableError
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.rates import Rates
 from keepwarm.core.tiers import compose
@@ -62,6 +62,8 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
                 if await sender.is_up():
                     break
                 progress.status(f"waiting until {sender.base_url} is warm")
+            except RefusedError:
+                raise
             except UnreachableError:
                 if time.monotonic() > deadline_s:
                     raise

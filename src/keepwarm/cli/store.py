@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -185,7 +186,7 @@ def export(
     store: opt.StoreDir = None,
 ) -> None:
     """Write one warm prefix to a file, for another machine with the same model and engine."""
-    root, _ = _root(config, store)
+    root, quota_bytes = _root(config, store)
     name = what if ":" in what else f"tier:{what}"
     holders = [
         one
@@ -201,7 +202,7 @@ def export(
     async def write(opened: Store) -> int:
         return await opened.export(name, output)
 
-    size = _with_store(root, newest.fingerprint, layout, write)
+    size = _with_store(root, newest.fingerprint, layout, write, quota_bytes=quota_bytes)
     out.print(f"{name}: {size / 1e6:.1f} MB written to {output}")
 
 
@@ -224,38 +225,51 @@ def import_file(
         imported = await opened.import_(file)
         return len(imported.tokens)
 
-    tokens = _with_store(root, header.fingerprint, layout, read)
+    quota_bytes = settings.store.quota_bytes
+    tokens = _with_store(root, header.fingerprint, layout, read, quota_bytes=quota_bytes)
     out.print(f"{header.pin or 'a prefix'}: {tokens:,} tokens imported into {root}")
 
 
 def _with_store(
-    root: Path, fingerprint: str, layout: Layout | None, work: Callable[[Store], Any]
+    root: Path,
+    fingerprint: str,
+    layout: Layout | None,
+    work: Callable[[Store], Any],
+    *,
+    quota_bytes: int,
 ) -> Any:
     """Open a store that no gateway has open, for one piece of work."""
 
     async def run() -> Any:
-        with tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
+        with _refusals(), tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
             opened = await Store.open(
                 StoreSettings(
                     root=root,
                     fingerprint=fingerprint,
                     layout=layout,
-                    quota_bytes=1 << 50,
+                    quota_bytes=quota_bytes,
                     staging=Path(scratch),
                     staging_bytes=0,
                     streams=1,
                     max_tokens=1 << 30,
                     owner=f"keepwarm store, process {os.getpid()}",
-                )
+                ),
+                must_last=True,
             )
             try:
                 return await work(opened)
-            except SnapshotError as error:
-                raise ConfigError(f"It can't be done: {error}.") from error
             finally:
                 await opened.close()
 
     return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except SnapshotError as error:
+        raise ConfigError(f"It can't be done: {error}.") from error
 
 
 @app.command()

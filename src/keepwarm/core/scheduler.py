@@ -328,6 +328,18 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def serving(self) -> frozenset[str]:
+        """The requests that the engine computes now."""
+        return frozenset(
+            slot.job for slot in self.slots if slot.state is SlotState.SERVING and slot.job
+        )
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether a slot is being saved, restored, filled or emptied."""
+        return any(slot.state is SlotState.PREPARING for slot in self.slots)
+
+    @property
     def busy(self) -> bool:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)

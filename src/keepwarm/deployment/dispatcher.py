@@ -153,8 +153,10 @@ class Dispatcher:
     async def retry(self, job: Job) -> Grant:
         """Give a slot back whose engine gave no answer, and wait for another.
 
-        Raises: as `acquire`.
+        Raises: as `acquire`; EngineDownError: Keepwarm is stopping.
         """
+        if self._is_closed:
+            raise EngineDownError("Keepwarm is stopping.")
         return await self._wait(job, lambda now_s: self.scheduler.retry(job.id, now_s))
 
     def finish(
@@ -202,7 +204,8 @@ class Dispatcher:
         while self.scheduler.busy and time.monotonic() < deadline:  # noqa: ASYNC110 - at shutdown
             await asyncio.sleep(0.02)
         self._perform(self.scheduler.drain(time.monotonic()))
-        while self.scheduler.busy and time.monotonic() < deadline + 5:  # noqa: ASYNC110
+        # What still computes is about to be broken off, so only the saves are waited for.
+        while self.scheduler.is_preparing and time.monotonic() < deadline + 5:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _wait(self, job: Job, event: Callable[[float], list[Effect]]) -> Grant:
@@ -278,8 +281,13 @@ class Dispatcher:
             self.metrics.miss(error.reason)
             self._note_failure(step, error.reason)
             outcome = StepFailed(emptied=isinstance(step, RestoreSlot))
-        except EngineError:
-            self._note_failure(step, "engine")
+        except EngineError as error:
+            reason = "engine"
+            if isinstance(step, RestoreSlot) and not isinstance(error, EngineDownError):
+                reason = "refused"
+                self.metrics.miss(reason)
+                self._snapshots.refused(step.stored)
+            self._note_failure(step, reason)
             # A refused restore clears the slot; after any other failure its state is unknown.
             outcome = StepFailed(emptied=not isinstance(step, SaveSlot))
         finally:
@@ -459,12 +467,22 @@ class Dispatcher:
             stored = await self._snapshots.match(tokens, job.namespace)
             if stored is None or stored.tokens <= known:
                 return
+            if self._snapshots.is_refused(stored.extent_id):
+                return
+        except SnapshotError as error:
+            self.metrics.miss(error.reason)
+            return
+        try:
             async with self._snapshots.ready(stored) as file:
                 await self._client.restore(slot, file.name)
         except SnapshotError as error:
             self.metrics.miss(error.reason)
-        except EngineRefusedError:
-            self.metrics.miss("restore")  # the slot is empty now, and filled from its beginning
+        except EngineDownError:
+            raise
+        except EngineError:
+            # The slot is empty now, and filled from its beginning.
+            self.metrics.miss("refused")
+            self._snapshots.refused(stored)
 
     async def _tick(self) -> None:
         while True:

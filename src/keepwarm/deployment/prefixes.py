@@ -17,7 +17,7 @@ from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import TierSet
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
-from keepwarm.errors import ConfigError
+from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.router import DEFAULT_COSTS, TierCost
 from keepwarm.router.judge import judges_prompt
 
@@ -83,8 +83,10 @@ class Prefixes:
             runtime.machine,
             dispatcher.rates,
             slots=len(dispatcher.scheduler.slots),
+            miss=runtime.metrics.miss,
             progress=self._progressed,
             leaves=self._leaves,
+            is_ours=runtime.launch.attached is None,
         )
         targets = [*self.targets, *await runtime.prover.learned_targets()]
         waits = runtime.settings.tiers.wait or self._leaves
@@ -95,6 +97,7 @@ class Prefixes:
         for slot, content in contents.items():
             dispatcher.scheduler.set_content(slot, content, now_s)
         self.lacking = {target.name for target in later}
+        self.lacking |= {warmed.name for warmed in self.warmed if warmed.how == "cold"}
         # After a restart of the engine the task that was begun before it goes on.
         if later and (self._later is None or self._later.done()):
             self._later = runtime.supervise(self._warm_later(later))
@@ -132,7 +135,11 @@ class Prefixes:
         runtime = self._runtime
         out = []
         for target in self.targets:
-            stored = await runtime.slot_store.match(target.tokens, target.namespace)
+            try:
+                stored = await runtime.slot_store.match(target.tokens, target.namespace)
+            except SnapshotError as error:
+                runtime.metrics.miss(error.reason)
+                stored = None
             if stored is None or stored.tokens < len(target.tokens):
                 out.append(target)
         return sorted(
@@ -177,7 +184,7 @@ class Prefixes:
 
     def _check_proofs(self) -> None:
         runtime = self._runtime
-        unproved = [w.name for w in self.warmed if not w.proved]
+        unproved = [w.name for w in self.warmed if not w.proved and w.how != "cold"]
         if not unproved:
             return
         options = runtime.launch.options

@@ -54,6 +54,7 @@ from keepwarm.errors import (
     EngineError,
     EngineReplacedError,
     KeepwarmError,
+    UnknownFlagError,
 )
 from keepwarm.explain.explainer import Explainer, Sink
 from keepwarm.explain.metrics import Metrics
@@ -148,6 +149,7 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._supervisor: Supervisor | None = None
+        self._serving_at_death: frozenset[str] = frozenset()
         self._vital: list[asyncio.Task[None]] = []
 
     @property
@@ -235,9 +237,17 @@ class Runtime:
     async def _start_engine(self) -> None:
         """Start a process, unless one was begun, and wait until its model is loaded."""
         self.tell("loading the model")
-        if self._process is None:
-            self._process = await start_process(self.launch)
-        await wait_ready(self.client, self._process, timeout_s=self.settings.engine.start_timeout_s)
+        timeout_s = self.settings.engine.start_timeout_s
+        while True:
+            if self._process is None:
+                self._process = await start_process(self.launch)
+            try:
+                await wait_ready(self.client, self._process, timeout_s=timeout_s)
+            except UnknownFlagError as error:
+                self.launch = self.launch.without(error)
+                await self._stop_engine()
+            else:
+                return
 
     async def _stop_engine(self) -> None:
         if self._process:
@@ -257,10 +267,16 @@ class Runtime:
                 self.launch.slot_dir,
                 kind=memory_kind(self.launch),
                 max_tokens=slot_tokens,
+                is_ours=self.launch.attached is None,
             ),
             unrendered_arguments(self.client),
         )
-        if self.probed.layout is None:
+        if not self.probed.is_usable:
+            log.warning(
+                "slots of this engine can't be saved and restored (%s): every start is cold",
+                self.probed.reason,
+            )
+        elif self.probed.layout is None:
             log.warning(
                 "the engine's slot files aren't understood (%s): whole snapshots only",
                 self.probed.reason,
@@ -283,6 +299,7 @@ class Runtime:
                 staging_bytes=self.settings.store.staging_bytes,
                 streams=self.probed.streams,
                 max_tokens=slot_tokens,
+                file_mode=self.probed.file_mode,
                 owner=f"keepwarm (pid {os.getpid()})",
             )
         )
@@ -291,13 +308,16 @@ class Runtime:
         self.machine = Machine(
             row_bytes=self.probed.row_bytes,
             cuttable=self.probed.cuttable,
-            can_save=True,
+            can_save=self.probed.is_usable,
             pool_tokens=pool,
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
         )
         self.slot_store = SlotStore(
-            self.store, row_bytes=self.probed.row_bytes, cuttable=self.probed.cuttable
+            self.store,
+            row_bytes=self.probed.row_bytes,
+            cuttable=self.probed.cuttable,
+            is_usable=self.probed.is_usable,
         )
         scheduler = Scheduler(
             slots=[Slot(i) for i in range(slots)],
@@ -319,9 +339,10 @@ class Runtime:
         await self.prefixes.warm()
 
     def _shares_pool(self, slots: int) -> bool:
-        if self.launch.options:
-            return self.launch.options.unified and slots > 1
-        # An attached server doesn't say; a file with one stream for several slots tells.
+        options = self.launch.options
+        if options and not options.without & {"--kv-unified", "--no-kv-unified"}:
+            return options.unified and slots > 1
+        # Such a server doesn't say; a file with one stream for several slots tells.
         return slots > 1 and self.probed.streams == 1
 
     def _form(self, slots: int) -> str:
@@ -336,6 +357,8 @@ class Runtime:
         self.state = State.STOPPING
         self.metrics.warm.set(0)
         self.tell("stopping: saving slots")
+        if hasattr(self, "dispatcher"):
+            self.dispatcher.refuse_waiting(self._why_down())
         if drain and was_ready:
             await self.dispatcher.drain(self.settings.server.drain_timeout_s)
         absorbing = [t for t in self._tasks if t.get_name() == "absorb"]
@@ -343,6 +366,11 @@ class Runtime:
             await asyncio.wait(absorbing, timeout=30)
         if hasattr(self, "dispatcher"):
             self.dispatcher.close()
+        if self._supervisor:
+            self._supervisor.close()
+        if hasattr(self, "client"):
+            # What still runs has had its time; each client is told.
+            self.client.http.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -420,7 +448,14 @@ class Runtime:
         self.state = State.DOWN
         self.metrics.warm.set(0)
         self.metrics.restarted(reason)
+        self._serving_at_death = self.dispatcher.scheduler.serving
         self.dispatcher.engine_down()
+
+    def was_alone_at_death(self, job_id: str) -> bool | None:
+        """Whether the engine served nobody else when it died last; None: it didn't serve this."""
+        if job_id not in self._serving_at_death:
+            return None
+        return len(self._serving_at_death) == 1
 
     async def engine_again(self) -> None:
         """Start a new engine and warm it.

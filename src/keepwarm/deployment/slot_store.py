@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,13 +24,26 @@ class SlotFile:
     tokens: int
 
 
-class SlotStore:
-    """The store, for slots. `row_bytes` is one token's KV state; in whole form an estimate."""
+# A prefix that the engine has refused isn't asked for again for so long. Nothing is removed: the
+# pool may have been full, or the file not to be read by a server of another user's. Until then each
+# request would wait for the refusal.
+_REFUSED_FOR_S = 600.0
 
-    def __init__(self, store: Store, *, row_bytes: int, cuttable: bool) -> None:
+
+class SlotStore:
+    """The store, for slots. `row_bytes` is one token's KV state; in whole form an estimate.
+
+    `is_usable` False: this engine restores nothing, so nothing is offered.
+    """
+
+    def __init__(
+        self, store: Store, *, row_bytes: int, cuttable: bool, is_usable: bool = True
+    ) -> None:
         self.store = store
         self.row_bytes = row_bytes
         self.cuttable = cuttable
+        self._is_usable = is_usable
+        self._refused: dict[int, float] = {}
 
     def lookup(self, prompt: Prompt, namespace: str, ids: Tokens | None = None) -> Stored | None:
         """The longest kept prefix of a prompt, from memory: by its tokens where they are known.
@@ -37,6 +51,8 @@ class SlotStore:
         By its digests only what was counted is found: a place that is estimated is no end to start
         from, and a prompt of which more than that is in doubt is counted.
         """
+        if not self._is_usable:
+            return None
         if ids is not None:
             # The last token is evaluated again, which a state that can't be cut can't do.
             wanted = ids if self.cuttable else ids[:-1]
@@ -44,14 +60,27 @@ class SlotStore:
         else:
             digests = [mark.digest for mark in prompt.marks]
             hit = self.store.lookup(digests, namespace=namespace)
-        return self._stored(hit, hit.at_tokens) if hit else None
+        if hit is None or self.is_refused(hit.extent_id):
+            return None
+        return self._stored(hit, hit.at_tokens)
 
     def knows(self, digest: bytes, namespace: str) -> bool:
         """Whether a prompt with this mark was saved, wherever its end is."""
         return self.store.knows(digest, namespace=namespace)
 
+    def refused(self, stored: Stored) -> None:
+        """The engine has refused to restore this: it isn't offered for some time."""
+        if stored.extent_id is not None:
+            self._refused[stored.extent_id] = time.monotonic() + _REFUSED_FOR_S
+
+    def is_refused(self, extent_id: int | None) -> bool:
+        """Whether the engine has refused to restore this not long ago."""
+        return extent_id is not None and time.monotonic() < self._refused.get(extent_id, 0.0)
+
     async def match(self, tokens: Sequence[int], namespace: str) -> Stored | None:
         """The longest restorable prefix of these very tokens."""
+        if not self._is_usable:
+            return None
         hit = await self.store.match(tokens, namespace=namespace)
         return self._stored(hit, hit.at_tokens) if hit else None
 

@@ -125,6 +125,12 @@ class Supervisor:
         self._asking: list[asyncio.Future[None]] = []
         self._answered = 0
         self._is_recovering = False
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Nobody looks any more: let those go on who wait for a look."""
+        self._is_closed = True
+        self._tell_asking(len(self._asking))
 
     def suspect(self) -> None:
         """A request got no answer: look at the engine now rather than at the next interval."""
@@ -135,7 +141,7 @@ class Supervisor:
 
         Who sends a request again before that only finds the same dead engine.
         """
-        if self._is_recovering:
+        if self._is_recovering or self._is_closed:
             # It is known to be gone; who asks now would wait until it is back. The loop still gets
             # its turn, or somebody who asks again and again would keep it from coming back.
             await asyncio.sleep(0)

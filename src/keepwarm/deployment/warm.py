@@ -3,6 +3,10 @@
 Tiers go in nesting order through one slot, so that a larger one prefills only what it adds to the
 smaller. Each is then restored from its snapshot into the slot where it will wait, and proved there
 by the engine's own count: a snapshot that restores but isn't reused is no snapshot.
+
+Whatever the store or a restore fails at costs warmth and nothing else. A snapshot that the engine
+refuses is asked for once more from an empty slot, then made anew; if there is none to be had, the
+prefix is prefilled where it waits, or left to its first request, and the miss is counted.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +27,13 @@ from keepwarm.deployment.slot_store import SlotStore
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.static_end import common_length, static_tokens
-from keepwarm.errors import SnapshotError, TierError
+from keepwarm.errors import (
+    EngineDownError,
+    EngineError,
+    EngineRefusedError,
+    SnapshotError,
+    TierError,
+)
 from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin
@@ -45,11 +55,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What warming one prefix took. `slot` None: it waits in staging, not in a slot."""
+    """What warming one prefix took. `slot` None: it waits in staging, not in a slot.
+
+    `how` cold: there is no snapshot of it and it is in no slot. `size_bytes` 0: it isn't saved.
+    """
 
     name: str
     tokens: int
-    how: Literal["restored", "prefilled"]
+    how: Literal["restored", "prefilled", "cold"]
     prefilled_tokens: int
     seconds: float
     size_bytes: int
@@ -128,6 +141,8 @@ class Warmer:
     """Warms targets on an idle engine.
 
     `leaves`: no gateway will restore anything afterwards, so each target needs a slot to wait in.
+    `is_ours`: nobody else has filled the engine's slots, so a restore that is refused from an empty
+    one is the snapshot's fault. `miss` counts what was to be warm and isn't, by reason.
     """
 
     def __init__(
@@ -138,10 +153,14 @@ class Warmer:
         rates: Rates,
         *,
         slots: int,
+        miss: Callable[[str], None],
         progress: Progress | None = None,
         leaves: bool = False,
+        is_ours: bool = True,
     ) -> None:
         self._leaves = leaves
+        self._is_ours = is_ours
+        self._miss = miss
         self._client = client
         self._snapshots = snapshots
         self._machine = machine
@@ -156,9 +175,7 @@ class Warmer:
             What was done for each, and what the slots hold now.
 
         Raises:
-            EngineError: the engine failed; what was saved so far is kept.
-            SnapshotError: the store can't keep a prefix (no space); the slots are warm as far as
-                they got.
+            EngineDownError: the engine is gone; what was saved so far is kept.
         """
         contents: dict[int, Content] = {}
         report: list[Warmed] = []
@@ -168,7 +185,7 @@ class Warmer:
         for index, target in enumerate(targets):
             slot = room.get(index)
             report.append(await self._warm_one(target, slot, workbench, contents))
-        if targets and workbench not in contents:
+        if targets and workbench not in contents and self._machine.can_save:
             # What was left there would take room in a shared pool that nobody counts.
             await self._client.erase(workbench)
         return report, contents
@@ -195,10 +212,37 @@ class Warmer:
         self, target: Target, slot: int | None, workbench: int, contents: dict[int, Content]
     ) -> Warmed:
         began_s = time.monotonic()
+        if not self._machine.can_save:
+            return await self._warm_unsaved(target, slot, contents, began_s)
+        try:
+            return await self._warm_saved(target, slot, workbench, contents, began_s)
+        except EngineDownError:
+            raise
+        except (SnapshotError, EngineError) as error:
+            reason = error.reason if isinstance(error, SnapshotError) else "refused"
+            self._miss(reason)
+            log.warning("%s has no snapshot to start from: %s", target.name, error)
+            return await self._warm_unsaved(target, slot, contents, began_s)
+
+    async def _warm_saved(
+        self,
+        target: Target,
+        slot: int | None,
+        workbench: int,
+        contents: dict[int, Content],
+        began_s: float,
+        *,
+        is_again: bool = False,
+    ) -> Warmed:
+        """Warm from a snapshot, which is made if there is none.
+
+        Raises:
+            SnapshotError: there is none to be had.
+            EngineError: the engine doesn't take it, or refuses the prefix itself.
+        """
         stored = await self._snapshots.match(target.tokens, target.namespace)
-        complete = stored is not None and stored.tokens == len(target.tokens)
         prefilled = 0
-        if stored is None or not complete:
+        if stored is None or stored.tokens != len(target.tokens):
             contents.pop(workbench, None)
             prefilled = await self._fill(target, stored, workbench)
             stored = await self._snapshots.match(target.tokens, target.namespace)
@@ -206,18 +250,30 @@ class Warmer:
                 raise SnapshotError(
                     f"{target.name} was saved but isn't found again.", reason="not_kept"
                 )
+        # Once is enough: what was just made and isn't taken won't be the next time.
+        is_last = is_again or prefilled > 0
         try:
             await keep(self._snapshots, target, stored, rates=self._rates)
             proved = await self._place(target, stored, workbench if slot is None else slot)
         except SnapshotError as error:
-            if prefilled or error.reason not in UNTRUSTED:
+            if is_last or error.reason not in UNTRUSTED:
                 raise
             # The store has set it aside; what is left of it may be sound.
-            return await self._warm_one(target, slot, workbench, contents)
-        if not proved and not prefilled:
+            return await self._warm_saved(
+                target, slot, workbench, contents, began_s, is_again=is_again
+            )
+        except EngineDownError:
+            raise
+        except EngineError:
+            if is_last or not self._is_ours:
+                raise
+            self._miss("refused")
+            await self._snapshots.quarantine(stored, "refused")
+            return await self._warm_saved(target, slot, workbench, contents, began_s, is_again=True)
+        if not proved and not is_last:
             # It restores and isn't reused: never trust it again, make it anew.
             await self._snapshots.quarantine(stored, "unproved")
-            return await self._warm_one(target, slot, workbench, contents)
+            return await self._warm_saved(target, slot, workbench, contents, began_s, is_again=True)
         if slot is not None:
             contents[slot] = content_of(target)
         return Warmed(
@@ -231,20 +287,48 @@ class Warmer:
             proved,
         )
 
+    async def _warm_unsaved(
+        self, target: Target, slot: int | None, contents: dict[int, Content], began_s: float
+    ) -> Warmed:
+        """Without a snapshot: prefilled where it waits, else left to its first request."""
+        prefilled = 0
+        if slot is not None:
+            contents.pop(slot, None)
+            try:
+                counts = await self._client.fill(
+                    target.tokens, slot=slot, progress=self._progress_of(target)
+                )
+            except EngineDownError:
+                raise
+            except EngineError as error:
+                log.warning("%s stays cold: %s", target.name, error)
+                slot = None
+            else:
+                prefilled = counts.prefilled
+                self._rates.observe_prefill(tokens=prefilled, seconds=counts.prefill_s)
+                contents[slot] = replace(content_of(target), saved_tokens=0)
+        return Warmed(
+            *(target.name, len(target.tokens), "cold" if slot is None else "prefilled"),
+            prefilled,
+            time.monotonic() - began_s,
+            size_bytes=0,
+            slot=slot,
+            proved=slot is not None,
+        )
+
     async def _fill(self, target: Target, stored: Stored | None, slot: int) -> int:
         """Prefill to the exact end, starting from what is there, and save it."""
         if stored is not None:
             try:
                 async with self._snapshots.ready(stored) as file:
                     await self._client.restore(slot, file.name)
-            except SnapshotError as error:
+            except EngineDownError:
+                raise
+            except (SnapshotError, EngineError) as error:
                 log.warning("%s is prefilled from its beginning: %s", target.name, error)
-
-        def on_progress(done: int, total: int) -> None:
-            if self._progress:
-                self._progress(target.name, done, total)
-
-        counts = await self._client.fill(target.tokens, slot=slot, progress=on_progress)
+        counts = await self._client.fill(
+            target.tokens, slot=slot, progress=self._progress_of(target)
+        )
         self._rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         name = await self._snapshots.expect(len(target.tokens))
         await self._client.save(slot, name)
@@ -263,12 +347,24 @@ class Warmer:
     async def _place(self, target: Target, stored: Stored, slot: int) -> bool:
         """Restore into a slot and see by one more token that all of it is reused."""
         async with self._snapshots.ready(stored) as file:
-            await self._client.restore(slot, file.name)
+            try:
+                await self._client.restore(slot, file.name)
+            except EngineRefusedError:
+                # What the slot held may have been in the way; now it is empty.
+                await self._client.erase(slot)
+                await self._client.restore(slot, file.name)
             counts = await self._client.fill([*target.tokens, target.tokens[-1]], slot=slot)
             if not self._machine.cuttable:
                 # The proof has moved the slot beyond the end that can be reused.
                 await self._client.restore(slot, file.name)
         return counts.cached >= len(target.tokens) - self._machine.slack_tokens
+
+    def _progress_of(self, target: Target) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if self._progress:
+                self._progress(target.name, done, total)
+
+        return told
 
 
 async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: Rates) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import cast
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import httptools
 from multidict import CIMultiDict
 
-from keepwarm.errors import ConfigError, EngineDownError
+from keepwarm.errors import ConfigError, EngineDownError, EngineUnreachableError
 
 _CONNECT_S = 5.0
 # llama-server closes a connection on which nothing comes after five seconds (cpp-httplib's
@@ -62,6 +63,7 @@ class EngineHttp:
         self._opening: asyncio.Future[_Received] | None = None
         self._ahead: _Received | None = None
         self._ahead_s = 0.0
+        self._open: weakref.WeakSet[_Received] = weakref.WeakSet()
         if api_key:
             self._fixed += f"Authorization: Bearer {api_key}\r\n"
 
@@ -90,6 +92,7 @@ class EngineHttp:
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("\r\n")
         received = self._take_ahead() or await self._connect()
+        self._open.add(received)
         received.is_head = method == "HEAD"
         response = Response(received, self._open_ahead if method == "POST" else _nothing)
         try:
@@ -110,6 +113,11 @@ class EngineHttp:
         if ahead := self._take_ahead():
             ahead.transport.close()
 
+    def abort(self) -> None:
+        """Break off whatever is under way: who waits for it gets EngineDownError."""
+        for received in list(self._open):
+            received.transport.abort()
+
     async def _connect(self) -> _Received:
         try:
             async with asyncio.timeout(_CONNECT_S):
@@ -117,7 +125,7 @@ class EngineHttp:
                     _Received, self._host, self._port, ssl=self._tls
                 )
         except (OSError, TimeoutError) as error:
-            raise EngineDownError(
+            raise EngineUnreachableError(
                 f"The engine can't be reached: {error or 'no connection in time'}."
             ) from error
         return received

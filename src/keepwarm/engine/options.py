@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keepwarm.engine.arguments import leave_out
 from keepwarm.engine.tuning import Tuning
 
 # llama-server computes 512 tokens at a time anyway (`--ubatch-size`); with a logical batch of the
@@ -37,7 +38,7 @@ class EngineOptions:
 
     `context_tokens` is shared by all slots: one pool if `unified`, else an equal part for each.
     `is_talking`: the log tells each request, not only what is wrong. `extra` goes to an engine
-    binary unchanged, behind all else.
+    binary unchanged, behind all else. `without`: flags that this binary doesn't know.
     """
 
     model: Path
@@ -53,6 +54,7 @@ class EngineOptions:
     swa_full: bool = False
     is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
+    without: frozenset[str] = field(default=frozenset())
     tuning: Tuning = field(default=Tuning({}))
 
     @property
@@ -79,7 +81,7 @@ class EngineOptions:
             flags.append("--swa-full")
         # Behind what they override: of a flag that is given twice, the last one counts.
         flags += self.tuning.flags()
-        return [*flags, *self.extra]
+        return [*leave_out(flags, self.without), *self.extra]
 
     def embedded_params(self, *, host: str, port: int) -> dict[str, Any]:
         """The same for `xllamacpp.CommonParams`: attribute paths and values."""

@@ -25,6 +25,7 @@ from keepwarm.deployment.dispatcher import Dispatcher, Grant
 from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.objects import Seal
 from keepwarm.fleet.second import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
@@ -95,11 +96,13 @@ class NodeRuntime(Runtime):
         places: Places,
         *,
         shared: Objects | None = None,
+        seal: Seal | None = None,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         """As `Runtime`."""
         super().__init__(settings, places, on_status=on_status)
         self._shared = shared
+        self._seal = seal
         self.second: SecondLevel | None = None
         self.moved: OrderedDict[str, int] = OrderedDict()
         """Tokens that were moved for a request, by its id; the latest requests'."""
@@ -125,7 +128,11 @@ class NodeRuntime(Runtime):
             await self.second.close()
         rates = self.dispatcher.rates
         self.second = SecondLevel(
-            self.store, self._shared, rates=rates, row_bytes=self.machine.row_bytes
+            self.store,
+            self._shared,
+            rates=rates,
+            row_bytes=self.machine.row_bytes,
+            seal=self._seal,
         )
         dispatcher = _FetchingDispatcher(
             self.dispatcher.scheduler, self.counter, self.slot_store, self.metrics, self.supervise

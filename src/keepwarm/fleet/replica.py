@@ -27,6 +27,7 @@ from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import Ledger
 from keepwarm.fleet.node import NodeRuntime, backlog_s, node_directory
+from keepwarm.fleet.objects import read_seal
 from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
 from keepwarm.fleet.wire import Ask, Told, packed
@@ -71,7 +72,8 @@ class Node:
         }
         settings, places = load_settings(flags=flags)
         self.name = place.name
-        self._runtime = NodeRuntime(settings, places, shared=_shared(config))
+        seal = read_seal(config.shared.key_file)
+        self._runtime = NodeRuntime(settings, places, shared=_shared(config), seal=seal)
         self._began_s = time.monotonic()
         self._numbers = itertools.count()
         self._asked = 0

@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import BodyPartReader, web
 
 from keepwarm.batch.hours import parse_hours
-from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
@@ -151,7 +151,7 @@ class _Site:
                 lambda led: led.add_file(part, namespace=namespace, filename=name, purpose=why)
             )
         finally:
-            part.unlink(missing_ok=True)
+            self.ledger.drop_part(part)
         return _json(made)
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
@@ -159,7 +159,8 @@ class _Site:
         settings = self._runtime.settings.batch
         room = min(settings.max_file_bytes, settings.quota_bytes - self.ledger.used_bytes())
         size = 0
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with disk_errors(part):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             while chunk := await field.read_chunk(_CHUNK_BYTES):
                 size += len(chunk)
@@ -176,7 +177,7 @@ class _Site:
                 await asyncio.to_thread(_write_all, fd, bytes(chunk))
             await asyncio.to_thread(os.fsync, fd)
         except OSError as error:
-            raise DiskFullError(f"The file can't be written: {error.strerror}.") from error
+            raise unwritable(part, error) from error
         finally:
             os.close(fd)
 

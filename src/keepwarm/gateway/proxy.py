@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import uuid
-from contextlib import AbstractAsyncContextManager, closing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,14 @@ from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import rendered_from, static_body
-from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
+from keepwarm.errors import (
+    EngineCrashedError,
+    EngineDownError,
+    EngineError,
+    EngineUnreachableError,
+    KeepwarmError,
+    RequestError,
+)
 from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
 from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.ending import tell_ended
@@ -46,8 +53,12 @@ _RETRIES = 2
 # it. A reply of 100,000 tokens as server-sent events is about 20 MB.
 _WRITE_BUFFER_BYTES = 32 << 20
 _BROKEN_OFF = (
-    "The engine went away in the middle of this reply. It is being restarted; send the request "
+    "The engine went away or Keepwarm was stopped in the middle of this reply; send the request "
     "again."
+)
+_CRASHES = (
+    "The engine has died {} times over this request. It isn't sent again; the engine's log says "
+    'more (log.level = "debug").'
 )
 
 
@@ -100,6 +111,8 @@ class Proxy:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        # Requests under which the engine died go again one at a time, so that the culprit is found.
+        self._suspects = asyncio.Lock()
         tiers = runtime.settings.tiers
         self._judge = (
             Judge(self._ask_judge, timeout_s=tiers.judge_timeout_s) if tiers.judge else None
@@ -196,20 +209,47 @@ class Proxy:
         runtime = self._runtime
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
-            for attempt in range(_RETRIES + 1):
-                try:
-                    return await self._forward(request, exchange)
-                except EngineDownError:
-                    if attempt == _RETRIES:
-                        raise
-                    await runtime.look_at_engine()
-                    exchange.grant = await runtime.dispatcher.retry(exchange.job)
-            raise AssertionError("unreachable")
+            return await self._forward_again(request, exchange)
         finally:
             # Whatever happened, the slot is given back; once `_ended` has done so this does
             # nothing.
             if not exchange.is_left:
                 runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+
+    async def _forward_again(
+        self, request: web.Request | None, exchange: Exchange
+    ) -> web.StreamResponse:
+        """Forward, and again if no byte of an answer came, but not for ever.
+
+        1. The engine lives: the connection broke, or it was loading. Sent again.
+        2. It died, and served others too: any of them may be why. Those go again one at a time.
+        3. It died for the second time, and served nobody else: this request is why.
+
+        Raises:
+            EngineCrashedError: as in 3, or the engine has died under each attempt.
+            EngineDownError: no attempt was answered; or Keepwarm is stopping.
+        """
+        runtime, job = self._runtime, exchange.job
+        deaths = 0
+        async with AsyncExitStack() as suspected:
+            for attempt in range(_RETRIES + 1):
+                try:
+                    return await self._forward(request, exchange)
+                except EngineDownError as error:
+                    await runtime.look_at_engine()
+                    was_seen = not isinstance(error, EngineUnreachableError)
+                    was_alone = runtime.was_alone_at_death(job.id) if was_seen else None
+                    deaths += was_alone is not None
+                    if deaths > _RETRIES or (was_alone and deaths > 1):
+                        runtime.metrics.failed("request_crashed")
+                        raise EngineCrashedError(_CRASHES.format(deaths)) from error
+                    if attempt == _RETRIES:
+                        raise
+                    if deaths == 1 and was_alone is not None:
+                        await suspected.enter_async_context(self._suspects)
+                        await runtime.admitted()
+                    exchange.grant = await runtime.dispatcher.retry(job)
+        raise AssertionError("unreachable")
 
     def _exchange(self, asked: Asked, tiered: Tiered, received_s: float) -> Exchange:
         runtime = self._runtime

@@ -19,7 +19,8 @@ from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import UNTRUSTED, FileKey, check_file, key_of
 from keepwarm.store.index import BoundaryRow, ExtentRow, read_only
 from keepwarm.store.lock import owner_of
-from keepwarm.store.shelf import INDEX_SUFFIX, LOCK_SUFFIX, Shelf, StoreSettings
+from keepwarm.store.places import INDEX_SUFFIX, LOCK_SUFFIX, is_own_name
+from keepwarm.store.shelf import Shelf, StoreSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Finding, Listed, Origin, Pin, Removed, Verified
 
@@ -77,7 +78,8 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
         if damage is not None:
             findings.append(Finding("index_damaged", damage))
         rows: list[ExtentRow | BoundaryRow] = [*shelf.index.extents(), *shelf.index.boundaries()]
-    indexed = {key_of(row): row.size_bytes for row in rows}
+    refuse = shelf.refuse_keys()
+    indexed = {key_of(row): row.size_bytes for row in rows if key_of(row) not in refuse}
     known = {FileKey(extent.id): extent.size_bytes for extent in catalog.tree}
     for extent in catalog.tree:
         known |= {FileKey(extent.id, at): size for at, size in extent.boundaries.items()}
@@ -87,8 +89,9 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
     findings += [
         Finding("not_in_index", key.name) for key in sorted(known.keys() - indexed.keys(), key=str)
     ]
-    strays = shelf.files.present() - {key.name for key in known}
-    findings += [Finding("stray", name) for name in sorted(strays)]
+    # Those that opening found are known and go when room is needed.
+    strays = shelf.files.present() - {key.name for key in known} - shelf.files.strays()
+    findings += [Finding("stray", name) for name in sorted(strays) if is_own_name(name)]
     for key, size in known.items():
         try:
             found = shelf.files.path(key).stat().st_size

@@ -82,6 +82,7 @@ class Intake:
         self._enter(self._write(plan, taken), why)
         self._shelf.counts.saves += 1
         self._shelf.counts.written_bytes += need
+        self._shelf.tell()
         extent_id = plan.row.id if plan.row is not None else known
         assert extent_id is not None  # a file has a token, and it is known or new
         ends = tuple(sorted({at for at, _ in taken.ends}))
@@ -101,10 +102,8 @@ class Intake:
             known = Match(None, 0)  # a shorter whole snapshot is no part of a longer one
         row = None
         if known.at < count:
-            # Not given again if this save fails: a commit that failed may yet have taken.
-            self._shelf.next_id += 1
             row = ExtentRow(
-                id=self._shelf.next_id - 1,
+                id=self._shelf.take_id(),
                 parent=known.extent_id,
                 lo=known.at,
                 namespace=why.namespace,

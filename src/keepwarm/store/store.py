@@ -42,6 +42,7 @@ from keepwarm.store.types import (
     StoreStats,
     Verified,
 )
+from keepwarm.store.unsaved import open_or_do_without
 from keepwarm.worker import Worker
 
 log = logging.getLogger("keepwarm.store")
@@ -77,18 +78,26 @@ class Store:
         *,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
+        must_last: bool = False,
     ) -> Store:
-        """Open the store of one fingerprint, or begin it, and put right what a crash left.
+        """Open the store of one fingerprint and layout, or begin it.
 
-        Staged files of an earlier life are removed, so open it before the engine starts to save.
+        One that can't be used now (a full disk, an index that somebody holds) is replaced by one in
+        the staging directory for this life, and `report.unsaved` says why; unless it `must_last`.
 
-        Raises: ConfigError, if another process has it (the message says which) or its directory
-        can't be used; SnapshotError('index', 'no_space', 'io').
+        Raises: ConfigError, if another process has it (the message says which) or its root can be
+        no directory; SnapshotError('index', 'no_space', 'io').
         """
         worker = Worker("store", failure="the store failed")
         try:
             snapshots = await asyncio.wrap_future(
-                worker.submit(Snapshots, settings, disk=disk or Disk(), now_s=clock())
+                worker.submit(
+                    open_or_do_without,
+                    settings,
+                    disk=disk or Disk(),
+                    now_s=clock(),
+                    must_last=must_last,
+                )
             )
         except BaseException:
             worker.close()
@@ -238,8 +247,12 @@ class Store:
         return self._snapshots.shelf.catalog.pins.get(name)
 
     async def tokens_of(self, extent_id: int, at_tokens: int) -> Tokens:
-        """The token ids of a kept prefix. Raises: SnapshotError('unknown')."""
-        return await self._run(self._snapshots.tokens_of, extent_id, at_tokens)
+        """The token ids of a kept prefix, proved to be those that were saved.
+
+        Raises: SnapshotError('unknown'); 'checksum', 'truncated', 'missing' or 'unreadable' after
+        the culprit was quarantined.
+        """
+        return await self._run(self._snapshots.proved_tokens, extent_id, at_tokens)
 
     def tokens_now(self, extent_id: int, at_tokens: int) -> Tokens | None:
         """As `tokens_of`, from memory; None if it is gone."""
