@@ -6,6 +6,8 @@ TEMPLATE := configs/chat-templates/chatml-tools.jinja
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
 MINUTES ?= 10
+COUNT ?= 100
+SEED ?=
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark) or needs more than Python (Ray, systemd). Without a browser the page's tests skip.
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
@@ -23,7 +25,8 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-fast test-fleet test-clients lint format bench soak clean
+.PHONY: help setup demo test test-all test-fast test-fleet test-clients lint format bench soak \
+	faults clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
@@ -37,6 +40,7 @@ help:
 	@echo "make format     let ruff format the code"
 	@echo "make bench      measure everything, $(RUNS) runs (RUNS=1 for one); Markdown on stdout"
 	@echo "make soak       an agent's low load for $(MINUTES) minutes: does anything grow or get lost?"
+	@echo "make faults     break something $(COUNT) times and look; SEED=n replays a campaign"
 	@echo "make clean      remove .venv and caches; the fetched model stays"
 
 demo: $(VENV)/.installed $(MODEL)
@@ -81,6 +85,11 @@ bench: $(VENV)/.installed $(MODEL)
 soak: $(VENV)/.installed $(MODEL)
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) --chat-template $(TEMPLATE) \
 		--minutes $(MINUTES)
+
+# As root with file systems that can be full, read-only, frozen or gone; else those are skipped.
+faults: $(VENV)/.installed-dev $(MODEL)
+	@PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --count $(COUNT) \
+		$(if $(SEED),--seed $(SEED)) $(FAULTS_FLAGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

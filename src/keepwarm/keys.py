@@ -14,16 +14,31 @@ from keepwarm.errors import ConfigError, UnauthorizedError
 class Keyring:
     """Known API keys. Without any, everyone is one and the same."""
 
-    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, keys: Iterable[tuple[str, str]], operators: Sequence[str] = ()) -> None:
         """Take pairs of name and key; several keys of one name are one tenant's.
 
         Digests are compared, so that lengths don't show in timing either.
+
+        Args:
+            keys: the pairs.
+            operators: names that may see figures of all.
         """
         self._digests = [(name, _digest(key)) for name, key in keys]
+        self._names = {name for name, _ in self._digests}
+        self._operators = frozenset(operators)
 
     def __bool__(self) -> bool:
         """Whether a key is asked for."""
         return bool(self._digests)
+
+    @property
+    def tenants(self) -> int:
+        """How many share this Keepwarm."""
+        return max(len(self._names), 1)
+
+    def sees_all(self, namespace: str) -> bool:
+        """Whether a namespace may see sizes that others' requests have a part in."""
+        return len(self._names) <= 1 or namespace in self._operators
 
     def namespace(self, headers: Mapping[str, str]) -> str:
         """The namespace of a request: that of its key (`Authorization: Bearer` or `x-api-key`).
@@ -48,14 +63,14 @@ class Keyring:
         return found
 
 
-def load_keys(keys: Sequence[str], file: str) -> Keyring:
+def load_keys(keys: Sequence[str], file: str, operators: Sequence[str] = ()) -> Keyring:
     """Keys from the settings and from a file of `name:key` or `key` lines.
 
     A key without a name is named by its digest, so that its namespace outlives its place in the
     file.
 
     Raises:
-        ConfigError: the file can't be read, or a line holds no key.
+        ConfigError: the file can't be read, a line holds no key, or an operator has none.
     """
     lines = list(keys)
     if file:
@@ -73,7 +88,12 @@ def load_keys(keys: Sequence[str], file: str) -> Keyring:
         if not key or (colon and not name.strip()):
             raise ConfigError("An API key is empty: give `name:key` or `key`.")
         named.append((name.strip() or _digest(key).hex()[:12], key))
-    return Keyring(named)
+    if unknown := set(operators) - {name for name, _ in named}:
+        raise ConfigError(
+            f"server.operators names {', '.join(sorted(unknown))}, but there is no API key of that "
+            "name."
+        )
+    return Keyring(named, operators)
 
 
 def is_loopback(host: str) -> bool:

@@ -51,7 +51,11 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         str, Meta(description="path of a `llama-server`; empty: the embedded engine")
     ] = ""
     upstream: Annotated[
-        str, Meta(description="URL of a llama-server that runs already, instead of `model`")
+        str,
+        Meta(
+            description="URL of a llama-server that runs already, or `unix:PATH` of its socket, "
+            "instead of `model`"
+        ),
     ] = ""
     upstream_key: Annotated[str, Meta(description="API key of that llama-server")] = ""
     slot_dir: Annotated[
@@ -188,9 +192,15 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     """Where the gateway listens and what it admits."""
 
     host: Annotated[
-        str, Meta(description="address to listen on; others than loopback need an API key")
+        str,
+        Meta(
+            description="address to listen on (others than loopback need an API key), or the path "
+            "of a Unix socket, ending in `.sock`"
+        ),
     ] = "127.0.0.1"
     port: Port = 8090
+    ssl_key_file: Annotated[str, Meta(description="PEM file of the key for TLS")] = ""
+    ssl_cert_file: Annotated[str, Meta(description="PEM file of its certificate")] = ""
     api_keys: Annotated[
         tuple[str, ...],
         Meta(description="API keys, each with a namespace of its own; empty: no key is asked for"),
@@ -198,15 +208,52 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     api_key_file: Annotated[
         str, Meta(description="file with one API key a line, `name:key` or `key`")
     ] = ""
+    operators: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names of API keys that see the figures of all keys together (metrics, "
+            "slots, sizes); where there is one key only it does"
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="web pages that may use the API, as `https://chat.example.org`, or `*`; "
+            "empty: all where a key is asked for, else those of this machine"
+        ),
+    ] = ()
+    hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="public names under which Keepwarm may be asked for without a key"),
+    ] = ()
     max_body_bytes: Annotated[
         int, Meta(ge=1024, le=4 * _GIB, description="largest request body, bytes")
     ] = 64 * 1024 * 1024
     queue: Annotated[
-        int, Meta(ge=1, le=100_000, description="requests that may wait for a slot")
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="requests that may wait for a slot, batches' counted apart; where there "
+            "are several API keys, half of it for one",
+        ),
     ] = 256
+    queue_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 40,
+            description="bytes of the bodies of all requests that wait or are served; where there "
+            "are several API keys, half of it for one",
+        ),
+    ] = 512 * 1024 * 1024
     queue_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")
     ] = 600.0
+    ping_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="seconds of silence in a stream before a ping; 0: none"),
+    ] = 1.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
     ] = 30.0

@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 from slotfile_bytes import CacheSpec, FileSpec
@@ -75,10 +76,16 @@ class FakeEngine:
         self.busy: set[int] = set()
         self.faults: deque[Fault] = deque()
         self.asked: list[tuple[str, Any]] = []
+        self.heard: list[dict[str, str]] = []
         self.prefilled = 0
         self.resume = asyncio.Event()
         self.hung_up = 0
         self.died = 0
+        # With a draft model, a longer prefix restored over a shorter one is half there.
+        self.speculates = False
+        self.half_restored: set[int] = set()
+        self.is_sleeping = False
+        self.decoded_more = 0
         # It dies over whatever holds this.
         self.deadly = ""
         self.away_s = 1.5
@@ -137,6 +144,7 @@ class FakeEngine:
             return web.json_response(STRANGER, status=401)
         body = await request.json() if request.can_read_body else {}
         self.asked.append((path, body))
+        self.heard.append({name.lower(): value for name, value in request.headers.items()})
         if self.is_loading:
             return web.json_response(LOADING, status=503)
         if path.startswith("/slots/"):
@@ -164,6 +172,7 @@ class FakeEngine:
                     "default_generation_settings": {"n_ctx": 8192},
                     "chat_template": "fake",
                     "build_info": "fake-1",
+                    "is_sleeping": self.is_sleeping,
                 }
             )
         if path == "/apply-template":
@@ -173,7 +182,10 @@ class FakeEngine:
         if path == "/v1/models":
             return web.json_response({"object": "list", "data": [{"id": "fake"}]})
         if path == "/slots":
-            states = [{"id": i, "is_processing": i in self.busy} for i in range(len(self.slots))]
+            states = [
+                {"id": i, "is_processing": i in self.busy, "speculative": self.speculates}
+                for i in range(len(self.slots))
+            ]
             return web.json_response(states)
         return web.json_response({"error": {"message": f"no {path}"}}, status=404)
 
@@ -182,6 +194,7 @@ class FakeEngine:
         out: dict[str, Any] = {"id_slot": slot}
         if action == "erase":
             self.slots[slot] = []
+            self.half_restored.discard(slot)
         elif action == "save":
             raw = slot_file(self.slots[slot])
             if self.file_version is not None:
@@ -202,12 +215,16 @@ class FakeEngine:
                 return web.json_response({"error": {"message": "no file"}}, status=400)
             raw = path.read_bytes()
             tokens = file_tokens(raw)
+            if self.speculates and 0 < len(self.slots[slot]) < len(tokens):
+                self.half_restored.add(slot)
             self.slots[slot] = [] if self.loses_restores else tokens
             out |= {"n_restored": len(tokens), "n_read": len(raw)}
             out["timings"] = {"restore_ms": 1.0}
         return web.json_response(out)
 
     async def _fill(self, body: dict[str, Any]) -> web.Response:
+        if body["id_slot"] in self.half_restored:
+            return web.json_response({"error": {"message": "speculative batch"}}, status=500)
         if self.unknown_tokens & set(body["prompt"]):
             return web.json_response({"error": {"message": "invalid tokens"}}, status=400)
         timings = await self._prefill(body["id_slot"], body["prompt"])
@@ -240,6 +257,7 @@ class FakeEngine:
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if self.deadly and self.deadly in json.dumps(body):
             self.faults.appendleft(Fault.DIES)
+        self.is_sleeping = False
         fault = self.faults.popleft() if self.faults else None
         slot = body["id_slot"]
         if fault is Fault.CLOSED_BEFORE_FIRST_BYTE:
@@ -269,7 +287,7 @@ class FakeEngine:
             prompt if isinstance(prompt, list) else tokenize(prompt or render(body, self.opening))
         )
         timings = await self._prefill(slot, tokens)
-        timings |= {"predicted_n": len(REPLY), "predicted_ms": 1.0}
+        timings |= {"predicted_n": len(REPLY) + self.decoded_more, "predicted_ms": 1.0}
         if body.get("stream"):
             return await self._stream(request, slot, timings, fault)
         return await self._whole(request, slot, timings, fault)
@@ -334,6 +352,9 @@ class FakeEngine:
 def slot_file(tokens: Sequence[int]) -> bytes:
     """The file of a slot; its rows follow from the tokens, so that mixed-up rows would show."""
     rows = CacheSpec.random(1, tokens=len(tokens))
+    # Rows that aren't finite are kept by nobody; without this bit none is.
+    for tensor in (*rows.keys, *rows.values):
+        np.bitwise_and(tensor, 0xBF, out=tensor)
     return FileSpec(list(tokens), rows).to_bytes()
 
 

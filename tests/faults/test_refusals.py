@@ -121,6 +121,54 @@ async def test_files_that_cant_be_read_and_directories_that_cant_be_written_get_
         engine.slot_dir.chmod(0o700)
 
 
+async def test_slots_of_an_engine_with_a_draft_model_are_emptied_before_a_restore(
+    engine: FakeEngine, start: Start
+) -> None:
+    engine.speculates = True
+    await start()
+    # Something short is left in every slot.
+    engine.slots = [[1, 2, 3] for _ in engine.slots]
+    runtime = await start()
+    assert how(runtime) == {"restored"}
+    assert not engine.half_restored
+    assert runtime.store.stats().quarantined_extents == 0
+
+
+async def test_an_engine_that_went_to_sleep_has_empty_slots_and_is_known_to(
+    keepwarm: Keepwarm,
+) -> None:
+    engine, runtime = keepwarm.engine, keepwarm.runtime
+    await keepwarm.ask()
+    await keepwarm.settled()
+    engine.slots = [[] for _ in engine.slots]
+    engine.is_sleeping = True
+    await runtime.look_at_engine()
+    assert misses(runtime, "slept") >= 1
+    status, headers, body = await keepwarm.ask("And now?")
+    assert (status, headers["x-keepwarm-plan"]) == (200, "snapshot")
+    assert body["timings"]["cache_n"] >= 60
+    assert misses(runtime, "slot_lost") == 0
+    await keepwarm.settled()
+
+
+async def test_a_reply_that_went_on_beyond_its_slot_leaves_nothing_that_is_taken_for_a_prefix(
+    keepwarm: Keepwarm,
+) -> None:
+    engine, runtime = keepwarm.engine, keepwarm.runtime
+    engine.decoded_more = 8192
+    _, headers, _ = await keepwarm.ask()
+    await keepwarm.settled()
+    assert misses(runtime, "context_shift") == 1
+    slot = int(headers["x-keepwarm-slot"])
+    assert runtime.dispatcher.scheduler.slots[slot].content is None
+    engine.decoded_more = 0
+    engine.asked.clear()
+    for number in range(len(engine.slots)):
+        await keepwarm.ask(f"Question {number}?")
+    assert any(path == f"/slots/{slot}" for path, _ in engine.asked), "it is emptied or restored"
+    await keepwarm.settled()
+
+
 async def test_an_engine_that_comes_back_and_refuses_all_restores_is_served(
     keepwarm: Keepwarm,
 ) -> None:

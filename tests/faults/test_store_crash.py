@@ -232,7 +232,7 @@ def test_a_cut_while_quarantining_leaves_nothing_doubtful(
         disk.steps.clear()
         disk.arm(step)
         try:
-            store.quarantine(bad.extent_id, len(FIRST))
+            store.forget_ready(store.shelf.quarantine_extent(bad.extent_id))
         except PowerCutError:
             copy = after_power_cut(base, disk, lossy=lossy, layout=layout)
             check_next_life(copy, layout, certain=[OTHER], possible=[FIRST, TURN])
@@ -307,7 +307,7 @@ def test_a_full_disk_can_be_eased_though_the_index_cannot_be_written(tmp_path: P
     assert save(store, TURN).new_tokens == len(TURN)
     store.close()
     store = opened(settings_in(tmp_path), NoSyncDisk())
-    assert store.shelf.report.missing_files == 2
+    assert store.shelf.report.lines() == [], "once the files had made room, it could be"
     hit = store.lookup([digest_of(TURN)], [""])
     assert hit is not None
     assert restored(store, hit.extent_id, len(TURN)) == slot_file(TURN)

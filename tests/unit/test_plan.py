@@ -20,6 +20,7 @@ from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
 from keepwarm.core.returns import later_turn
 from keepwarm.core.slots import Content, Position, Slot, SlotState
+from keepwarm.core.tree import as_tokens
 
 ROW_BYTES = 23_000
 MACHINE = Machine(row_bytes=ROW_BYTES, cuttable=True, can_save=True, pool_tokens=None)
@@ -215,8 +216,8 @@ def test_other_slots_are_emptied_until_a_shared_pool_suffices() -> None:
     ]
     assert best(slots, machine=pool(4000)).evict == ()
     # The one that is less likely to go on, first.
-    assert best(slots, machine=pool(2200)).evict == ((2, False),)
-    assert best(slots, machine=pool(1200)).evict == ((2, False), (1, False))
+    assert best(slots, machine=pool(2400)).evict == ((2, False),)
+    assert best(slots, machine=pool(1400)).evict == ((2, False), (1, False))
 
 
 def test_what_a_busy_slot_was_granted_counts_in_the_pool() -> None:
@@ -231,9 +232,60 @@ def test_what_an_idle_slot_may_hold_unknown_is_emptied_first() -> None:
     assert plan.evict == ((1, False),)
 
 
-def test_a_prompt_that_is_too_long_for_all_of_the_pool_is_left_to_the_engine() -> None:
+def test_a_prompt_that_is_too_long_for_all_of_the_pool_evicts_nobody() -> None:
     plan = best([slot(0), slot(1, holding("xyz", 900))], machine=pool(600))
-    assert plan.evict == ((1, False),)
+    assert plan.evict == ()
+
+
+def asking(*, reply: int, prompt: int = 1000, replies: int = 1) -> Demand:
+    return replace(
+        DEMAND,
+        reply_tokens=reply,
+        ids=as_tokens(range(prompt)),
+        replies=replies,
+        is_alone=replies > 1,
+    )
+
+
+def reply_of(demand: Demand, *, tokens: int, busy: int = 0) -> int | None:
+    """What a reply may come to in a pool, of which a request that runs was granted some."""
+    slots = [slot(0), slot(1)]
+    if busy:
+        slots[1] = slot(1, state=SlotState.SERVING, job="other", granted_tokens=busy)
+    plan = planned(slots, demand=demand, machine=pool(tokens))
+    if plan is None:
+        return None
+    assert plan.granted_tokens == 1000 + plan.reply_tokens * demand.replies
+    assert busy + plan.granted_tokens <= tokens
+    return plan.reply_tokens
+
+
+def test_a_reply_reserves_what_it_may_come_to() -> None:
+    assert reply_of(asking(reply=1500), tokens=4096) == 1500
+    assert reply_of(asking(reply=1500), tokens=4096, busy=1000) == 1500
+    # Too little is left beside the other: it waits.
+    assert reply_of(asking(reply=1500), tokens=4096, busy=2000) is None
+
+
+def test_a_reply_without_a_limit_gets_what_is_left_and_half_of_it_where_that_is_ample() -> None:
+    assert reply_of(asking(reply=1 << 31), tokens=4096) == 3096
+    assert reply_of(asking(reply=1 << 31), tokens=4096, busy=1000) is None
+    assert reply_of(asking(reply=1 << 31), tokens=33_000) == 16_000
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=17_000) == 7500
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=27_900) == 4096
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=28_000) is None
+
+
+def test_several_replies_to_one_prompt_are_all_counted() -> None:
+    assert reply_of(asking(reply=1500, replies=2), tokens=4096) == 1500
+    assert reply_of(asking(reply=1 << 31, replies=3), tokens=4096) == 1032
+    assert reply_of(asking(reply=100, replies=2), tokens=4096, busy=500) is None
+
+
+def test_what_was_estimated_of_a_prompt_is_taken_for_longer_than_it_seems() -> None:
+    estimated = replace(asking(reply=1500), ids=None)
+    plan = best([slot(0), slot(1)], demand=estimated, machine=pool(8000))
+    assert plan.granted_tokens == plan.prompt_tokens * 5 // 4 + 1500
 
 
 def test_all_that_was_considered_is_told() -> None:

@@ -260,6 +260,22 @@ def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
     assert slot.idle_since_s == 100.0
 
 
+def test_what_is_saved_and_idle_leaves_a_shared_pool_while_others_compute_and_only_then() -> None:
+    saved, unsaved = conversation(2000), conversation(2000)
+    saved.saved_tokens = 2000
+    slots = [Slot(0, content=saved, held_tokens=2000, idle_since_s=100.0)]
+    slots.append(Slot(1, content=unsaved, held_tokens=2000, idle_since_s=100.0))
+    made = scheduler(*slots, Slot(2), pool=20_000)
+    made.tick(100.1)
+    assert slots[0].content is saved, "it is in nobody's way"
+    slots.append(made.slots[2])
+    slots[2].state, slots[2].job = SlotState.SERVING, "other"
+    effects = made.tick(100.2)
+    assert [type(e) for e in effects] == [EraseSlot]
+    assert effects[0].slot == 0  # type: ignore[union-attr]
+    assert slots[1].content is unsaved
+
+
 def test_a_slot_that_held_less_than_was_thought_isnt_saved_over_and_over() -> None:
     slot = Slot(0, content=conversation(2000), idle_since_s=100.0)
     made = scheduler(slot)

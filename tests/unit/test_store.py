@@ -321,16 +321,52 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
     assert integrity(store) == ()
 
 
-def test_a_failed_proof_takes_the_extent_and_what_hangs_off_it(store: Snapshots) -> None:
+def test_a_failed_proof_drops_no_rows_that_are_good(store: Snapshots) -> None:
+    first = save(store, FIRST)
+    turn, theirs = save(store, TURN, namespace="a"), save(store, BRANCH, namespace="b")
+    store.mark(turn.extent_id, 60, "", [Mark(digest_of(TURN), 60)])
+    store.pin("tier:x", first.extent_id, 40, origin=Origin.TIER, digest=None, prefill_s=1, now_s=0)
+    for namespace in ("a", ""):
+        removed = store.quarantine(turn.extent_id, 60, namespace)
+        assert removed.extents == ()
+        assert removed.pins == ()
+    # Only the digests that led there are forgotten, where they were said to.
+    assert store.lookup([digest_of(TURN)], ["", "a"]) is None
+    assert store.lookup([digest_of(FIRST)], [""]) is not None
+    assert store.lookup([digest_of(BRANCH)], ["b"]) is not None
+    assert restored(store, turn.extent_id, 60) == slot_file(TURN)
+    # A pin that ends there is to be proved, and stays.
+    assert store.quarantine(first.extent_id, 40, "").pins == ("tier:x",)
+    assert set(store.shelf.catalog.pins) == {"tier:x"}
+    assert restored(store, theirs.extent_id, len(BRANCH)) == slot_file(BRANCH)
+    assert len(store.shelf.catalog.tree) == 3
+    assert integrity(store) == ()
+
+
+def test_a_failed_proof_sets_aside_what_is_damaged(store: Snapshots) -> None:
     first, turn, branch = save(store, FIRST), save(store, TURN), save(store, BRANCH)
     store.pin("tier:x", turn.extent_id, 60, origin=Origin.TIER, digest=None, prefill_s=1, now_s=0)
-    removed = store.quarantine(turn.extent_id, 60)
+    flip(store.shelf.files.root / f"{turn.extent_id:010x}.rows", 40)
+    removed = store.quarantine(turn.extent_id, 60, "")
     assert removed.extents == (turn.extent_id,)
     assert removed.pins == ("tier:x",)
     assert not store.staging.is_ready(turn.extent_id, 60)
-    removed = store.quarantine(branch.extent_id, 20)
+    flip(store.shelf.files.root / f"{first.extent_id:010x}.rows", 40)
+    removed = store.quarantine(branch.extent_id, 20, "")
     assert set(removed.extents) == {first.extent_id, branch.extent_id}, "it ended in the first"
-    assert store.quarantine(branch.extent_id, 20).extents == ()
+    assert store.quarantine(branch.extent_id, 20, "").extents == ()
+    assert integrity(store) == ()
+
+
+def test_forgotten_marks_stay_forgotten_and_cost_no_rows(tmp_path: Path) -> None:
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    save(store, FIRST)
+    save(store, TURN, namespace="a")
+    assert store.forget_marks() == 2
+    store.close()
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    assert store.lookup([digest_of(FIRST), digest_of(TURN)], ["", "a"]) is None
+    assert store.match(TURN, "a") is not None
     assert integrity(store) == ()
 
 
@@ -339,7 +375,7 @@ def test_the_quarantine_is_bounded(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path, quota_bytes=PLAIN.rows_bytes(100) * 20), NoSyncDisk())
     for start in (1000, 2000, 3000):
         saved = save(store, range(start, start + 40))
-        store.quarantine(saved.extent_id, 40)
+        store.shelf.quarantine_extent(saved.extent_id)
     assert store.shelf.files.quarantined_bytes == PLAIN.rows_bytes(80)
     assert len(list((store.shelf.files.root / "quarantine").iterdir())) == 2
     assert store.prune(10**9).extents == ()

@@ -18,7 +18,7 @@ from keepwarm.store import (
     Store,
     list_extents,
     list_pins,
-    prune_offline,
+    prune_root,
     stores,
     verify_files,
 )
@@ -165,8 +165,10 @@ async def test_an_export_goes_to_another_store(store: Store, tmp_path: Path) -> 
     await other.close()
 
 
-async def test_a_failed_proof_is_quarantined(store: Store) -> None:
+async def test_what_a_failed_proof_shows_damaged_is_quarantined(store: Store) -> None:
     saved = await save(store, FIRST)
+    path = store.settings.directory / f"{saved.extent_id:010x}.rows"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     removed = await store.quarantine(saved.extent_id, 40, reason="cached 0 of 40 tokens")
     assert removed.extents == (saved.extent_id,)
     with refused("unknown"):
@@ -195,8 +197,9 @@ async def test_commands_read_beside_the_running_owner(tmp_path: Path) -> None:
     assert verified.findings == ()
     assert verified.read_bytes == listed.size_bytes
     assert sorted(settings.root.rglob("*")) == before, "reading leaves nothing behind"
-    with pytest.raises(ConfigError, match="keepwarm serve"):
-        prune_offline(settings.root, listed.name, 0)
+    (pruned,) = prune_root(settings.root, 0)
+    assert "keepwarm serve" in (pruned.owner or "")
+    assert len(list_extents(settings.root, listed.name)) == 2, "it is left to its owner"
 
     await store.prune(0)
     assert len(list_extents(settings.root, listed.name)) == 1, "the pinned one stays"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keepwarm.errors import SnapshotError
-from keepwarm.store.checks import integrity, prune_offline, stores
+from keepwarm.store.checks import integrity, prune_root, stores
 from keepwarm.store.index import SCHEMA_VERSION
 from keepwarm.store.lock import OwnerLock, owner_of
 from keepwarm.store.places import is_store
@@ -81,7 +81,7 @@ def test_whatever_else_lies_in_the_root_stays(tmp_path: Path) -> None:
     assert len(all_extents(store)) == 2, "what isn't ours doesn't count, either"
     store.prune(0)
     store.close()
-    prune_offline(root, store.shelf.settings.directory.name, 0)
+    prune_root(root, 0)
     found = contents(root)
     assert {name: found[name] for name in theirs} == theirs
 

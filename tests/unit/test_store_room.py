@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.store.checks import integrity, prune_offline, stores
+from keepwarm.store.checks import integrity, prune_root, stores
 from keepwarm.store.lock import OwnerLock
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.staging import Staging
@@ -215,8 +215,9 @@ def test_a_closed_store_can_be_pruned_by_a_command(tmp_path: Path) -> None:
         save(store, run(i * 100), now_s=float(i))
     store.close()
     (listed,) = stores(tmp_path / "store")
-    removed = prune_offline(tmp_path / "store", listed.name, TEN)
-    assert len(removed.extents) == 2
+    (removed,) = prune_root(tmp_path / "store", TEN)
+    assert removed.name == listed.name
+    assert removed.extents == 2
     assert removed.size_bytes == 2 * TEN
     store = small(tmp_path, 3)
     assert store.shelf.report.extents == 1
@@ -316,7 +317,7 @@ def test_a_held_file_is_removed_with_its_last_hold(tmp_path: Path) -> None:
     first = store.materialize(saved.extent_id, 10)
     second = store.materialize(saved.extent_id, 10)
     assert first.name == second.name
-    store.quarantine(saved.extent_id, 10)
+    store.quarantine(saved.extent_id, 10, "")
     store.staging.release(first.name)
     assert store.staging.path(first.name).exists()
     store.staging.release(second.name)

@@ -79,6 +79,7 @@ class _Gone:
         self.may_return = asyncio.Event()
         self.lost = asyncio.Event()
         self.is_idle = True
+        self.may_sleep = False
 
     async def engine_rest(self) -> bool:
         return True

@@ -152,28 +152,31 @@ def prune(
     quota: _QUOTA = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Evict what is worth least until the store is within its quota; empty the quarantine.
+    """Remove what isn't needed, and evict what is worth least until all is within the quota.
 
-    Pinned prefixes stay. A running gateway keeps its quota itself; this is for one that is stopped.
+    Also when the disk is full. What was set aside or quarantined, and files that no index names, go
+    in any case; then what other models and engines left, the longest unused first. Pinned prefixes
+    of the store used last stay. A running gateway keeps its quota itself and is left alone.
     """
     root, quota_bytes = _root(config, store)
-    removed = [
-        {
-            "fingerprint": one.fingerprint,
-            **msgspec.to_builtins(
-                checks.prune_offline(root, one.name, quota if quota is not None else quota_bytes)
-            ),
-        }
-        for one in checks.stores(root)
-    ]
+    try:
+        pruned = checks.prune_root(root, quota if quota is not None else quota_bytes)
+    except SnapshotError as error:
+        raise ConfigError(f"It can't be done: {error}.") from error
     if as_json:
-        print_json({"directory": str(root), "stores": removed})
+        print_json({"directory": str(root), "stores": msgspec.to_builtins(pruned)})
         return
-    for one in removed:
-        out.print(
-            f"{one['fingerprint'][:12]}: removed {len(one['extents'])} extents, "
-            f"{one['size_bytes'] / 1e6:,.1f} MB"
-        )
+    for one in pruned:
+        name = (one.fingerprint or one.name)[:12]
+        if one.owner:
+            out.print(f"{name}: left alone, {one.owner} has it open")
+        elif one.why_not:
+            out.print(f"{name}: left alone, {one.why_not}")
+        else:
+            what = "all of it" if one.is_gone else f"{one.extents} extents"
+            out.print(f"{name}: removed {what}, {one.size_bytes / 1e6:,.1f} MB")
+    if not pruned:
+        out.print(f"{root} holds no snapshots.")
 
 
 @app.command()

@@ -24,7 +24,9 @@ class Job:
     own, so that the store may have it. `chat` is what the engine renders it from (None: it can't be
     counted), `ids` its tokens once they were counted, which took `counted_s`; `is_refused`: the
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
-    False if its client wants nothing reused (`cache_prompt: false`).
+    False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
+    among the tenants' jobs, lower first.
+    `reply_tokens` is what each of its `replies` may come to.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Job:
     must_save: bool = False
     is_alone: bool = False
     is_savable: bool = True
+    turn: int = 0
+    replies: int = 1
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False
@@ -69,4 +73,5 @@ class Job:
             self.static_ids,
             self.reuses,
             self.is_refused,
+            self.replies,
         )

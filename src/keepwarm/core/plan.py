@@ -37,6 +37,11 @@ _TURN_TOKENS = 6
 # A new message of fewer tokens isn't worth looking for: to count a prompt of 2,000 tokens costs as
 # much as to prefill 40 of them.
 _LONG_NEW_TOKENS = 256
+# A reply for which so much of a shared pool is left needn't wait for more, and no reply takes more
+# than half of what is left beyond it: agents' replies are shorter, and others come meanwhile.
+AMPLE_TOKENS = 4096
+# Of the tokens that were estimated and not counted, one in so many may be missing.
+_ESTIMATE_MARGIN = 4
 
 
 class Source(StrEnum):
@@ -88,7 +93,9 @@ class Plan:
     `save_first`: the slot's content is saved before it is overwritten. `fill`: the static part is
     prefilled and saved on its own. `evict`: other slots to empty, so that a shared pool suffices;
     True where their content is saved first. `discard`: the engine must not compare the prompt with
-    what the slot holds, since that may be another tenant's and couldn't be erased.
+    what the slot holds, since that may be another tenant's and couldn't be erased. `reply_tokens`
+    is what each reply may come to in a shared pool (0: it has the context to itself),
+    `granted_tokens` what the slots come to with it at most.
     """
 
     source: Source
@@ -103,6 +110,8 @@ class Plan:
     evict: tuple[tuple[int, bool], ...]
     considered: tuple[Option, ...]
     discard: bool = False
+    reply_tokens: int = 0
+    granted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,8 @@ class Machine:
 
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
-    each has its own part. `slack_tokens` of a restored prefix may be computed again.
+    each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
+    is what a slot may hold, 0 if that isn't known.
     """
 
     row_bytes: int
@@ -119,6 +129,7 @@ class Machine:
     can_save: bool
     pool_tokens: int | None
     slack_tokens: int = 0
+    slot_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,8 @@ class Demand:
     """What one request asks for. `static_tokens` is known once its static part was tokenized.
 
     `is_alone`: every other slot must be idle, and is emptied; `ids`, `static_ids`: its tokens and
-    its static part's where they are known; `reuses`, `is_refused`: see `Job`.
+    its static part's where they are known; `reuses`, `is_refused`: see `Job`. `replies` are
+    computed at once.
     """
 
     prompt: Prompt
@@ -140,6 +152,7 @@ class Demand:
     static_ids: Tokens | None = None
     reuses: bool = True
     is_refused: bool = False
+    replies: int = 1
 
 
 def prompt_tokens(demand: Demand, rates: Rates) -> int:
@@ -224,10 +237,10 @@ def choose(
     if best is None:
         return None
     _, option, lost, promise = best
-    evict: tuple[tuple[int, bool], ...] | None = ()
+    room: _Room | None = _Room((), 0, total)
     if not demand.is_refused:
-        evict = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
-    if evict is None:
+        room = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
+    if room is None:
         return None
     restored = stored if option.source is Source.SNAPSHOT else None
     source = option.source
@@ -243,9 +256,11 @@ def choose(
         save_first=lost.save and not demand.is_refused,
         fill=_lacking_tokens(demand, option, rates) >= FILL_MIN_TOKENS,
         restore=restored,
-        evict=evict,
+        evict=room.evict,
         considered=tuple(considered),
         discard=not demand.reuses,
+        reply_tokens=room.reply_tokens,
+        granted_tokens=room.granted_tokens,
     )
 
 
@@ -328,6 +343,15 @@ def _options(
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """As `Plan` has it."""
+
+    evict: tuple[tuple[int, bool], ...]
+    reply_tokens: int
+    granted_tokens: int
+
+
 def _make_room(
     demand: Demand,
     slots: Sequence[Slot],
@@ -337,40 +361,65 @@ def _make_room(
     machine: Machine,
     rates: Rates,
     now_s: float,
-) -> tuple[tuple[int, bool], ...] | None:
-    """Idle slots to empty so that the prompt and its reply fit into a shared pool, or are alone.
+) -> _Room | None:
+    """Idle slots to empty so that a prompt and its reply fit into a shared pool, or are alone.
 
-    None: no room until a busy slot is free. When the pool overflows, llama-server purges idle
-    slots by itself, unsaved and unasked, so the sum is kept here.
+    When the pool overflows while requests run, llama-server fails all of them; when idle slots
+    fill it, it purges them unsaved and unasked. So the sum is kept here, with what each reply may
+    come to. None: no room until a busy slot is free.
     """
     others = [s for s in slots if s.id != option.slot]
-
-    def lose(slot: Slot) -> Loss:
-        return loss(
-            slot,
+    is_beside = any(s.state != "idle" for s in others)
+    lost = {
+        s.id: loss(
+            s,
             kept_tokens=0,
             row_bytes=machine.row_bytes,
             rates=rates,
-            returns=slot.returns(now_s),
+            returns=s.returns(now_s),
             can_save=machine.can_save,
         )
-
-    if demand.is_alone:
-        if any(s.state != "idle" for s in others):
-            return None
-        return tuple((s.id, lose(s).save) for s in others if s.most_tokens)
+        for s in others
+        if s.state == "idle" and s.most_tokens
+    }
+    if demand.is_alone and is_beside:
+        return None
+    everybody = tuple((slot_id, lose.save) for slot_id, lose in lost.items())
     if machine.pool_tokens is None:
-        return ()
-    need = total + demand.reply_tokens + sum(s.most_tokens for s in others)
-    over = need - machine.pool_tokens
-    if over <= 0:
-        return ()
-    idle = [(s, lose(s)) for s in others if s.state == "idle" and s.most_tokens]
+        evict = everybody if demand.is_alone else ()
+        return _Room(evict, 0, total + demand.reply_tokens)
+    margin = (total - option.reuse_tokens) // _ESTIMATE_MARGIN
+    need = total if demand.ids is not None else total + margin
+    reply = _reply_tokens(demand, slots, option, need, machine.pool_tokens)
+    if reply is None:
+        return None
+    granted = need + reply * demand.replies
+    if total >= machine.pool_tokens:
+        # The engine refuses it, before it touches anything.
+        return _Room((), reply, granted)
+    if demand.is_alone:
+        return _Room(everybody, reply, granted)
+    over = granted + sum(s.most_tokens for s in others) - machine.pool_tokens
     out: list[tuple[int, bool]] = []
-    for slot, lost in sorted(idle, key=lambda pair: pair[1].seconds):
-        out.append((slot.id, lost.save))
-        over -= slot.most_tokens
+    for slot_id, lose in sorted(lost.items(), key=lambda pair: pair[1].seconds):
         if over <= 0:
-            return tuple(out)
-    # With nothing left to empty the engine itself says that the prompt is too long.
-    return None if any(s.state != "idle" for s in others) else tuple(out)
+            break
+        out.append((slot_id, lose.save))
+        over -= slots[slot_id].most_tokens
+    return _Room(tuple(out), reply, granted)
+
+
+def _reply_tokens(
+    demand: Demand, slots: Sequence[Slot], option: Option, need: int, pool_tokens: int
+) -> int | None:
+    """What each reply may come to beside the requests that run.
+
+    None: too little is left; a request that ends makes room. With nobody there to wait for it is
+    all that is left, and the reply ends with `length` there, as it would on an engine of its own.
+    """
+    taken = sum(s.most_tokens for s in slots if s.id != option.slot and s.state != "idle")
+    left = max(pool_tokens - taken - need, 0) // demand.replies
+    wanted = min(demand.reply_tokens, AMPLE_TOKENS)
+    if left < wanted:
+        return None if taken else max(left, 1)
+    return min(demand.reply_tokens, max(wanted, left // 2))

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from keepwarm.core.roles import ANSWER_ROLES, SYSTEM_ROLES
+from keepwarm.core.tree import Tokens, as_tokens
 
 # 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
 # on a slow CPU), and about one digest a microsecond of hashing.
@@ -92,7 +93,7 @@ class Prompt:
     if there is nothing static; `turns` counts how often the model is asked in it: by a user, or
     by a tool's result; `is_static_shared`: the static part is a tier's and nothing else.
     `asked_index` is the mark before its last user message, `answered_index` the one behind the
-    last message of the model's (-1: there is none).
+    last message of the model's (-1: there is none); `ids` are the tokens of a prompt given as such.
     """
 
     api: Api
@@ -102,6 +103,7 @@ class Prompt:
     is_static_shared: bool = False
     asked_index: int = -1
     answered_index: int = -1
+    ids: Tokens | None = None
 
     @property
     def asked(self) -> Mark | None:
@@ -370,7 +372,8 @@ def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
         return Prompt("completion", marks, -1, 1)
     if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
-        return Prompt("completion", token_marks(prompt, key), -1, 1)
+        ids = as_tokens(prompt)
+        return Prompt("completion", token_marks(prompt, key), -1, 1, ids=ids)
     opaque = _digest(key, _bytes(_dump(prompt)))
     return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
 

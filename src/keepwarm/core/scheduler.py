@@ -77,8 +77,8 @@ SAVE_AFTER_IDLE_S = 0.3
 # a loop of short turns is then slowed by a fiftieth at most.
 SAVE_AT_ONCE = 50.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
-# and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
-# ten milliseconds. Slots in use by turns stay.
+# and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
+# compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
 # The opening of a turn and a first word are in any two prompts: nothing to wait for.
 _COMMON_OPENING_TOKENS = 8
@@ -87,6 +87,8 @@ _COMMON_OPENING_TOKENS = 8
 _TAKING_IN = 4.0
 
 
+# Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
+_NOBODY = "\0"
 # A prompt is counted where what is in doubt costs so many times the count to prefill.
 COUNT_IF_TIMES = 1.0
 
@@ -121,6 +123,7 @@ class Scheduler:
     lookup: Lookup
     knows: Callable[[bytes, str], bool] = lambda _digest, _namespace: False
     queue_limit: int = 256
+    tenants: int = 1
     up: bool = True
     jobs: dict[str, Job] = field(default_factory=dict)
     _queue: list[str] = field(default_factory=list)
@@ -131,11 +134,15 @@ class Scheduler:
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
     _absorbing: dict[str, Content] = field(default_factory=dict)
     _returns: Returns = field(default_factory=Returns)
+    # The last turn that was given to a tenant's jobs, and the last one that was served.
+    _turns: dict[tuple[str, int], int] = field(default_factory=dict)
+    _served: dict[int, int] = field(default_factory=dict)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
-        if len(self._queue) >= self.queue_limit:
+        if self._is_full(job):
             return [Fail(job.id, "queue_full")]
+        self._take_turn(job)
         self.jobs[job.id] = job
         self._queue.append(job.id)
         return self._dispatch(now_s)
@@ -174,10 +181,14 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None:
+        if counts is not None and self.is_shifted(counts):
+            slot.content, slot.held_tokens = None, self.machine.slot_tokens
+        elif counts is not None:
             self._learn(job, slot, counts, reply)
         if counts is not None or touched:
             slot.owner = job.namespace
+        if counts is not None and self.is_shifted(counts):
+            slot.owner = _NOBODY
         effects: list[Effect] = []
         if counts is None and touched:
             effects += self._look(slot, job, now_s)
@@ -302,12 +313,33 @@ class Scheduler:
             for slot in self.slots:
                 if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
                     effects += self._save_if_worth(slot, now_s)
+        if self.up:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
+
+    def is_shifted(self, counts: Counts) -> bool:
+        """Whether a reply went on beyond its slot's end: text was dropped from under its rows.
+
+        They were computed behind what is gone (`--context-shift`), so they are nobody's prefix.
+        """
+        limit = self.machine.slot_tokens
+        return bool(limit) and counts.prompt + counts.decoded > limit
+
+    def engine_slept(self) -> int:
+        """The engine unloaded its model by itself and is up still; returns how many slots it cost.
+
+        A request that runs keeps it awake, so all slots are idle.
+        """
+        held = 0
+        for slot in self.slots:
+            if slot.state is SlotState.IDLE:
+                held += slot.content is not None
+                slot.content, slot.held_tokens, slot.owner = None, 0, ""
+        return held
 
     def set_content(self, slot_id: int, content: Content | None, now_s: float) -> None:
         """Tell what a slot holds; only for an idle slot, by who warmed it."""
@@ -327,6 +359,10 @@ class Scheduler:
         """Requests without a slot."""
         return len(self._queue)
 
+    def queued_of(self, namespace: str) -> int:
+        """Those of them that one tenant sent."""
+        return sum(self.jobs[job_id].namespace == namespace for job_id in self._queue)
+
     @property
     def serving(self) -> frozenset[str]:
         """The requests that the engine computes now."""
@@ -344,12 +380,35 @@ class Scheduler:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)
 
+    def _is_full(self, job: Job) -> bool:
+        """Whether no more of a job's kind may wait, or no more of its tenant's.
+
+        A batch's jobs are counted apart: many that can wait must not keep out one that can't. And
+        where there are several tenants, one of them can't fill the queue for all.
+        """
+        alike = [self.jobs[j] for j in self._queue]
+        alike = [other for other in alike if (other.priority > 0) == (job.priority > 0)]
+        share = self.queue_limit if self.tenants == 1 else max(self.queue_limit // 2, 1)
+        own = sum(other.namespace == job.namespace for other in alike)
+        return len(alike) >= self.queue_limit or own >= share
+
+    def _take_turn(self, job: Job) -> None:
+        """Where a new job stands among the tenants' (start-time fair queueing).
+
+        Each tenant's jobs stand one turn apart, from the turn that is served now on: who sends many
+        at once has them served between the few of the others. One tenant's are first come, first
+        served.
+        """
+        last = self._turns.get((job.namespace, job.priority), 0)
+        job.turn = max(last, self._served.get(job.priority, 0)) + 1
+        self._turns[job.namespace, job.priority] = job.turn
+
     def _dispatch(self, now_s: float) -> list[Effect]:
-        """Give idle slots to waiting requests, first come first served within a priority."""
+        """Give idle slots to waiting requests, in turn."""
         effects: list[Effect] = []
         if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):
             return effects
-        for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
+        for job_id in sorted(self._queue, key=lambda j: (self.jobs[j].priority, self.jobs[j].turn)):
             job = self.jobs[job_id]
             if job.is_counting:
                 continue
@@ -374,6 +433,7 @@ class Scheduler:
             if plan is None:
                 break
             self._queue.remove(job_id)
+            self._served[job.priority] = max(self._served.get(job.priority, 0), job.turn)
             effects += self._begin(job, plan, now_s)
             if job.is_alone:
                 break
@@ -469,7 +529,7 @@ class Scheduler:
         slot = self.slots[plan.slot]
         job.plan = plan
         slot.state, slot.job = SlotState.PREPARING, job.id
-        slot.granted_tokens = plan.prompt_tokens + job.reply_tokens
+        slot.granted_tokens = plan.granted_tokens
         script: deque[Step] = deque()
         effects: list[Effect] = []
         for other_id, save in plan.evict:
@@ -661,18 +721,23 @@ class Scheduler:
         return content.turns > 1 and unsaved_s >= SAVE_AT_ONCE * save_s
 
     def _thin_out(self, now_s: float) -> list[Effect]:
-        """Empty slots of a shared pool that have been idle, but for the one used last."""
-        if self.machine.pool_tokens is None:
+        """Empty slots of a shared pool that are idle, while others compute.
+
+        At once what the store has; after a while what isn't worth a save, and what can be continued
+        from more places in its slot than from the store.
+        """
+        if self.machine.pool_tokens is None or not self.busy:
             return []
-        last = max(self.slots, key=lambda slot: slot.idle_since_s)
         effects: list[Effect] = []
         for slot in self.slots:
-            idle = slot.state is SlotState.IDLE and slot is not last
-            if not idle or slot.content is None or slot.held_tokens == 0:
+            content = slot.content
+            if slot.state is not SlotState.IDLE or content is None or slot.held_tokens == 0:
                 continue
-            if now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S and not self._worth_saving(
-                slot, now_s
-            ):
+            if any(content is absorbing for absorbing in self._absorbing.values()):
+                continue
+            is_kept = content.saved_tokens >= content.tokens and self.machine.cuttable
+            is_old = now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S
+            if is_kept or (is_old and not self._worth_saving(slot, now_s)):
                 slot.state = SlotState.PREPARING
                 self._scripts[slot.id] = deque([EraseSlot(slot.id)])
                 effects += self._advance(slot, now_s)

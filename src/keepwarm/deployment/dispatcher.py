@@ -164,6 +164,8 @@ class Dispatcher:
     ) -> None:
         """Give a slot back; see `Scheduler.finished`. Calling it again does nothing."""
         self._bodies.pop(job.id, None)
+        if counts is not None and self.scheduler.is_shifted(counts):
+            self.metrics.miss("context_shift")
         self._perform(
             self.scheduler.finished(
                 job.id, time.monotonic(), counts=counts, reply=reply, touched=touched
@@ -185,6 +187,11 @@ class Dispatcher:
     def engine_down(self) -> None:
         """The engine is gone and every slot empty."""
         self._perform(self.scheduler.engine_down(time.monotonic()))
+
+    def engine_slept(self) -> None:
+        """The engine has unloaded its model, and loads it again for the next request."""
+        for _ in range(self.scheduler.engine_slept()):
+            self.metrics.miss("slept")
 
     def engine_up(self) -> None:
         """The engine is back and warmed."""

@@ -12,7 +12,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Target, tier_targets
 from keepwarm.errors import EngineError, SnapshotError, TierError
-from keepwarm.store.types import Origin
+from keepwarm.store.types import Origin, Pin
 from keepwarm.tiers.tiering import Tiered
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ class Prover:
                 return
             else:
                 runtime.metrics.miss("not_reused")
-                lost = set(await self._quarantine(plan.restore, "not_reused"))
+                lost = set(await self._quarantine(plan.restore, "not_reused", job.namespace))
             for target in runtime.prefixes.targets:
                 if target.name in lost:
                     await rebuild(runtime, target)
 
-    async def _quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:
+    async def _quarantine(self, stored: Stored, reason: str, namespace: str) -> tuple[str, ...]:
         try:
-            return await self._runtime.slot_store.quarantine(stored, reason)
+            return await self._runtime.slot_store.quarantine(stored, reason, namespace=namespace)
         except SnapshotError as error:
             self._runtime.metrics.miss(error.reason)
             return ()
@@ -104,16 +104,10 @@ class Prover:
         runtime = self._runtime
         runtime.dispatcher.forget_rendered()
         lost = {target.name for target in moved}
-        for name in sorted(lost):
-            if pin := runtime.store.pin_named(name):
-                try:
-                    removed = await runtime.store.quarantine(
-                        pin.extent_id, pin.at_tokens, reason="template_changed"
-                    )
-                except SnapshotError as error:
-                    runtime.metrics.miss(error.reason)
-                else:
-                    lost |= set(removed.pins)
+        try:
+            await runtime.store.forget_marks()
+        except SnapshotError as error:
+            runtime.metrics.miss(error.reason)
         for target in runtime.prefixes.targets:
             runtime.dispatcher.know_static(target.digest, target.tokens)
         return lost
@@ -172,11 +166,20 @@ class Prover:
         await self._forget_oldest()
 
     async def _forget_oldest(self) -> None:
-        """Keep as many learned prefixes as the settings allow: the most recently used."""
-        learned = [p for p in self._runtime.store.pins() if p.origin is Origin.LEARNED]
-        over = len(learned) - self._runtime.settings.store.learned
-        for pin in sorted(learned, key=lambda p: p.used_s or p.created_s)[: max(over, 0)]:
-            await self._runtime.store.unpin(pin.name)
+        """Keep as many learned prefixes as the settings allow.
+
+        The tenant that has most of them gives up the one that it used longest ago: nobody's are
+        lost to what another one learns, as long as they are no more than its share.
+        """
+        learned: dict[str, list[Pin]] = {}
+        for pin in self._runtime.store.pins():
+            if pin.origin is Origin.LEARNED:
+                learned.setdefault(_tenant_of(pin.name), []).append(pin)
+        while sum(map(len, learned.values())) > self._runtime.settings.store.learned:
+            most = max(learned.values(), key=len)
+            oldest = min(most, key=lambda pin: pin.used_s or pin.created_s)
+            most.remove(oldest)
+            await self._runtime.store.unpin(oldest.name)
 
     async def learned_targets(self) -> list[Target]:
         """What was learned in earlier lives, most recently used first."""
@@ -190,8 +193,7 @@ class Prover:
                 self._runtime.metrics.miss(error.reason)
                 continue
             assert pin.digest
-            # A key's name may hold colons itself.
-            namespace = pin.name.removeprefix("learned:").rpartition(":")[0]
+            namespace = _tenant_of(pin.name)
             out.append(
                 Target(
                     pin.name,
@@ -204,3 +206,8 @@ class Prover:
             )
             self._seen[pin.digest] = 2
         return out
+
+
+def _tenant_of(name: str) -> str:
+    """Whose a learned pin is, by its name. A key's name may hold colons itself."""
+    return name.removeprefix("learned:").rpartition(":")[0]

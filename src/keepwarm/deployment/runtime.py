@@ -133,7 +133,8 @@ class Runtime:
         """
         self.settings = settings
         self.places = places
-        self.keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        server = settings.server
+        self.keys = load_keys(server.api_keys, server.api_key_file, server.operators)
         self._beginning = beginning or prepare(settings, places)
         self.tiers_dir = self._beginning.tiers_dir
         self.tiers: TierSet = self._beginning.tiers
@@ -163,6 +164,7 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._supervisor: Supervisor | None = None
+        self._slept = False
         self._serving_at_death: frozenset[str] = frozenset()
         self._vital: list[asyncio.Task[None]] = []
 
@@ -326,6 +328,7 @@ class Runtime:
             pool_tokens=pool,
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
+            slot_tokens=slot_tokens,
         )
         self.slot_store = SlotStore(
             self.store,
@@ -340,6 +343,7 @@ class Runtime:
             lookup=self.slot_store.lookup,
             knows=self.slot_store.knows,
             queue_limit=self.settings.server.queue,
+            tenants=self.keys.tenants,
         )
         self.dispatcher = Dispatcher(
             scheduler, self.counter, self.slot_store, self.metrics, self.supervise
@@ -451,9 +455,25 @@ class Runtime:
             props = await self.client.props()
         except EngineError:
             return True  # it doesn't answer: that is looked at elsewhere
+        if self._is_asleep(props):
+            return True
         slots = int(props.get("total_slots") or 1)
         now = fingerprint(seen_again(self.launch, props), props, form=self._form(slots))
         return now == self.fingerprint and slots == len(self.dispatcher.scheduler.slots)
+
+    @property
+    def may_sleep(self) -> bool:
+        """Whether the engine may unload its model by itself (`--sleep-idle-seconds`)."""
+        options = self.launch.options
+        return options is None or "--sleep-idle-seconds" in options.extra
+
+    def _is_asleep(self, props: dict[str, Any]) -> bool:
+        """Whether the engine says that it has unloaded its model; its slots are empty then."""
+        was_asleep, self._slept = self._slept, bool(props.get("is_sleeping"))
+        if self._slept and not was_asleep:
+            log.info("the engine sleeps: its slots are empty, the next request loads its model")
+            self.dispatcher.engine_slept()
+        return self._slept
 
     def engine_lost(self, reason: str) -> None:
         """The engine is gone: its slots are empty, requests wait."""

@@ -156,11 +156,15 @@ class SlotStore:
             return None
         return self.store.tokens_now(stored.extent_id, stored.tokens)
 
-    async def quarantine(self, stored: Stored, reason: str) -> tuple[str, ...]:
-        """Never restore this again; returns the names of pins that lost their prefix."""
+    async def quarantine(
+        self, stored: Stored, reason: str, *, namespace: str = ""
+    ) -> tuple[str, ...]:
+        """A restore wasn't reused: see `Store.quarantine`. Returns pins that need warming again."""
         if stored.extent_id is None:
             return ()
-        removed = await self.store.quarantine(stored.extent_id, stored.tokens, reason=reason)
+        removed = await self.store.quarantine(
+            stored.extent_id, stored.tokens, reason=reason, namespace=namespace
+        )
         return removed.pins
 
     async def pin(

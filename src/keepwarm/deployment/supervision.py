@@ -58,6 +58,10 @@ class Deployment(Protocol):
     def is_idle(self) -> bool:
         """Whether no request runs or waits."""
 
+    @property
+    def may_sleep(self) -> bool:
+        """Whether the engine may unload its model by itself; `is_same_engine` then notices."""
+
     async def engine_rest(self) -> bool:
         """Start nothing new, let what runs end, and save the slots.
 
@@ -209,10 +213,11 @@ class Supervisor:
         if process and process.exited.is_set():
             return "died"
         if await self._deployment.client.health():
-            # One of our own can't be another one: its process would have ended.
-            if process or await self._deployment.is_same_engine():
+            if process and not self._deployment.may_sleep:
                 return None
-            return "replaced"
+            is_same = await self._deployment.is_same_engine()
+            # One of our own can't be another one: its process would have ended.
+            return None if process or is_same else "replaced"
         if process and process.exited.is_set():
             return "died"
         # A large batch holds the engine's loop but not its HTTP threads, so /health is answered

@@ -51,6 +51,7 @@ T = TypeVar("T")
 # What may wait when the thread is behind; beyond this, requests go unexplained rather than pile up
 # with their bodies in memory.
 _BACKLOG = 1000
+_BACKLOG_CHARS = 64 << 20
 # What has ended is on disk this much later, if nobody asks for it before.
 _WRITE_S = 0.5
 # A slot is given back a moment before its request is over. Not more: a small model answers all that
@@ -83,6 +84,8 @@ class Explainer:
         self._sinks = sinks
         self._worker = Worker("explain", failure="a request couldn't be explained")
         self._room = threading.BoundedSemaphore(_BACKLOG)
+        # Written by the event loop, and by this thread: each adds up its own.
+        self._left_chars = self._explained_chars = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._history: History | None = None
         self._identity = Identity("", {}, cuttable=True)
@@ -127,7 +130,11 @@ class Explainer:
 
     def ended(self, ended: Ended) -> None:
         """A request has ended. Returns at once."""
+        chars = ended.prompt.chars
+        if self._left_chars - self._explained_chars + chars > _BACKLOG_CHARS:
+            return
         if self._loop is not None and self._room.acquire(blocking=False):
+            self._left_chars += chars
             self._worker.leave(self._explain, ended)
 
     async def settled(self) -> None:
@@ -179,6 +186,7 @@ class Explainer:
 
     def _explain(self, ended: Ended) -> None:
         self._room.release()
+        self._explained_chars += ended.prompt.chars
         history = self._history
         if history is None:
             return

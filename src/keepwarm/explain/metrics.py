@@ -33,6 +33,8 @@ from keepwarm.explain.record import Ended
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
+_FOR_EVERYONE = ("keepwarm_build_info", "keepwarm_warm", "keepwarm_engine_restarts_total")
+
 
 class Metrics:
     """All of Keepwarm's own metrics in one registry. Safe to use from any thread."""
@@ -201,6 +203,10 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def text_for_everyone(self) -> bytes:
+        """Those of them to which no request adds: whether it is well, not what it does."""
+        return generate_latest(self.registry.restricted_registry(_FOR_EVERYONE))
 
 
 def merged(own: bytes, engine: bytes) -> bytes:

@@ -32,6 +32,7 @@ from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
 from keepwarm.fleet.wire import Ask, Told, packed
 from keepwarm.gateway.app import make_app
+from keepwarm.gateway.listening import Runner
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import load_settings
 
@@ -88,9 +89,7 @@ class Node:
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - self._began_s)
 
     async def _listen(self) -> None:
-        self._runner = web.AppRunner(
-            make_app(self._runtime), handler_cancellation=True, access_log=None
-        )
+        self._runner = Runner(make_app(self._runtime))
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

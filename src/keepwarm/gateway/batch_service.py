@@ -45,7 +45,8 @@ from keepwarm.core.prompt import SharedEnd
 from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import EngineDownError, EngineRefusedError, KeepwarmError
 from keepwarm.gateway.asked import Asked
-from keepwarm.gateway.proxy import Proxy, error_response
+from keepwarm.gateway.door import error_response
+from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 log = logging.getLogger("keepwarm")

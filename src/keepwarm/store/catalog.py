@@ -223,6 +223,18 @@ class Catalog:
         """Where a digest's prefix ends, as far as this namespace alone knows."""
         return self._marks.get(namespace, {}).get(digest)
 
+    def marks_at(
+        self, namespace: str | None, *, extent_id: int | None, at: int | None
+    ) -> list[tuple[str, bytes, int]]:
+        """Marks as (namespace, digest, extent id); None means any."""
+        return [
+            (name, digest, place.extent_id)
+            for name, table in self._marks.items()
+            if namespace is None or name == namespace
+            for digest, place in table.items()
+            if extent_id is None or (place.extent_id, place.at) == (extent_id, at)
+        ]
+
     def forget_mark(self, namespace: str, digest: bytes, *, extent_id: int) -> None:
         """Forget a digest if it still points into this extent."""
         table = self._marks.get(namespace, {})

@@ -354,14 +354,24 @@ def unusable_if_damaged() -> Iterator[None]:
 def read_only(path: Path) -> sqlite3.Connection:
     """A connection for looking, also beside a running gateway; takes no lock that it would notice.
 
+    On a full disk, where SQLite can't make its shared memory, the file is read as it is: what is in
+    the log only is missing then.
+
     Raises: SnapshotError('index') if there is no readable index.
     """
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.Error as error:
-        raise SnapshotError(f"{path} can't be read: {error}", reason="index") from error
-    if version != SCHEMA_VERSION:
+    wrong = f"{path} can't be read"
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        try:
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)
+        except sqlite3.Error as error:
+            wrong = f"{path} can't be opened: {error}"
+            continue
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == SCHEMA_VERSION:
+                return connection
+            wrong = f"{path} has schema {version}"
+        except sqlite3.Error as error:
+            wrong = f"{path} can't be read: {error}"
         connection.close()
-        raise SnapshotError(f"{path} has schema {version}", reason="index")
-    return connection
+    raise SnapshotError(wrong, reason="index")

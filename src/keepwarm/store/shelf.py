@@ -314,7 +314,7 @@ class Shelf:
             ]
             ends = [key for key in found.ends if key.name not in there]
             pins = [name for name in found.pins if name not in self.catalog.pins]
-            self._remove_rows(extents=extents, ends=ends, pins=pins, senseless=True)
+            self._remove_rows(extents, ends, pins, senseless=True)
             self._refuse = _Loading()
         if freed:
             log.info("removed files of ours that the index doesn't name: %d bytes", freed)
@@ -403,8 +403,7 @@ class Shelf:
                 ends.append(FileKey(candidate.extent_id, candidate.at))
         freed = before - catalog.used_bytes
         if extents or ends:
-            self._remove_rows(extents=extents, ends=ends, pins=())
-            self.files.remove([*map(FileKey, extents), *ends])
+            self._remove(extents=extents, ends=ends)
             self.counts.evicted_extents += len(extents)
             self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
@@ -414,8 +413,7 @@ class Shelf:
         before = self.catalog.used_bytes
         extents = self.catalog.tree.subtree(extent_id)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=())
-        self.files.remove([*map(FileKey, extents), *ends])
+        self._remove(extents=extents, ends=ends)
         freed = before - self.catalog.used_bytes
         self.counts.evicted_extents += len(extents)
         self.counts.evicted_bytes += freed
@@ -430,11 +428,27 @@ class Shelf:
         for name in pins:
             catalog.drop_pin(name)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=pins)
-        self._quarantine_file(FileKey(extent_id))
-        self.files.remove([FileKey(i) for i in extents if i != extent_id] + ends)
+        self._remove(extents=extents, ends=ends, pins=pins, aside=FileKey(extent_id))
         self.counts.quarantined_extents += 1
         return Removed(tuple(extents), tuple(pins), before - catalog.used_bytes)
+
+    def forget_marks(
+        self, namespace: str | None, *, extent_id: int | None = None, at: int | None = None
+    ) -> int:
+        """Forget the digests that lead to one end, or all; of one namespace, or of all. Rows stay.
+
+        Returns how many. Those that the index can't forget now are known again after a restart.
+        """
+        found = self.catalog.marks_at(namespace, extent_id=extent_id, at=at)
+        for name, digest, holder in found:
+            self.catalog.forget_mark(name, digest, extent_id=holder)
+        try:
+            with disk_errors("forgetting marks"), self.index.transaction():
+                for name, digest, holder in found:
+                    self.index.drop_mark(holder, name, digest)
+        except SnapshotError as error:
+            log.warning("%s", error)
+        return len(found)
 
     def quarantine_end(self, extent_id: int, at: int) -> Removed:
         """Set one boundary state aside; pins that end there are lost."""
@@ -446,15 +460,31 @@ class Shelf:
             catalog.drop_pin(name)
         row = catalog.remove_end(extent_id, at)
         key = FileKey(extent_id, at)
-        self._remove_rows(extents=[], ends=[key], pins=pins)
-        self._quarantine_file(key)
+        self._remove(extents=[], ends=[key], pins=pins, aside=key)
         return Removed((), tuple(pins), row.size_bytes)
 
-    def _quarantine_file(self, key: FileKey) -> None:
-        try:
-            self.files.quarantine(key)
-        except SnapshotError as error:
-            log.warning("%s; it isn't used any more", error)
+    def _remove(
+        self,
+        *,
+        extents: list[int],
+        ends: list[FileKey],
+        pins: Collection[str] = (),
+        aside: FileKey | None = None,
+    ) -> None:
+        """Remove rows, then files, of which `aside` goes to the quarantine.
+
+        On a full disk the files go first: that makes room for the index to be written.
+        """
+        is_told = self._remove_rows(extents, ends, pins)
+        if aside is not None:
+            try:
+                self.files.quarantine(aside)
+            except SnapshotError as error:
+                log.warning("%s; it isn't used any more", error)
+        self.files.remove(key for key in [*map(FileKey, extents), *ends] if key != aside)
+        if not is_told and not self._remove_rows(extents, ends, pins):
+            log.warning("the index still names what was removed; the next start passes over it")
+        self.tell()
 
     def _forget_extent(self, extent_id: int) -> list[FileKey]:
         marks: list[tuple[str, bytes]] = []
@@ -464,12 +494,12 @@ class Shelf:
 
     def _remove_rows(
         self,
-        *,
         extents: list[int],
         ends: Iterable[FileKey],
         pins: Collection[str],
+        *,
         senseless: bool = False,
-    ) -> None:
+    ) -> bool:
         pairs = [(key.extent_id, key.at) for key in ends if key.at is not None]
         try:
             with disk_errors("removing from the index"), self.index.transaction():
@@ -479,5 +509,6 @@ class Shelf:
                 if senseless:
                     self.index.drop_senseless()
         except SnapshotError as error:
-            log.warning("%s; the files go all the same", error)
-        self.tell()
+            log.info("%s", error)
+            return False
+        return True

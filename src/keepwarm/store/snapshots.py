@@ -280,15 +280,45 @@ class Snapshots:
         pins = self.shelf.catalog.pins.values()
         return any((pin.extent_id, pin.at_tokens) == (extent_id, at) for pin in pins)
 
-    def quarantine(self, extent_id: int, at: int) -> Removed:
+    def quarantine(self, extent_id: int, at: int, namespace: str) -> Removed:
         """See `Store.quarantine`."""
+        self.revive()
         catalog = self.shelf.catalog
         holder = catalog.tree.holder(extent_id, at) if extent_id in catalog.tree else None
         if holder is None:
             return Removed()
-        removed = self.shelf.quarantine_extent(holder)
-        self.forget_ready(removed)
-        return removed
+        self.staging.forget({holder})
+        for link in catalog.tree.chain(holder, at):
+            removed = self._quarantine_if_damaged(link.extent_id, None)
+            if removed is not None:
+                return removed
+        if at in catalog.tree[holder].boundaries:
+            removed = self._quarantine_if_damaged(holder, at)
+            if removed is not None:
+                return removed
+        self.shelf.forget_marks(namespace, extent_id=holder, at=at)
+        ending = [p for p in catalog.pins.values() if (p.extent_id, p.at_tokens) == (holder, at)]
+        return Removed(pins=tuple(pin.name for pin in ending))
+
+    def _quarantine_if_damaged(self, extent_id: int, at: int | None) -> Removed | None:
+        """Compare one file anew; None if it is what was written, or can't be read just now."""
+        shelf = self.shelf
+        row = shelf.catalog.row(extent_id) if at is None else shelf.catalog.end(extent_id, at)
+        try:
+            shelf.files.check_again(row)
+        except SnapshotError as error:
+            if error.reason not in UNTRUSTED:
+                return None
+            if at is not None:
+                return shelf.quarantine_end(extent_id, at)
+            removed = shelf.quarantine_extent(extent_id)
+            self.forget_ready(removed)
+            return removed
+        return None
+
+    def forget_marks(self) -> int:
+        """See `Store.forget_marks`."""
+        return self.shelf.forget_marks(None)
 
     def prune(self, bound_bytes: int) -> Removed:
         """See `Store.prune`."""

@@ -261,20 +261,33 @@ class Store:
         except (SnapshotError, RuntimeError):
             return None
 
-    async def quarantine(self, extent_id: int, at_tokens: int, *, reason: str) -> Removed:
-        """Set aside the extent that a restore of this prefix ended in, and what hangs off it.
+    async def quarantine(
+        self, extent_id: int, at_tokens: int, *, reason: str, namespace: str = ""
+    ) -> Removed:
+        """A proof of this prefix has failed: compare its files anew, and set aside what is damaged.
 
-        For a restore whose proof failed. `pins` of the answer are to be warmed again.
+        What hangs off a damaged extent goes with it. If all is what was written, the rows aren't
+        to blame and stay: only this namespace's digests don't lead there any more. `pins` of the
+        answer lost their prefix, or their digest: they are to be warmed, or proved, again.
         """
-        removed = await self._run(self._snapshots.quarantine, extent_id, at_tokens)
+        removed = await self._run(self._snapshots.quarantine, extent_id, at_tokens, namespace)
         if removed.extents:
             log.warning(
                 "quarantined extent %d and %d that hang off it: %s",
-                extent_id,
+                removed.extents[0],
                 len(removed.extents) - 1,
                 reason,
             )
+        else:
+            log.warning("extent %d is what was written (%s)", extent_id, reason)
         return removed
+
+    async def forget_marks(self) -> int:
+        """No digest leads anywhere any more, since texts became other tokens; returns how many.
+
+        Rows stay, and are found by their tokens.
+        """
+        return await self._run(self._snapshots.forget_marks)
 
     async def verify(self, progress: Callable[[int, int], None] | None = None) -> Verified:
         """Read all files again and compare; quarantine what differs. `progress(done, total)`.
