@@ -23,6 +23,7 @@ from aiohttp import web
 from keepwarm.api.bodies import check_body
 from keepwarm.api.routes import request_headers
 from keepwarm.core.anthropic import chat_request
+from keepwarm.core.client_name import agent_of
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
@@ -318,6 +319,7 @@ class Proxy:
             chat=None if asked.is_infill else rendered_from(asked.api, tiered.body),
             ids=prompt.ids,
             reuses=tiered.body.get("cache_prompt") is not False,
+            agent=agent_of(asked.headers.get("user-agent", "")),
         )
         fills = prompt.static and is_savable and job.reuses
         static = static_body(asked.api, tiered.body) if fills else None
