@@ -523,7 +523,10 @@ class Scheduler:
         """Tokens of a job's prompt that some content spares."""
         if content.namespace not in ("", job.namespace):
             return 0
-        return content.reuse(job.prompt, job.ids, cuttable=self.machine.cuttable).tokens
+        machine = self.machine
+        return content.reuse(
+            job.prompt, job.ids, cuttable=machine.cuttable, window_tokens=machine.window_tokens
+        ).tokens
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]
@@ -618,6 +621,7 @@ class Scheduler:
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
             slot.content = after_restore(job, step.stored, outcome.tokens, outcome.ids)
+            slot.content.held_from = max(outcome.tokens - self.machine.window_tokens, 0)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
@@ -669,7 +673,11 @@ class Scheduler:
         if not job.is_final:
             self._returns.observe(job.namespace, job.prompt)
         returns = self._returns.chance(job.namespace, job.prompt)
-        slot.content = after_reply(job, slot.content, counts, said, returns=returns)
+        slot.content = after_reply(
+            *(job, slot.content, counts, said),
+            returns=returns,
+            window_tokens=self.machine.window_tokens,
+        )
         if said and self._is_kept(job, said):
             # Asked and answered before, word for word: there is nothing new to save.
             slot.content.saved_tokens = slot.content.tokens

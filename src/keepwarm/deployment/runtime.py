@@ -329,6 +329,8 @@ class Runtime:
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
             slot_tokens=slot_tokens,
+            appends=self.counter.appends,
+            window_tokens=self.launch.model.window_tokens if self.launch.model else 0,
         )
         self.slot_store = SlotStore(
             self.store,
