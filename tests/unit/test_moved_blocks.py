@@ -248,6 +248,29 @@ def test_in_a_chat_they_stand_before_the_first_question_only() -> None:
     assert out.body["messages"][2:] == body["messages"][2:]
 
 
+def test_a_system_message_behind_the_first_question_goes_to_the_beginning() -> None:
+    body = request("messages", "You are it.", "Bash", "Read")
+    env = " - Primary working directory: /home/ann/shop\n - Is a git repository: true"
+    later = {"role": "system", "content": f"Tools are deferred.\n{env}\nAgents follow."}
+    last = {"role": "system", "content": "A later one."}
+    answer = {"role": "assistant", "content": "It sells."}
+    body["messages"] += [later, answer, {"role": "user", "content": "And then?"}, last]
+    out = clean("messages", body)
+    assert out.rewrites == {"move-known": 2}
+    first, *rest = out.body["messages"]
+    assert first["content"] == [
+        {
+            "type": "text",
+            "text": "Tools are deferred.\nAgents follow.\n\n<system-reminder>x</system-reminder>",
+        },
+        {"type": "text", "text": f"{env.strip()}\n\nWhat does it do?"},
+    ]
+    assert rest == [answer, {"role": "user", "content": "And then?"}, last]
+    again = hygiene_of(["move-known"], [])
+    assert again
+    assert again.clean("messages", out.body).body is out.body
+
+
 def test_who_isnt_an_agent_or_counts_characters_is_left_alone() -> None:
     for body in (request("chat", PI, "get_weather"), request("chat", PI)):
         assert clean("chat", body).body is body

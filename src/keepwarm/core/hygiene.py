@@ -229,7 +229,11 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def _move_known(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """An agent's changing blocks in front of the first question; how many there were."""
+    """An agent's changing blocks in front of the first question; how many there were.
+
+    A system message directly behind that question goes to the beginning of the user's message:
+    what it says is the same in each session, and stood behind what never is.
+    """
     tools = body.get("tools")
     items = body.get(_LIST[kind])
     if not isinstance(tools, list) or not isinstance(items, list):
@@ -244,32 +248,54 @@ def _move_known(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return text
 
     _over_system(kind, body, gather)
-    taken = take_blocks(texts)
-    if not taken.blocks:
+    behind = _system_texts(items[first + 1 : first + 2])
+    taken = take_blocks([*texts, *behind])
+    if not taken.blocks and not behind:
         return body, 0
     rest = iter(taken.texts)
     out = _over_system(kind, body, lambda _: next(rest))
     messages = list(out[_LIST[kind]])
-    messages[first] = _before_question(messages[first], "\n\n".join(taken.blocks))
-    return {**out, _LIST[kind]: messages}, len(taken.blocks)
+    messages[first] = _before_question(messages[first], list(rest), taken.blocks)
+    if behind:
+        del messages[first + 1]
+    return {**out, _LIST[kind]: messages}, len(taken.blocks) + bool(behind)
 
 
-def _before_question(message: Mapping[str, Any], added: str) -> dict[str, Any]:
-    """A user's message with a text in front of its last text, which is what the user asks.
+def _system_texts(messages: Sequence[object]) -> list[str]:
+    """The texts of a system message; none if it isn't one, or has something else in it."""
+    if not messages or not _is_system(messages[0]):
+        return []
+    content = messages[0].get("content") if isinstance(messages[0], Mapping) else None
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        return []
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    return [text for text in texts if isinstance(text, str)] if all(texts) else []
 
-    What a client puts before the question (its reminders) is the same in the next session.
+
+def _before_question(
+    message: Mapping[str, Any], opening: Sequence[str], blocks: Sequence[str]
+) -> dict[str, Any]:
+    """A user's message with texts at its beginning, and in front of its last text, the question.
+
+    What a client puts between them (its reminders) is the same in the next session, or changes as
+    rarely as the blocks do.
     """
     content = message["content"]
+    before = "".join(f"{text.strip()}\n\n" for text in blocks)
+    begin = "".join(f"{text.strip()}\n\n" for text in opening if text.strip())
     if isinstance(content, str):
-        return {**message, "content": f"{added}\n\n{content}"}
+        return {**message, "content": f"{begin}{before}{content}"}
     parts = list(content)
-    for index in range(len(parts) - 1, -1, -1):
-        part = parts[index]
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            parts[index] = {**part, "text": f"{added}\n\n{part['text']}"}
-            break
-    else:
-        parts.insert(0, {"type": "text", "text": added})
+    places = [
+        index
+        for index, part in enumerate(parts)
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    ]
+    if not places:
+        return {**message, "content": [{"type": "text", "text": (begin + before).rstrip()}, *parts]}
+    for index, added in ((places[-1], before), (places[0], begin)):
+        parts[index] = {**parts[index], "text": f"{added}{parts[index]['text']}"}
     return {**message, "content": parts}
 
 
