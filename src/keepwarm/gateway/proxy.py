@@ -435,6 +435,12 @@ class Proxy:
             self._runtime.metrics.failed("engine_died")
             exchange.trouble = "engine_died"
             return await opening.break_off(_BROKEN_OFF, kind="upstream_error", status=502)
+        except (asyncio.CancelledError, ConnectionError):
+            # A client that knows its last event leaves without waiting for the stream's end. The
+            # engine has told its counts by then, and is done.
+            if read_reply(b"".join(chunks), streamed=True).counts:
+                self._ended(exchange, b"".join(chunks), status=upstream.status)
+            raise
         try:
             # First, since the client waits for it. What it asks next is read after this task
             # has given the slot back.
