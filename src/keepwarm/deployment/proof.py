@@ -136,17 +136,26 @@ class Prover:
         return moved
 
     def _learn(self, job: Job) -> None:
-        """Count a client's own static part; the second time it is pinned."""
+        """Count a client's own static part; the second time it is pinned.
+
+        That of a coding agent is pinned at once, under the agent's name, where what changes in it
+        is moved (`move-known`): it comes again as long as that version is used.
+        """
         static = job.prompt.static
         assert static
         if len(self._seen) >= _SEEN_LIMIT:
             self._seen.pop(next(iter(self._seen)))
         seen = self._seen.pop(static.digest, 0) + 1
         self._seen[static.digest] = seen
-        name = f"learned:{job.namespace}:{static.digest.hex()}"
+        plain = f"learned:{job.namespace}:{static.digest.hex()}"
+        name = f"{plain}~{job.agent}" if job.agent else plain
+        is_stable = job.agent and "move-known" in self._runtime.settings.hygiene.rules
         is_long = (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS
-        is_known = name in self._pinning or self._runtime.store.pin_named(name)
-        if seen >= 2 and is_long and not is_known:
+        # Another version may send the same prompt.
+        is_known = name in self._pinning or any(
+            pin.name.partition("~")[0] == plain for pin in self._runtime.store.pins()
+        )
+        if (seen >= 2 or is_stable) and is_long and not is_known:
             self._pinning.add(name)
             task = self._runtime.supervise(self._pin(job, name))
             task.add_done_callback(lambda _: self._pinning.discard(name))
