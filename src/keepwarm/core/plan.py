@@ -34,6 +34,8 @@ from keepwarm.core.tree import Tokens
 FILL_MIN_TOKENS = 96
 # Turn tokens of a template that follow the last message, and the one token always evaluated again.
 _TURN_TOKENS = 6
+# The opening of a turn is in any two prompts of a model: that is nothing to start from.
+LEAST_TOKENS = 16
 # A new message of fewer tokens isn't worth looking for: to count a prompt of 2,000 tokens costs as
 # much as to prefill 40 of them.
 _LONG_NEW_TOKENS = 256
@@ -344,7 +346,7 @@ def _options(
 
     out: list[tuple[Option, Loss, int]] = []
     lost = Loss(0.0, save=False) if goes_on and kept else lose(kept)
-    source = Source.SLOT if kept else Source.COLD
+    source = Source.SLOT if kept >= LEAST_TOKENS else Source.COLD
     ttft = rates.prefill_s(total - kept)
     option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
     certain = 0 if machine.tells_time and demand.ids is None else min(reuse.certain, kept)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from keepwarm.core.plan import Stored
+from keepwarm.core.plan import LEAST_TOKENS, Stored
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.slots import Position
 from keepwarm.core.tree import Tokens
@@ -57,6 +57,8 @@ class SlotStore:
             # The last token is evaluated again, which a state that can't be cut can't do.
             wanted = ids if self.cuttable else ids[:-1]
             hit = self.store.match_now(wanted, namespace=namespace)
+            if hit is not None and hit.at_tokens < LEAST_TOKENS:
+                return None
         else:
             digests = [mark.digest for mark in prompt.marks]
             hit = self.store.lookup(digests, namespace=namespace)

@@ -281,8 +281,9 @@ class Proxy:
             is_alone=replies > 1,
             replies=replies,
             is_savable=is_savable,
-            chat=None if asked.is_infill else rendered_from(tiered.chat),
-            ids=prompt.ids,
+            # Matched by tokens it would be taken for the model's own, or start from that.
+            chat=rendered_from(tiered.chat) if is_savable and not asked.is_infill else None,
+            ids=prompt.ids if is_savable else None,
             reuses=tiered.body.get("cache_prompt") is not False,
             agent=agent_of(asked.headers.get("user-agent", "")),
         )
