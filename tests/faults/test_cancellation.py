@@ -97,6 +97,26 @@ async def test_hanging_up_mid_stream_stops_the_engines_decode(keepwarm: Keepwarm
     assert "keepwarm_engine_restarts_total{" not in await keepwarm.metrics()
 
 
+async def test_a_client_that_leaves_behind_the_last_event_has_had_a_whole_reply(
+    keepwarm: Keepwarm,
+) -> None:
+    """As Codex and Aider do: they know that nothing follows, and don't wait for the end."""
+    keepwarm.engine.faults.append(Fault.STALL_AT_END)
+    url = f"{keepwarm.base}/v1/chat/completions"
+    response = await keepwarm.session.post(url, json=keepwarm.body("It counts?", stream=True))
+    said = b""
+    while b"finish_reason" not in said:
+        said += await response.content.readany()
+    response.close()
+    await keepwarm.settled()
+    async with keepwarm.session.get(f"{keepwarm.base}/keepwarm/requests/last") as reply:
+        record = await reply.json()
+    assert (record["status"], record["outcome"]) == (200, "answered")
+    assert record["tokens"]["prompt"] > 0
+    assert 'keepwarm_outcomes_total{outcome="answered"} 1.0' in await keepwarm.metrics()
+    await assert_well(keepwarm)
+
+
 async def test_a_whole_chat_reply_is_stopped_like_a_stream(keepwarm: Keepwarm) -> None:
     keepwarm.engine.faults.append(Fault.STALL_MID_STREAM)
     task = asyncio.create_task(keepwarm.ask())

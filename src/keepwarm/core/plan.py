@@ -122,7 +122,8 @@ class Machine:
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
     each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
     is what a slot may hold, 0 if that isn't known; `window_tokens` the model's sliding window, 0 if
-    it has none. `appends`: its template renders a history the same whatever follows.
+    it has none. `appends`: its template renders a history the same whatever follows;
+    `tells_time`: it prints the date or the time, so that what was rendered once may be past.
     """
 
     row_bytes: int
@@ -132,6 +133,7 @@ class Machine:
     slack_tokens: int = 0
     window_tokens: int = 0
     appends: bool = True
+    tells_time: bool = False
     slot_tokens: int = 0
 
 
@@ -345,7 +347,8 @@ def _options(
     source = Source.SLOT if kept else Source.COLD
     ttft = rates.prefill_s(total - kept)
     option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
-    out.append((option, lost, min(reuse.certain, kept)))
+    certain = 0 if machine.tells_time and demand.ids is None else min(reuse.certain, kept)
+    out.append((option, lost, certain))
     if stored and stored.tokens > kept and not (goes_on and kept and demand.ids is None):
         restored = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)

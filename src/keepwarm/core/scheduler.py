@@ -458,6 +458,8 @@ class Scheduler:
 
     def _stored(self, job: Job) -> Stored | None:
         """The longest of what the store holds and what is on its way into it."""
+        if self.machine.tells_time and job.ids is None:
+            return None
         stored = self.lookup(job.prompt, job.namespace, job.ids)
         if not self._fresh:
             return stored
@@ -480,6 +482,9 @@ class Scheduler:
         if job.chat is None or job.is_counted or not any(s.state == "idle" for s in self.slots):
             return False
         idle = [slot for slot in self.slots if slot.state is SlotState.IDLE]
+        if self.machine.tells_time:
+            held = [s.content for s in idle if s.content and not s.is_foreign(job.namespace)]
+            return not any(content.goes_on(job.prompt) for content in held)
         doubt = doubt_tokens(job.demand(), idle, stored, machine=self.machine, rates=self.rates)
         return self.rates.prefill_s(doubt) > COUNT_IF_TIMES * self.rates.count_s(job.prompt.chars)
 

@@ -146,6 +146,8 @@ class Dispatcher:
         Raises:
             QueueFullError, DeadlineError: it was not forwarded and holds nothing.
         """
+        if isinstance(static, dict) and self._counter.tells_time:
+            static = None  # it may render otherwise by the time it is filled
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         known = static if isinstance(static, list) else known
         if known:
@@ -178,7 +180,9 @@ class Dispatcher:
         )
 
     def know_static(self, digest: bytes, tokens: list[int]) -> None:
-        """Remember a static part's tokens."""
+        """Remember a static part's tokens, unless its template renders it otherwise later on."""
+        if self._counter.tells_time:
+            return
         self._statics[digest] = tokens
         self._statics.move_to_end(digest)
         if len(self._statics) > _KNOWN_STATICS:

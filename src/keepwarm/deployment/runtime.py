@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -75,6 +75,7 @@ log = logging.getLogger("keepwarm")
 
 # Losing half a minute of routing outcomes in a crash costs a little evidence.
 _OUTCOMES_EVERY_S = 30.0
+_CANCEL_AGAIN_S = 1.0
 
 
 class State(StrEnum):
@@ -86,6 +87,19 @@ class State(StrEnum):
     DOWN = "down"
     FAILED = "failed"
     STOPPING = "stopping"
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once isn't always enough: a cancellation that comes with what a task awaits is lost in a
+    `wait_for` (Python 3.11), and a stop would wait for that task for ever.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
 
 
 class Runtime(Deployment):
@@ -311,7 +325,7 @@ class Runtime(Deployment):
             # A slot's own limit is the model's trained context, which the pool may exceed.
             options = self.launch.options
             pool = options.context_tokens if options else slot_tokens
-        self.counter = PromptCounter(self.client)
+        self.counter = PromptCounter(self.client, template=str(props.get("chat_template") or ""))
         await self.counter.prepare()
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
@@ -339,6 +353,7 @@ class Runtime(Deployment):
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
             slot_tokens=slot_tokens,
             appends=self.counter.appends,
+            tells_time=self.counter.tells_time,
             window_tokens=self.launch.model.window_tokens if self.launch.model else 0,
         )
         self.slot_store = SlotStore(
@@ -400,9 +415,7 @@ class Runtime(Deployment):
         if hasattr(self, "client"):
             # What still runs has had its time; each client is told.
             self.client.http.abort()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self.explainer.close()
         await self._write_outcomes()
         if self.tracing:

@@ -77,8 +77,11 @@ class _Cut:
 class PromptCounter:
     """See the module. All methods are called on one event loop."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, *, template: str = "") -> None:
+        """`template` is the text of the engine's chat template, as far as that is known."""
         self.client = client
+        self.tells_time = "strftime_now" in template
+        """Whether the template prints the date or the time: what was rendered once may be past."""
         self._cut: _Cut | None = None
         self._known: OrderedDict[str, Tokens] = OrderedDict()
         self._chars = 0

@@ -47,12 +47,14 @@ class Exchange:
             out["X-Keepwarm-Slot"] = str(plan.slot)
         if self.grant:
             route_s = self.job.arrived_s - self.received_s
+            taken = {
+                "route": route_s,
+                "queue": self.grant.queued_s,
+                "restore": self.grant.prepared_s,
+            }
+            if self.job.is_counted:
+                taken["count"] = self.job.counted_s  # a part of what was queued
             out["Server-Timing"] = ", ".join(
-                f"{name};dur={seconds * 1e3:.2f}"
-                for name, seconds in (
-                    ("route", route_s),
-                    ("queue", self.grant.queued_s),
-                    ("restore", self.grant.prepared_s),
-                )
+                f"{name};dur={seconds * 1e3:.2f}" for name, seconds in taken.items()
             )
         return out

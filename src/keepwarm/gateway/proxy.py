@@ -22,6 +22,7 @@ from keepwarm.api.dialect import StreamTranslator, dialect_of
 from keepwarm.api.mending import decode_body
 from keepwarm.api.reading import can_gather, opening_of
 from keepwarm.api.routes import request_headers
+from keepwarm.core.client_name import agent_of
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
@@ -285,6 +286,7 @@ class Proxy:
             chat=None if asked.is_infill else rendered_from(tiered.chat),
             ids=prompt.ids,
             reuses=tiered.body.get("cache_prompt") is not False,
+            agent=agent_of(asked.headers.get("user-agent", "")),
         )
         fills = prompt.static and is_savable and job.reuses
         static = static_body(tiered.chat) if fills else None
@@ -402,6 +404,12 @@ class Proxy:
             self._runtime.metrics.failed("engine_died")
             exchange.trouble = "engine_died"
             return await opening.break_off(_BROKEN_OFF, kind="upstream_error", status=502)
+        except (asyncio.CancelledError, ConnectionError):
+            # A client that knows its last event leaves without waiting for the stream's end. The
+            # engine has told its counts by then, and is done.
+            if read_reply(b"".join(chunks), streamed=True).counts:
+                self._ended(exchange, b"".join(chunks), status=upstream.status)
+            raise
         try:
             # First, since the client waits for it. What it asks next is read after this task
             # has given the slot back.
