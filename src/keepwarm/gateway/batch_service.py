@@ -199,7 +199,8 @@ class BatchService:
                 batch = None
             if batch is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _IDLE_S)
+                    async with asyncio.timeout(_IDLE_S):
+                        await self._news.wait()
                 continue
             if not await self._attempt(batch):
                 await asyncio.sleep(_IDLE_S)
