@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.options import add_options, settings_of
-from keepwarm.batch.job import Job, Paths, read_tasks
+from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.senders import HttpSender
 from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
@@ -174,7 +174,7 @@ async def keepwarm_arm(
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{name.replace(' ', '-')}.tasks.jsonl"
     file.write_bytes(b"".join(msgspec.json.encode(task) + b"\n" for task in tasks))
-    paths = Paths.beside(file, out / f"{name.replace(' ', '-')}.jsonl")
+    paths = BatchPaths.beside(file, out / f"{name.replace(' ', '-')}.jsonl")
     for path in (paths.results, paths.errors, paths.journal):
         path.unlink(missing_ok=True)
     server.warmed = []
@@ -183,7 +183,7 @@ async def keepwarm_arm(
     ready_s = time.perf_counter() - began_s
     tiers = {str(w["name"]).removeprefix("tier:"): int(w["tokens"]) for w in server.warmed}
     try:
-        job = Job(paths, read_tasks(file), tier_tokens=tiers, lanes=lanes)
+        job = BatchRun(paths, read_tasks(file), tier_tokens=tiers, lanes=lanes)
         try:
             async with HttpSender(server.base_url) as sender:
                 await job.runner(sender).run()

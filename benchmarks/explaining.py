@@ -33,7 +33,7 @@ from keepwarm.core.prompt import Segment, prompt_of
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.explain.explainer import Explainer, Identity
 from keepwarm.explain.metrics import Metrics
-from keepwarm.explain.record import Ended
+from keepwarm.explain.record import EndedRequest
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import LogSettings
 
@@ -42,7 +42,7 @@ _SAID = "One of them is the first that comes to mind, and there is nothing more 
 _CHARS_PER_TOKEN = 4
 
 
-def requests_of(count: int) -> Iterator[Ended]:
+def requests_of(count: int) -> Iterator[EndedRequest]:
     """So many requests of agents that take turns, each a little longer than its last one."""
     number = 0
     while number < count:
@@ -58,7 +58,7 @@ def requests_of(count: int) -> Iterator[Ended]:
                 number += 1
 
 
-def _ended(number: int, talk: list[dict[str, str]]) -> Ended:
+def _ended(number: int, talk: list[dict[str, str]]) -> EndedRequest:
     body = {"model": "own", "messages": list(talk), "max_tokens": 64}
     prompt = prompt_of(body, fingerprint="bench", namespace="")
     tokens = prompt.chars // _CHARS_PER_TOKEN
@@ -80,7 +80,7 @@ def _ended(number: int, talk: list[dict[str, str]]) -> Ended:
     )
     now_s = time.time()
     reply = Segment("assistant", f"Answer {number}. {_SAID}")
-    return Ended(
+    return EndedRequest(
         id=f"{number:016x}",
         api="chat",
         namespace="",

@@ -41,7 +41,7 @@ from keepwarm.settings import EngineSettings, StoreSettings
 from keepwarm.store.disk import Disk
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 
 # The packaged tiers' sizes with SmolLM2's tokenizer, and a question with a short answer.
 TIERS_TOKENS = (241, 2083, 3633)
@@ -164,7 +164,7 @@ async def _restored(client: EngineClient, store: Store, *, rounds: int) -> dict[
     whole = "whole.slot"  # not one of the store's names, so it stays
     await client.save(0, whole)
     await client.save(0, name)
-    end = Mark(b"w" * 16, len(tokens))
+    end = KeptMark(b"w" * 16, len(tokens))
     saved = await store.absorb(
         name, namespace="", marks=[end], origin=Origin.TIER, prefill_s=1.0, expected_tokens=tokens
     )

@@ -40,7 +40,7 @@ from keepwarm.store.intake import Why
 from keepwarm.store.shelf import Shelf, StoreSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 
 TIER_TOKENS = 200
 TURN_TOKENS = 40
@@ -147,7 +147,7 @@ class Workload:
         name = snapshots.staging.expect(len(file))
         snapshots.staging.path(name).write_bytes(file)
         ends = (tokens.size - TURN_TOKENS // 2, tokens.size)
-        marks = [Mark(digest_of(tokens[:end]), end) for end in ends]
+        marks = [KeptMark(digest_of(tokens[:end]), end) for end in ends]
         why = Why(namespace, marks, Origin.CONVERSATION, tokens.size / 200)
         return timed(lambda: snapshots.absorb(name, why, expected_tokens=None, now_s=time.time()))
 
@@ -360,7 +360,7 @@ async def save_and_assemble(store: Store, work: Workload) -> AsyncIterator[tuple
         file = work.slot_file(tokens)
         name = await store.new_save(len(file))
         (staging / name).write_bytes(file)
-        marks = [Mark(digest_of(tokens), tokens.size)]
+        marks = [KeptMark(digest_of(tokens), tokens.size)]
         yield (
             "save",
             store.absorb(

@@ -7,7 +7,7 @@ from typing import Any
 from keepwarm.core.plan import Option, Plan, Source
 from keepwarm.core.prompt import Segment, prompt_of
 from keepwarm.core.reply import Counts, Reply
-from keepwarm.explain.record import Ended
+from keepwarm.explain.record import EndedRequest
 
 SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 40
 
@@ -20,7 +20,7 @@ def plan(source: Source = Source.COLD, *, reuse: int = 0, slot: int = 1) -> Plan
     return Plan(source, slot, reuse, reuse, 400, 1.0, False, False, None, (), considered)
 
 
-def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
+def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> EndedRequest:
     body = {"messages": messages}
     namespace = changes.get("namespace", "ada")
     values: dict[str, Any] = {
@@ -52,7 +52,7 @@ def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
         "traceparent": "",
         "rewrites": {},
     }
-    return Ended(**(values | changes))
+    return EndedRequest(**(values | changes))
 
 
 def asks(text: str, system: str = SYSTEM) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Mark, Origin, Saved
+from keepwarm.store.types import KeptMark, Origin, Saved
 
 WINDOW_TOKENS = 8
 FINGERPRINT = "model a, engine b"
@@ -141,7 +141,7 @@ def save(
     tokens: Sequence[int],
     *,
     namespace: str = "",
-    marks: Sequence[Mark] | None = None,
+    marks: Sequence[KeptMark] | None = None,
     prefill_s: float = 1.0,
     now_s: float = 0.0,
 ) -> Saved:
@@ -150,7 +150,7 @@ def save(
     name = snapshots.staging.expect(len(file))
     snapshots.staging.path(name).write_bytes(file)
     if marks is None:
-        marks = [Mark(digest_of(tokens), len(tokens))]
+        marks = [KeptMark(digest_of(tokens), len(tokens))]
     why = Why(namespace, marks, Origin.CONVERSATION, prefill_s)
     return snapshots.absorb(name, why, expected_tokens=None, now_s=now_s)
 

@@ -276,7 +276,7 @@ async def test_somebody_who_knocks_is_answered(keepwarm: Keepwarm) -> None:
 
 
 def test_every_planned_route_has_a_shape() -> None:
-    from keepwarm.gateway.asked import COUNTED, MESSAGES, PLANNED  # noqa: PLC0415
+    from keepwarm.gateway.client_request import COUNTED, MESSAGES, PLANNED  # noqa: PLC0415
 
     planned = {route.path for route in ROUTES if route.way is Way.PLANNED}
     assert planned == {*PLANNED, *COUNTED, MESSAGES}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from keepwarm.errors import SnapshotError
-from keepwarm.store import Mark, Origin, Store
+from keepwarm.store import KeptMark, Origin, Store
 from keepwarm.store.checks import prune_root
 from keepwarm.store.shelf import StoreSettings
 from storesamples import PLAIN, allowing, digest_of, opened, restored, save, settings_in, slot_file
@@ -85,7 +85,7 @@ def test_a_nearly_full_disk_costs_nothing_at_start(
             await opened_store.absorb(
                 name,
                 namespace="",
-                marks=[Mark(digest_of(TOKENS), len(TOKENS))],
+                marks=[KeptMark(digest_of(TOKENS), len(TOKENS))],
                 origin=Origin.CONVERSATION,
                 prefill_s=1.0,
             )
@@ -115,7 +115,7 @@ def test_a_first_start_on_a_full_disk_keeps_prefixes_for_its_life(
         saved = await store.absorb(
             name,
             namespace="",
-            marks=[Mark(digest_of(TOKENS), len(TOKENS))],
+            marks=[KeptMark(digest_of(TOKENS), len(TOKENS))],
             origin=Origin.TIER,
             prefill_s=1.0,
         )

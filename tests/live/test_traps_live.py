@@ -21,7 +21,7 @@ import pytest
 from bareengine import BareEngine, StartEngine
 from keepwarm.core.memory import MemoryKind
 from keepwarm.deployment import runtime as runtime_module
-from keepwarm.deployment.probe import Probed, probe
+from keepwarm.deployment.probe import ProbeResult, probe
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine import http as http_module
 from keepwarm.engine.client import EngineClient
@@ -211,9 +211,11 @@ def test_the_engine_answers_on_a_connection_that_was_opened_seconds_ahead(
 def whole_only(client: EngineClient, slot_dir: Path, **kwargs: Any) -> Any:
     """A probe that doesn't understand the file, so that the engine's own is restored as it is."""
 
-    async def run() -> Probed:
+    async def run() -> ProbeResult:
         found = await probe(client, slot_dir, **kwargs)
-        return Probed(MemoryKind.SLIDING_WINDOW, None, found.streams, found.row_bytes, "unknown")
+        return ProbeResult(
+            MemoryKind.SLIDING_WINDOW, None, found.streams, found.row_bytes, "unknown"
+        )
 
     return run()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from batchsamples import document, line
-from keepwarm.batch.job import Job, Paths, read_tasks
+from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.journal import DiskFullError, Entry
 from keepwarm.batch.progress import Progress
 from keepwarm.batch.runner import RetryRule
@@ -81,13 +81,13 @@ class Desk:
     """A task file and what comes of it."""
 
     def __init__(self, root: Path, lines: list[bytes]) -> None:
-        self.paths = Paths.beside(root / "tasks.jsonl", root / "out.jsonl")
+        self.paths = BatchPaths.beside(root / "tasks.jsonl", root / "out.jsonl")
         self.paths.tasks.write_bytes(b"".join(lines))
 
-    def job(self, lanes: int = 4) -> Job:
-        return Job(self.paths, read_tasks(self.paths.tasks), tier_tokens={}, lanes=lanes)
+    def job(self, lanes: int = 4) -> BatchRun:
+        return BatchRun(self.paths, read_tasks(self.paths.tasks), tier_tokens={}, lanes=lanes)
 
-    async def run(self, sender: Script, *, lanes: int = 4, retry: RetryRule = FAST) -> Job:
+    async def run(self, sender: Script, *, lanes: int = 4, retry: RetryRule = FAST) -> BatchRun:
         job = self.job(lanes)
         try:
             await job.runner(sender, retry=retry).run()
@@ -417,7 +417,9 @@ async def test_what_has_failed_is_run_again_on_demand_and_what_succeeded_is_not(
     sender = Script()
     await desk.run(sender)
     assert sender.sent == [], "without being asked nothing runs again"
-    job = Job(desk.paths, read_tasks(desk.paths.tasks), tier_tokens={}, lanes=2, retry_failed=True)
+    job = BatchRun(
+        desk.paths, read_tasks(desk.paths.tasks), tier_tokens={}, lanes=2, retry_failed=True
+    )
     await job.runner(sender, retry=FAST).run()
     job.close()
     assert sender.sent == ["t1", "after"]

@@ -26,7 +26,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, asked_of
+from keepwarm.gateway.client_request import ClientRequest, asked_of
 from keepwarm.tiers.tiering import Tiered
 
 SHARED = document(1)
@@ -98,10 +98,10 @@ def test_headers_are_read_as_they_are_written() -> None:
 def test_places_are_the_senders_own_whatever_a_tier_puts_before_them() -> None:
     sent = {"messages": [{"role": "user", "content": SHARED}]}
     headers = {"X-Keepwarm-Shared": "0:40"}
-    asked = Asked("chat", sent, "n", "/v1/chat/completions", headers)
+    asked = ClientRequest("chat", sent, "n", "/v1/chat/completions", headers)
     composed = {"messages": [TIER, TIER, *sent["messages"]]}
     assert asked.ends(Tiered(composed, None, "x")) == [SharedEnd(2, 40)]
-    beyond = Asked("chat", sent, "n", "/", {"X-Keepwarm-Shared": "1:1"})
+    beyond = ClientRequest("chat", sent, "n", "/", {"X-Keepwarm-Shared": "1:1"})
     with pytest.raises(RequestError):
         beyond.ends(Tiered(composed, None, "x"))
 
@@ -119,14 +119,14 @@ def test_hygiene_keeps_the_text_whose_characters_a_planner_has_counted() -> None
     def rewrites(**headers: str) -> dict[str, int]:
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         return dict(
-            asked_of(Asked("chat", sent, "n", "/", named), hygiene, SystemPlaces()).rewrites
+            asked_of(ClientRequest("chat", sent, "n", "/", named), hygiene, SystemPlaces()).rewrites
         )
 
     both = {"sort-tools": 2, "move-volatile": 1}
     assert rewrites() == rewrites(X_Keepwarm_Priority="interactive") == both
     assert rewrites(x_keepwarm_priority="Batch") == {"sort-tools": 2}
     assert rewrites(X_Keepwarm_Shared="0:40") == {"sort-tools": 2}
-    plain = Asked("completion", sent, "n", "/", {})
+    plain = ClientRequest("completion", sent, "n", "/", {})
     assert asked_of(plain, hygiene, SystemPlaces()) is plain
 
 

@@ -77,3 +77,20 @@ async def test_a_slot_that_was_just_used_is_looked_at_often(scheduler: Counting)
 async def test_an_event_wakes_the_clock(scheduler: Counting) -> None:
     idle_for(scheduler, ERASE_AFTER_IDLE_S + 1)
     assert await ticks_in(scheduler, event=True) >= 1
+
+
+async def test_a_clock_that_is_waked_and_cancelled_in_one_moment_ends(scheduler: Counting) -> None:
+    idle_for(scheduler, ERASE_AFTER_IDLE_S + 1)
+    made = Dispatcher(
+        scheduler,
+        PromptCounter(NOBODY),
+        NOBODY,
+        NOBODY,
+        lambda work, name=None: asyncio.ensure_future(work),
+    )
+    clock = made.start()
+    await asyncio.sleep(0.05)
+    made.engine_up()
+    clock.cancel()
+    await asyncio.wait([clock], timeout=1)
+    assert clock.cancelled(), "a stop would wait for it for ever"

@@ -12,7 +12,7 @@ import pytest
 from finished import asks, ended
 from keepwarm.core.plan import Source
 from keepwarm.explain.explanation import Facts, explain
-from keepwarm.explain.record import Ended, record_of
+from keepwarm.explain.record import EndedRequest, record_of
 from keepwarm.explain.tracing import Tracing, start_tracing
 from keepwarm.settings import TraceExport, trace_export
 
@@ -33,13 +33,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def told(request: Ended) -> dict[str, Any]:
+def told(request: EndedRequest) -> dict[str, Any]:
     assert request.counts
     facts = Facts(Source.COLD, 0, request.counts.prompt, 0, 0, 0, 0, None)
     return record_of(request, explain(facts), None)
 
 
-def spans_of(request: Ended, record: dict[str, Any] | None = None) -> dict[str, Any]:
+def spans_of(request: EndedRequest, record: dict[str, Any] | None = None) -> dict[str, Any]:
     memory = pytest.importorskip(
         "opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="keepwarm[otel]"
     )

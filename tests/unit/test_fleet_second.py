@@ -19,7 +19,7 @@ from keepwarm.fleet.objects import Seal, directory, read_seal
 from keepwarm.fleet.second_level import SecondLevel, message_ends
 from keepwarm.slotfile import Buffer, Layout
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 
 TIER = list(range(1000, 1100))
 TURN = [*TIER, *range(300)]
@@ -79,7 +79,7 @@ class Node:
         await self.store.absorb(
             name,
             namespace=namespace,
-            marks=[Mark(digest, len(tokens))],
+            marks=[KeptMark(digest, len(tokens))],
             origin=Origin.CONVERSATION,
             prefill_s=10.0,
         )

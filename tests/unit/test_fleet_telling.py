@@ -19,7 +19,7 @@ from keepwarm.errors import ConfigError, TooLargeError
 from keepwarm.fleet import status
 from keepwarm.fleet.config import fleet_of, load_fleet
 from keepwarm.fleet.costs import Costs
-from keepwarm.fleet.ledger import Ledger
+from keepwarm.fleet.ledger import WarmthLedger
 from keepwarm.fleet.node import node_directory
 from keepwarm.fleet.routing import Fleet
 from keepwarm.fleet.wire import Ask, Told, ask_of, bounded, packed, unpacked
@@ -138,7 +138,7 @@ def test_a_report_travels_and_is_believed() -> None:
 
 
 def test_the_ledger_keeps_the_latest_requests_that_fit() -> None:
-    ledger = Ledger(capacity_tokens=1000)
+    ledger = WarmthLedger(capacity_tokens=1000)
     ledger.served([1, 2], [300, 600], now_s=1.0)
     ledger.served([1, 3], [300, 500], now_s=2.0)
     assert ledger.held() == [2, 1, 3]
@@ -155,7 +155,7 @@ def test_the_ledger_keeps_the_latest_requests_that_fit() -> None:
     )
 )
 def test_the_ledger_never_holds_more_than_fits(requests: list[tuple[list[int]]]) -> None:
-    ledger = Ledger(capacity_tokens=500)
+    ledger = WarmthLedger(capacity_tokens=500)
     for number, (prefixes,) in enumerate(requests):
         ends = [100 * (i + 1) for i in range(len(prefixes))]
         ledger.served(prefixes, ends, now_s=float(number))

@@ -19,7 +19,7 @@ from keepwarm.core.hygiene import (
     Cleaned,
     Kind,
     hygiene_of,
-    told,
+    rewrites_text,
 )
 from keepwarm.core.prompt import prompt_of
 
@@ -244,7 +244,7 @@ def test_responses_have_their_rules_in_instructions(asked: Any) -> None:
     text = "One?\n\nToday's date: 2026-11-24"
     own = out.body["input"]
     assert (own if isinstance(own, str) else own[0]["content"][0]["text"]) == text
-    assert told(out.rewrites) == "move-volatile=1, drop-billing=1"
+    assert rewrites_text(out.rewrites) == "move-volatile=1, drop-billing=1"
 
 
 def digests(*turns: str, line: str) -> list[bytes]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Reply
 from keepwarm.errors import EngineDownError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.gateway.judge import Judge
 from keepwarm.router import DEFAULT_COSTS, NO_TOOLS, RouterConfig, RouteRequest, route
 from keepwarm.router.judge import judges_prompt, question_of, verdict_of
@@ -63,7 +63,7 @@ def test_asking_must_save_more_than_it_costs() -> None:
     assert not judge.is_worth_asking(text, doubt_s=10 * asking_s, rates=rates), "a slow machine"
 
 
-async def _says_nothing(asked: Asked, tiered: Tiered) -> Reply | None:
+async def _says_nothing(asked: ClientRequest, tiered: Tiered) -> Reply | None:
     assert tiered.tier is not None
     assert tiered.tier.name == judges_prompt().name
     assert tiered.shared_segments == 1, "its prompt is shared by all keys"
@@ -71,11 +71,11 @@ async def _says_nothing(asked: Asked, tiered: Tiered) -> Reply | None:
     return None
 
 
-async def _is_down(asked: Asked, tiered: Tiered) -> Reply | None:
+async def _is_down(asked: ClientRequest, tiered: Tiered) -> Reply | None:
     raise EngineDownError("gone")
 
 
-async def _is_slow(asked: Asked, tiered: Tiered) -> Reply | None:
+async def _is_slow(asked: ClientRequest, tiered: Tiered) -> Reply | None:
     await asyncio.Event().wait()
     return None
 

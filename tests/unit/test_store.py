@@ -13,7 +13,7 @@ from keepwarm.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.store.checks import integrity
 from keepwarm.store.intake import Why
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 from storesamples import (
     HYBRID,
     LAYOUTS,
@@ -74,7 +74,7 @@ def test_a_turn_costs_hardly_more_disk_writes_than_its_own_rows(tmp_path: Path) 
     log = store.shelf.index_path.with_name(store.shelf.index_path.name + "-wal")
     before = log.stat().st_size
     turn = list(range(200))
-    saved = save(store, turn, marks=[Mark(digest_of(turn[:n]), n) for n in (180, 190, 200)])
+    saved = save(store, turn, marks=[KeptMark(digest_of(turn[:n]), n) for n in (180, 190, 200)])
     assert saved.new_tokens == 40
     own = layout.rows_bytes(40)
     written = rows_of(store, saved.extent_id).stat().st_size + log.stat().st_size - before
@@ -92,8 +92,8 @@ def test_a_model_with_boundary_state_is_restored_only_at_saved_ends(
     tmp_path: Path, layout: Layout
 ) -> None:
     store = opened(settings_in(tmp_path, layout), NoSyncDisk())
-    save(store, FIRST, marks=[Mark(b"f" * 16, 40)])
-    turn = save(store, TURN, marks=[Mark(b"m" * 16, 50), Mark(b"t" * 16, 60)])
+    save(store, FIRST, marks=[KeptMark(b"f" * 16, 40)])
+    turn = save(store, TURN, marks=[KeptMark(b"m" * 16, 50), KeptMark(b"t" * 16, 60)])
     with refused("boundary"):
         store.materialize(turn.extent_id, 50)
     middle = store.lookup([b"f" * 16, b"m" * 16], [""])
@@ -136,8 +136,8 @@ def test_a_whole_snapshot_is_found_at_its_very_end_only(tmp_path: Path) -> None:
 
 
 def test_the_last_known_digest_wins(store: Snapshots) -> None:
-    save(store, FIRST, marks=[Mark(b"a" * 16, 10), Mark(b"b" * 16, 40)])
-    turn = save(store, TURN, marks=[Mark(b"a" * 16, 10), Mark(b"c" * 16, 60)])
+    save(store, FIRST, marks=[KeptMark(b"a" * 16, 10), KeptMark(b"b" * 16, 40)])
+    turn = save(store, TURN, marks=[KeptMark(b"a" * 16, 10), KeptMark(b"c" * 16, 60)])
     hit = store.lookup([b"a" * 16, b"b" * 16, b"c" * 16, b"?" * 16], [""])
     assert hit is not None
     assert (hit.index, hit.extent_id, hit.at_tokens) == (2, turn.extent_id, 60)
@@ -146,11 +146,13 @@ def test_the_last_known_digest_wins(store: Snapshots) -> None:
 
 
 def test_an_estimated_place_is_known_but_nothing_starts_from_it(store: Snapshots) -> None:
-    saved = save(store, TURN, marks=[Mark(b"a" * 16, 50), Mark(b"b" * 16, 45, is_exact=False)])
+    saved = save(
+        store, TURN, marks=[KeptMark(b"a" * 16, 50), KeptMark(b"b" * 16, 45, is_exact=False)]
+    )
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
     assert (hit.index, hit.at_tokens, hit.is_exact) == (0, 50, True)
-    store.mark(saved.extent_id, 60, "", [Mark(b"b" * 16, 58, is_exact=False)])
+    store.mark(saved.extent_id, 60, "", [KeptMark(b"b" * 16, 58, is_exact=False)])
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
     assert (hit.index, hit.at_tokens, hit.is_exact) == (0, 50, True)
@@ -159,8 +161,8 @@ def test_an_estimated_place_is_known_but_nothing_starts_from_it(store: Snapshots
 
 
 def test_an_exact_mark_is_not_replaced_by_a_bound(store: Snapshots) -> None:
-    saved = save(store, TURN, marks=[Mark(b"a" * 16, 50)])
-    store.mark(saved.extent_id, 60, "", [Mark(b"a" * 16, 55, is_exact=False)])
+    saved = save(store, TURN, marks=[KeptMark(b"a" * 16, 50)])
+    store.mark(saved.extent_id, 60, "", [KeptMark(b"a" * 16, 55, is_exact=False)])
     hit = store.lookup([b"a" * 16], [""])
     assert hit is not None
     assert (hit.at_tokens, hit.is_exact) == (50, True)
@@ -226,10 +228,10 @@ def test_a_staged_file_that_never_came_is_refused(store: Snapshots) -> None:
 
 def test_a_mark_beyond_the_end_is_refused(store: Snapshots) -> None:
     with refused("mark"):
-        save(store, FIRST, marks=[Mark(b"a" * 16, 41)])
+        save(store, FIRST, marks=[KeptMark(b"a" * 16, 41)])
     saved = save(store, FIRST)
     with refused("mark"):
-        store.mark(saved.extent_id, 40, "", [Mark(b"a" * 16, 41)])
+        store.mark(saved.extent_id, 40, "", [KeptMark(b"a" * 16, 41)])
 
 
 def test_a_slot_file_of_another_layout_is_refused(store: Snapshots) -> None:
@@ -324,7 +326,7 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
 def test_a_failed_proof_drops_no_rows_that_are_good(store: Snapshots) -> None:
     first = save(store, FIRST)
     turn, theirs = save(store, TURN, namespace="a"), save(store, BRANCH, namespace="b")
-    store.mark(turn.extent_id, 60, "", [Mark(digest_of(TURN), 60)])
+    store.mark(turn.extent_id, 60, "", [KeptMark(digest_of(TURN), 60)])
     store.pin("tier:x", first.extent_id, 40, origin=Origin.TIER, digest=None, prefill_s=1, now_s=0)
     for namespace in ("a", ""):
         removed = store.quarantine(turn.extent_id, 60, namespace)

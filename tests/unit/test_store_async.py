@@ -12,7 +12,7 @@ import pytest
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Buffer
 from keepwarm.store import (
-    Mark,
+    KeptMark,
     Origin,
     Saved,
     Store,
@@ -52,7 +52,7 @@ async def save(store: Store, tokens: Sequence[int], *, namespace: str = "") -> S
     return await store.absorb(
         name,
         namespace=namespace,
-        marks=[Mark(digest_of(tokens), len(tokens))],
+        marks=[KeptMark(digest_of(tokens), len(tokens))],
         origin=Origin.CONVERSATION,
         prefill_s=2.0,
         expected_tokens=tokens,

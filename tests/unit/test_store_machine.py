@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from keepwarm.slotfile import Layout
 from keepwarm.store.checks import integrity, verify_extent
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 from storesamples import (
     LAYOUTS,
     NoSyncDisk,
@@ -70,7 +70,7 @@ class StoreBesideDict(RuleBasedStateMachine):
     def save(self, tokens: list[int], namespace: str, data: st.DataObject) -> None:
         self.now_s += 1.0
         ends = data.draw(st.sets(st.integers(1, len(tokens)), max_size=2)) | {len(tokens)}
-        marks = [Mark(digest_of(tokens[:end]), end) for end in sorted(ends)]
+        marks = [KeptMark(digest_of(tokens[:end]), end) for end in sorted(ends)]
         before = self.store.shelf.counts.evicted_bytes
         saved = save(self.store, tokens, namespace=namespace, marks=marks, now_s=self.now_s)
         assert saved.at_tokens == len(tokens)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from keepwarm.gateway.upstream import is_quiet, returned, told_whose_fault
+from keepwarm.gateway.upstream import corrected_blame, is_quiet, reply_headers
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def said(message: object) -> bytes:
     ],
 )
 def test_a_request_that_cant_be_read_is_the_clients_fault(message: str) -> None:
-    status, raw = told_whose_fault(500, said(message))
+    status, raw = corrected_blame(500, said(message))
     error = json.loads(raw)["error"]
     assert (status, error["code"], error["type"]) == (400, 400, "invalid_request_error")
     assert error["message"] == message
@@ -69,9 +69,9 @@ def test_a_request_that_cant_be_read_is_the_clients_fault(message: str) -> None:
     ],
 )
 def test_any_other_failure_stays_one(raw: bytes) -> None:
-    assert told_whose_fault(500, raw) == (500, raw)
+    assert corrected_blame(500, raw) == (500, raw)
 
 
 def test_which_pages_may_read_a_reply_isnt_for_the_engine_to_say() -> None:
     told = {"Access-Control-Allow-Origin": "https://evil.example", "X-Model": "m", "Server": "s"}
-    assert returned(told) == returned(told, is_unchanged=True) == {"X-Model": "m"}
+    assert reply_headers(told) == reply_headers(told, is_unchanged=True) == {"X-Model": "m"}

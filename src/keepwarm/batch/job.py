@@ -25,7 +25,7 @@ from keepwarm.errors import ConfigError, KeepwarmError
 
 
 @dataclass(frozen=True, slots=True)
-class Paths:
+class BatchPaths:
     """A night's files. `report` and `picture` are None where nobody wants them."""
 
     tasks: Path
@@ -36,10 +36,10 @@ class Paths:
     picture: Path | None = None
 
     @staticmethod
-    def beside(tasks: Path, results: Path) -> Paths:
+    def beside(tasks: Path, results: Path) -> BatchPaths:
         """The names a command uses: `results.jsonl` and what lies beside it."""
         stem = results.name.removesuffix(".jsonl")
-        return Paths(
+        return BatchPaths(
             tasks,
             results,
             results.with_name(f"{stem}.errors.jsonl"),
@@ -66,12 +66,12 @@ def read_tasks(
         raise ConfigError(f"The tasks {path} can't be read: {error.strerror}.") from error
 
 
-class Job:
+class BatchRun:
     """A task file that is planned, with its journal open. Close it."""
 
     def __init__(
         self,
-        paths: Paths,
+        paths: BatchPaths,
         parsed: Parsed,
         *,
         tier_tokens: Mapping[str, int],

@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from keepwarm.batch.job import Paths
+from keepwarm.batch.job import BatchPaths
 from keepwarm.batch.journal import DiskFullError, disk_errors
 from keepwarm.errors import ConfigError, ConflictError, NotFoundError
 
@@ -307,13 +307,13 @@ class Ledger:
             )
         return batch
 
-    def paths(self, batch_id: str) -> Paths:
+    def paths(self, batch_id: str) -> BatchPaths:
         """A batch's files."""
         with self._locked():
             output_id, error_id, raw = self._db.execute(
                 "SELECT output_id, error_id, object FROM batches WHERE id=?", (batch_id,)
             ).fetchone()
-        return Paths(
+        return BatchPaths(
             self._files / msgspec.json.decode(raw)["input_file_id"],
             self._files / output_id,
             self._files / error_id,

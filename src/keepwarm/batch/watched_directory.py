@@ -16,7 +16,7 @@ import re
 import time
 from pathlib import Path
 
-from keepwarm.batch.job import Paths
+from keepwarm.batch.job import BatchPaths
 from keepwarm.errors import ConfigError
 
 # A file that was just written may not be whole yet.
@@ -55,7 +55,7 @@ class WatchedDirectory:
         """Whether nothing runs and nothing was dropped, whole or not yet."""
         return not self._files() and not any(self._running.iterdir())
 
-    def next(self) -> Paths | None:
+    def next(self) -> BatchPaths | None:
         """What was running, else the whole file that has waited longest, taken in."""
         for home in sorted(self._running.iterdir()):
             for tasks in sorted(home.glob("*.jsonl")):
@@ -68,13 +68,13 @@ class WatchedDirectory:
         home = self._new_home(tasks.stem)
         return _paths(tasks.rename(home / _kept_name(tasks.name)))
 
-    def done(self, paths: Paths) -> None:
+    def done(self, paths: BatchPaths) -> None:
         """All tasks of a file have ended: put it away, with what came of it."""
         for suffix in ("", "-wal"):
             paths.journal.with_name(paths.journal.name + suffix).unlink(missing_ok=True)
         paths.tasks.parent.rename(self._done / paths.tasks.parent.name)
 
-    def failed(self, paths: Paths) -> None:
+    def failed(self, paths: BatchPaths) -> None:
         """A file that can't be run: put it aside."""
         paths.tasks.parent.rename(self._failed / paths.tasks.parent.name)
 
@@ -102,5 +102,5 @@ def _kept_name(name: str) -> str:
     return f"tasks-{name}" if name.startswith("results.") else name
 
 
-def _paths(tasks: Path) -> Paths:
-    return Paths.beside(tasks, tasks.with_name("results.jsonl"))
+def _paths(tasks: Path) -> BatchPaths:
+    return BatchPaths.beside(tasks, tasks.with_name("results.jsonl"))

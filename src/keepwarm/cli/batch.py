@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from keepwarm.batch.hours import Hours, parse_hours
-from keepwarm.batch.job import Job, Paths, read_tasks
+from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.planner import plan as plan_night
 from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.tree import build_tree
@@ -209,7 +209,7 @@ def run(
     )
     wishes = _wishes(config, flags, base, key_file, parallel, hours, attempts, wait, sync)
     wishes = replace(wishes, retry_failed=retry_failed)
-    report = asyncio.run(_run(wishes, Paths.beside(tasks, output)))
+    report = asyncio.run(_run(wishes, BatchPaths.beside(tasks, output)))
     if as_json:
         print_json(report)
     if report["failed"] or report["left"] or report["unusable_lines"]:
@@ -307,7 +307,7 @@ async def _stoppable() -> AsyncIterator[_Stop]:
             loop.remove_signal_handler(number)
 
 
-async def _run(wishes: _Wishes, paths: Paths) -> dict[str, Any]:
+async def _run(wishes: _Wishes, paths: BatchPaths) -> dict[str, Any]:
     async with _stoppable() as stop, _session(wishes, stop) as there:
         return await _run_file(wishes, paths, there, stop)
 
@@ -340,7 +340,7 @@ async def _session(wishes: _Wishes, stop: _Stop) -> AsyncIterator[Session]:
 
 async def _run_file(
     wishes: _Wishes,
-    paths: Paths,
+    paths: BatchPaths,
     there: Session,
     stop: _Stop,
     *,
@@ -349,7 +349,7 @@ async def _run_file(
     parsed = await asyncio.to_thread(read_tasks, paths.tasks, max_body_bytes=there.max_body_bytes)
     show_line_errors(parsed)
     job = await asyncio.to_thread(
-        lambda: Job(
+        lambda: BatchRun(
             paths,
             parsed,
             tier_tokens=there.tier_tokens,
@@ -404,7 +404,7 @@ async def _watch(wishes: _Wishes, drop: WatchedDirectory, *, once: bool, every_s
 async def _run_dropped(
     wishes: _Wishes,
     drop: WatchedDirectory,
-    paths: Paths,
+    paths: BatchPaths,
     there: Session,
     stop: _Stop,
     *,

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.tree import Tree as RichTree
 
-from keepwarm.batch.job import Paths
+from keepwarm.batch.job import BatchPaths
 from keepwarm.batch.planner import Plan
 from keepwarm.batch.progress import Progress
 from keepwarm.batch.tasks import Parsed
@@ -168,7 +168,7 @@ def _detail(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def show_end(report: dict[str, Any], paths: Paths) -> None:
+def show_end(report: dict[str, Any], paths: BatchPaths) -> None:
     """What it came to, and where it is."""
     rate = f", {report['tasks_an_hour']:,.0f} an hour" if report["tasks_an_hour"] else ""
     failed = f", {report['failed']} failed" if report["failed"] else ""

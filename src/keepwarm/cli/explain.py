@@ -14,7 +14,7 @@ from rich.text import Text
 from keepwarm.cli import options as opt
 from keepwarm.cli.gateway import DEFAULT_URL, Gateway, Key, Url
 from keepwarm.cli.output import out, print_json
-from keepwarm.core.hygiene import told
+from keepwarm.core.hygiene import rewrites_text
 
 STYLES = {
     "slot": "green",
@@ -131,7 +131,7 @@ def _facts(record: dict[str, Any]) -> Table:
         table.add_row("slot", f"{record['slot']}{_steps(steps)}")
     # Records of older versions don't have it.
     if rewrites := record.get("hygiene"):
-        table.add_row("hygiene", told(rewrites))
+        table.add_row("hygiene", rewrites_text(rewrites))
     if record["nearest"]:
         nearest = record["nearest"]
         table.add_row("nearest", f"{nearest['id']}, {seconds(nearest['age_s'])} before")

@@ -166,7 +166,7 @@ def compile_lines(expressions: Sequence[str]) -> tuple[re.Pattern[str], ...]:
     return tuple(out)
 
 
-def told(rewrites: Mapping[str, int]) -> str:
+def rewrites_text(rewrites: Mapping[str, int]) -> str:
     """Rewrites in a header's words: `sort-tools=3, drop-billing=1`."""
     return ", ".join(f"{rule}={count}" for rule, count in rewrites.items())
 

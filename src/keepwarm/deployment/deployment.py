@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from keepwarm.core.plan import Machine
 from keepwarm.core.tiers import TierSet
 from keepwarm.deployment.dispatcher import Dispatcher
-from keepwarm.deployment.probe import Probed
+from keepwarm.deployment.probe import ProbeResult
 from keepwarm.deployment.slot_store import SlotStore
 from keepwarm.deployment.warm import Target
 from keepwarm.engine.client import EngineClient
@@ -51,7 +51,7 @@ class Deployment(Protocol):
     client: EngineClient
     counter: PromptCounter
     fingerprint: str
-    probed: Probed
+    probed: ProbeResult
     machine: Machine
     slot_tokens: int
     store: Store

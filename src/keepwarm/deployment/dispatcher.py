@@ -509,5 +509,7 @@ class Dispatcher:
             self._perform(effects)
             if not effects and self.scheduler.is_quiet(now_s):
                 self._has_event.clear()
+                # Not `wait_for`: Python 3.11's loses a cancellation that comes with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._has_event.wait(), _QUIET_TICK_S)
+                    async with asyncio.timeout(_QUIET_TICK_S):
+                        await self._has_event.wait()

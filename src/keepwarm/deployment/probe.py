@@ -24,7 +24,7 @@ _PRIVATE = 0o600
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class ProbeResult:
     """What was found. `layout` None: whole files only, for `reason`.
 
     `is_usable` False: nothing can be saved and restored on this engine, for `reason`. `file_mode`
@@ -52,7 +52,7 @@ async def probe(
     kind: MemoryKind | None,
     max_tokens: int,
     is_ours: bool = False,
-) -> Probed:
+) -> ProbeResult:
     """Save a short prefix from slot 0, take the file apart, and have a copy of it restored.
 
     Args:
@@ -68,7 +68,7 @@ async def probe(
     """
     await client.notice_drafts()
     tokens = await client.tokenize(_TEXT)
-    cold = Probed(kind or MemoryKind.HYBRID, None, 1, 1, is_usable=False)
+    cold = ProbeResult(kind or MemoryKind.HYBRID, None, 1, 1, is_usable=False)
     name = f"probe-{secrets.token_hex(4)}.slot"
     path = slot_dir / name
     try:
@@ -108,7 +108,9 @@ async def probe(
     return found
 
 
-def _understood(raw: bytes, kind: MemoryKind | None, *, per_token: int, max_tokens: int) -> Probed:
+def _understood(
+    raw: bytes, kind: MemoryKind | None, *, per_token: int, max_tokens: int
+) -> ProbeResult:
     """What a file's bytes say of the engine."""
     reason = "unknown"
     for candidate in [kind] if kind else list(MemoryKind):
@@ -119,9 +121,9 @@ def _understood(raw: bytes, kind: MemoryKind | None, *, per_token: int, max_toke
             continue
         if round_trip_ok(raw, candidate):
             layout = file.layout
-            return Probed(candidate, layout, file.streams, layout.row_bytes)
+            return ProbeResult(candidate, layout, file.streams, layout.row_bytes)
         reason = "round_trip"
-    return Probed(kind or MemoryKind.HYBRID, None, 1, per_token, reason)
+    return ProbeResult(kind or MemoryKind.HYBRID, None, 1, per_token, reason)
 
 
 def _is_header_known(raw: bytes, tokens: list[int]) -> bool:

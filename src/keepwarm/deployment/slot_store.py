@@ -13,7 +13,7 @@ from keepwarm.core.slots import Position
 from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
 from keepwarm.store.store import Store
-from keepwarm.store.types import Hit, Mark, Origin, Saved
+from keepwarm.store.types import Hit, KeptMark, Origin, Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class SlotStore:
     ) -> Saved:
         """Take a saved file in; see `Store.absorb`. Marks beyond its end are left out."""
         kept = [
-            Mark(digest, min(p.tokens, tokens), p.exact)
+            KeptMark(digest, min(p.tokens, tokens), p.exact)
             for digest, p in marks
             if 0 < p.tokens <= tokens
         ]

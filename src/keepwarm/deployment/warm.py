@@ -36,7 +36,7 @@ from keepwarm.errors import (
 )
 from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark, Origin
+from keepwarm.store.types import KeptMark, Origin
 
 log = logging.getLogger("keepwarm")
 
@@ -370,7 +370,7 @@ async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: R
     """Let the digest find a prefix that the store holds, and keep it from eviction."""
     assert stored.extent_id is not None
     tokens = len(target.tokens)
-    mark = Mark(target.digest, tokens)
+    mark = KeptMark(target.digest, tokens)
     await snapshots.store.mark(stored.extent_id, tokens, namespace=target.namespace, marks=[mark])
     await snapshots.pin(
         target.name,

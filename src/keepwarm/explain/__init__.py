@@ -3,5 +3,5 @@
 `parts`, `difference`, `recent` and `explanation` decide, as functions of values; `record` is what
 is kept of a request, `history` keeps it on disk, and the `explainer` puts them together behind the
 reply, on a thread of its own. What it finds goes to the log, to `metrics` and to `tracing` as well.
-The gateway hands over one `Ended` a request and knows no more.
+The gateway hands over one `EndedRequest` a request and knows no more.
 """

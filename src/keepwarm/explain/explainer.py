@@ -40,7 +40,7 @@ from keepwarm.explain.explanation import (
 from keepwarm.explain.history import FILE_NAME, Entry, History, Totals
 from keepwarm.explain.parts import Parts, chars_before, parts_of
 from keepwarm.explain.recent import Recent, Remembered
-from keepwarm.explain.record import Ended, record_of, without_text
+from keepwarm.explain.record import EndedRequest, record_of, without_text
 from keepwarm.logs import log_request
 from keepwarm.worker import Worker
 
@@ -71,7 +71,7 @@ class Identity:
 class Sink(Protocol):
     """Who is told of each request, on the explaining thread: metrics, traces."""
 
-    def explained(self, ended: Ended, record: dict[str, Any]) -> None:
+    def explained(self, ended: EndedRequest, record: dict[str, Any]) -> None:
         """A request was explained."""
 
 
@@ -128,7 +128,7 @@ class Explainer:
             await self._ask(end)
         self._worker.close()
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: EndedRequest) -> None:
         """A request has ended. Returns at once."""
         chars = ended.prompt.chars
         if self._left_chars - self._explained_chars + chars > _BACKLOG_CHARS:
@@ -184,7 +184,7 @@ class Explainer:
     async def _ask(self, work: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._worker.submit(work))
 
-    def _explain(self, ended: Ended) -> None:
+    def _explain(self, ended: EndedRequest) -> None:
         self._room.release()
         self._explained_chars += ended.prompt.chars
         history = self._history
@@ -228,7 +228,7 @@ class Explainer:
 
     def _facts(
         self,
-        ended: Ended,
+        ended: EndedRequest,
         history: History,
         parts: Parts,
         like: Remembered | None,
@@ -276,7 +276,7 @@ class Explainer:
         return not history.knows(namespace)
 
     def _before(
-        self, ended: Ended, history: History, opening: bytes
+        self, ended: EndedRequest, history: History, opening: bytes
     ) -> tuple[tuple[str, ...] | None, Cause | None]:
         """What is on record of the last prompt that began like this (see `Facts`)."""
         static = ended.prompt.static
@@ -298,7 +298,7 @@ class Explainer:
         return None, Cause.ENGINE_RESTARTED if at_s < self._opened_s else Cause.EVICTED
 
     def _remember(
-        self, ended: Ended, parts: Parts, digests: list[bytes], like: Remembered | None
+        self, ended: EndedRequest, parts: Parts, digests: list[bytes], like: Remembered | None
     ) -> None:
         reply = ended.reply.segment if ended.reply else None
         marks = set(digests)
@@ -340,7 +340,7 @@ def _opening(parts: Parts, *, key: bytes) -> bytes:
     return h.digest()
 
 
-def _agrees_tokens(ended: Ended, parts: Parts, like: Remembered, nearest: Nearest) -> int:
+def _agrees_tokens(ended: EndedRequest, parts: Parts, like: Remembered, nearest: Nearest) -> int:
     """Where a prompt parts from the nearest one, in tokens."""
     counts, prompt = ended.counts, ended.prompt
     assert counts
@@ -359,7 +359,7 @@ def _agrees_tokens(ended: Ended, parts: Parts, like: Remembered, nearest: Neares
     return _tokens_at(ended, prompt.marks[0].chars + chars)
 
 
-def _reach_tokens(ended: Ended, nearest: Nearest, agrees: int) -> int:
+def _reach_tokens(ended: EndedRequest, nearest: Nearest, agrees: int) -> int:
     """How much of a prompt can be warm by what it has in common with the nearest one."""
     difference, static = nearest.difference, ended.prompt.static
     if difference is not None and difference.where in ("tool", "argument") and static:
@@ -367,7 +367,7 @@ def _reach_tokens(ended: Ended, nearest: Nearest, agrees: int) -> int:
     return agrees + int(tolerance(agrees))
 
 
-def _tokens_at(ended: Ended, chars: int) -> int:
+def _tokens_at(ended: EndedRequest, chars: int) -> int:
     counts, prompt = ended.counts, ended.prompt
     assert counts
     anchors = {prompt.chars: counts.prompt}
@@ -377,7 +377,7 @@ def _tokens_at(ended: Ended, chars: int) -> int:
     return tokens_at(chars, anchors=anchors)
 
 
-def _entry(ended: Ended, record: dict[str, Any], fingerprint: str, opening: bytes) -> Entry:
+def _entry(ended: EndedRequest, record: dict[str, Any], fingerprint: str, opening: bytes) -> Entry:
     tokens = record["tokens"]
     warm = tokens["prompt"] - tokens["cold"]
     difference = record["difference"]

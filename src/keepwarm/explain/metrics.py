@@ -27,7 +27,7 @@ from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import SlotState
 from keepwarm.explain.difference import Cause
-from keepwarm.explain.record import Ended
+from keepwarm.explain.record import EndedRequest
 
 # From a hot slot on a GPU (5 ms) to a cold full tier of a large model on a CPU (5 minutes).
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -130,7 +130,7 @@ class Metrics:
         self._ttft.labels(plan.value).observe(ttft_s)
         self._prefill_s.inc(counts.prefill_s)
 
-    def explained(self, ended: Ended, record: dict[str, Any]) -> None:
+    def explained(self, ended: EndedRequest, record: dict[str, Any]) -> None:
         """A request has ended and its tokens are accounted for."""
         self._outcomes.labels(record["outcome"]).inc()
         self._queue_s.observe(ended.queued_s)

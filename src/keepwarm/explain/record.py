@@ -21,7 +21,7 @@ _LISTED = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class EndedRequest:
     """What is known of a request at its end, gathered on the event loop.
 
     Times are seconds of the monotonic clock, `at_s` is the wall clock's at the request's arrival.
@@ -93,7 +93,7 @@ class Ended:
 
 
 def record_of(
-    ended: Ended, told: Explanation | None, nearest: tuple[str, float] | None
+    ended: EndedRequest, told: Explanation | None, nearest: tuple[str, float] | None
 ) -> dict[str, Any]:
     """The record. `told` is None for a request without an answer; `nearest` is its id and age."""
     out: dict[str, Any] = {
@@ -128,7 +128,7 @@ def record_of(
     return out
 
 
-def _tokens(ended: Ended, told: Explanation | None) -> dict[str, int]:
+def _tokens(ended: EndedRequest, told: Explanation | None) -> dict[str, int]:
     counts = ended.counts
     out = {"prompt": 0, "slot": 0, "snapshot": 0, "shared": 0, "cold": 0, "decoded": 0}
     if counts is None or told is None or ended.plan is None:
@@ -140,7 +140,7 @@ def _tokens(ended: Ended, told: Explanation | None) -> dict[str, int]:
     return out
 
 
-def _timing(ended: Ended) -> dict[str, float | None]:
+def _timing(ended: EndedRequest) -> dict[str, float | None]:
     counts = ended.counts
     times = {
         "route_s": ended.arrived_s - ended.received_s,
@@ -155,7 +155,7 @@ def _timing(ended: Ended) -> dict[str, float | None]:
     return {name: None if s is None else round(s, 6) for name, s in times.items()}
 
 
-def _estimate(ended: Ended) -> dict[str, float] | None:
+def _estimate(ended: EndedRequest) -> dict[str, float] | None:
     plan = ended.plan
     if plan is None:
         return None
@@ -185,7 +185,7 @@ def _considered(plan: Plan | None) -> list[dict[str, Any]]:
     ]
 
 
-def _steps(ended: Ended) -> dict[str, Any] | None:
+def _steps(ended: EndedRequest) -> dict[str, Any] | None:
     plan = ended.plan
     if plan is None:
         return None
@@ -199,7 +199,7 @@ def _steps(ended: Ended) -> dict[str, Any] | None:
     }
 
 
-def _prompt(ended: Ended) -> dict[str, Any]:
+def _prompt(ended: EndedRequest) -> dict[str, Any]:
     tools = ended.body.get("tools")
     items = ended.body.get("messages")
     messages = [m for m in items if isinstance(m, Mapping)] if isinstance(items, list) else []
@@ -216,7 +216,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
     return out | {"cause": difference.cause.value, "place": place_of(difference)}
 
 
-def _unanswered(ended: Ended) -> str:
+def _unanswered(ended: EndedRequest) -> str:
     outcome = ended.outcome
     if outcome == "hung_up":
         return "The client hung up before the reply was complete."

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from keepwarm import __version__
-from keepwarm.explain.record import Ended
+from keepwarm.explain.record import EndedRequest
 from keepwarm.settings import TraceExport
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("keepwarm", __version__)
 
-    def explained(self, ended: Ended, record: dict[str, Any]) -> None:
+    def explained(self, ended: EndedRequest, record: dict[str, Any]) -> None:
         """Make the spans of a request."""
         from opentelemetry.trace import (  # noqa: PLC0415
             SpanKind,
@@ -101,7 +101,7 @@ class Tracing:
         log.debug("traces were sent in %.2f s", time.monotonic() - began_s)
 
 
-def _attributes(ended: Ended, record: dict[str, Any], operation: str) -> dict[str, Any]:
+def _attributes(ended: EndedRequest, record: dict[str, Any], operation: str) -> dict[str, Any]:
     tokens, timing = record["tokens"], record["timing"]
     out: dict[str, Any] = {
         "gen_ai.operation.name": operation,
@@ -130,7 +130,7 @@ def _attributes(ended: Ended, record: dict[str, Any], operation: str) -> dict[st
     return out
 
 
-def _phases(ended: Ended) -> list[tuple[str, float, float]]:
+def _phases(ended: EndedRequest) -> list[tuple[str, float, float]]:
     """Names and times, in seconds from the request's arrival, of what it went through."""
     queued = ended.arrived_s - ended.received_s
     prepared = queued + ended.queued_s

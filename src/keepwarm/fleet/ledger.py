@@ -16,7 +16,7 @@ TOLD = 4096
 """Prefixes told at a time, the latest: 32 kB every two seconds."""
 
 
-class Ledger:
+class WarmthLedger:
     """See the module. `capacity_tokens` is how much the node's store may hold."""
 
     def __init__(self, *, capacity_tokens: int) -> None:

@@ -44,7 +44,7 @@ from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Buffer
 from keepwarm.slotfile.cells import as_view
 from keepwarm.store.exchange import Path, Piece, Place
-from keepwarm.store.types import Mark
+from keepwarm.store.types import KeptMark
 
 MAGIC = b"KEEPWOBJ"
 VERSION = 2
@@ -160,7 +160,7 @@ def pack_rows(
 
 
 def pack_mark(
-    mark: Mark, path: Path, *, name: str, fingerprint: str, layout: str | None, seal: Seal
+    mark: KeptMark, path: Path, *, name: str, fingerprint: str, layout: str | None, seal: Seal
 ) -> list[Buffer]:
     """A mark as an object of this name."""
     header = MarkHeader(

@@ -25,7 +25,7 @@ from keepwarm.core.hints import NODE_HEADER
 from keepwarm.deployment.runtime import State
 from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
-from keepwarm.fleet.ledger import Ledger
+from keepwarm.fleet.ledger import WarmthLedger
 from keepwarm.fleet.node import NodeRuntime, backlog_s, node_directory
 from keepwarm.fleet.objects import read_seal
 from keepwarm.fleet.scaling import WAIT
@@ -85,7 +85,7 @@ class Node:
             await self._close()
             raise
         row_bytes = self._runtime.machine.row_bytes
-        self._ledger = Ledger(capacity_tokens=settings.store.quota_bytes // max(row_bytes, 1))
+        self._ledger = WarmthLedger(capacity_tokens=settings.store.quota_bytes // max(row_bytes, 1))
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - self._began_s)
 
     async def _listen(self) -> None:

@@ -47,7 +47,7 @@ from keepwarm.store import exchange
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.exchange import Path, Piece, Place
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark as StoreMark
+from keepwarm.store.types import KeptMark as StoreMark
 
 log = logging.getLogger("keepwarm.fleet")
 

@@ -26,7 +26,7 @@ from keepwarm.core.prompt import prompt_of
 from keepwarm.errors import KeepwarmError, TooLargeError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
-from keepwarm.gateway.asked import PLANNED
+from keepwarm.gateway.client_request import PLANNED
 
 _MESSAGES = "/v1/messages"
 # An estimate that serves until a node has reported what it measured (English text, common models).

@@ -25,8 +25,8 @@ from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
-from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
+from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.gateway.door import Answer, SlowBodyError, namespace_of, read_body
 from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.shared_prefix import warm_prefix
@@ -128,7 +128,7 @@ class _Site:
             raise RequestError(
                 f"Give a `body`, and a `url` that is one of {', '.join(URLS)} (chat by default)."
             )
-        asked = Asked(URLS[url], body, namespace, url, request.headers)
+        asked = ClientRequest(URLS[url], body, namespace, url, request.headers)
         warm = await warm_prefix(self._runtime, asked)
         return _json(warm.as_dict())
 

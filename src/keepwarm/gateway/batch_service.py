@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from keepwarm.batch.hours import Hours
-from keepwarm.batch.job import Job, Paths, read_tasks
+from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.journal import UnwritableError
 from keepwarm.batch.ledger import Ledger
 from keepwarm.batch.outcome import expired
@@ -44,7 +44,7 @@ from keepwarm.batch.tasks import LineError, Parsed, Task
 from keepwarm.core.prompt import SharedEnd
 from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import EngineDownError, EngineRefusedError, KeepwarmError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.gateway.door import error_response
 from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.shared_prefix import warm_prefix
@@ -97,8 +97,8 @@ class LocalSender:
         """Always '': no key is asked for here, and no other server could answer."""
         return ""
 
-    def _asked(self, task: Task, ends: Sequence[SharedEnd]) -> Asked:
-        return Asked(task.api, task.body, self._namespace, task.url, batch_headers(ends))
+    def _asked(self, task: Task, ends: Sequence[SharedEnd]) -> ClientRequest:
+        return ClientRequest(task.api, task.body, self._namespace, task.url, batch_headers(ends))
 
     def _check(self) -> None:
         if self._runtime.state in (State.STOPPING, State.FAILED):
@@ -199,7 +199,8 @@ class BatchService:
                 batch = None
             if batch is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _IDLE_S)
+                    async with asyncio.timeout(_IDLE_S):
+                        await self._news.wait()
                 continue
             if not await self._attempt(batch):
                 await asyncio.sleep(_IDLE_S)
@@ -254,10 +255,10 @@ class BatchService:
         limit = self._runtime.settings.server.max_body_bytes
         return read_tasks(path, endpoint=endpoint, max_body_bytes=limit)
 
-    def _job(self, paths: Paths, parsed: Parsed) -> Job:
+    def _job(self, paths: BatchPaths, parsed: Parsed) -> BatchRun:
         runtime = self._runtime
         slots = len(runtime.dispatcher.scheduler.slots)
-        return Job(
+        return BatchRun(
             paths,
             parsed,
             tier_tokens={w.name.removeprefix("tier:"): w.tokens for w in runtime.prefixes.warmed},
@@ -265,7 +266,7 @@ class BatchService:
             tokens_per_char=runtime.dispatcher.rates.tokens_per_char.value,
         )
 
-    async def _run_job(self, batch: dict[str, Any], job: Job) -> None:
+    async def _run_job(self, batch: dict[str, Any], job: BatchRun) -> None:
         batch_id = batch["id"]
         sender = LocalSender(self._runtime, self._proxy, batch["namespace"])
         runner = job.runner(sender, retry=self._retry, gate=self._gate)
@@ -280,7 +281,7 @@ class BatchService:
             timer.cancel()
             self._running = None
 
-    async def _end(self, batch: dict[str, Any], job: Job, runner: Runner) -> None:
+    async def _end(self, batch: dict[str, Any], job: BatchRun, runner: Runner) -> None:
         counts = _counts(runner.progress, len(job.parsed.errors))
         if runner.is_complete:
             status = "completed"

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from keepwarm.api.dialect import Anthropic
-from keepwarm.explain.record import Ended
+from keepwarm.explain.record import EndedRequest
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime
@@ -22,7 +22,7 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     runtime.router.note(asked.chat, exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
     runtime.explainer.ended(
-        Ended(
+        EndedRequest(
             id=exchange.id,
             api="messages" if isinstance(exchange.asked.dialect, Anthropic) else exchange.asked.api,
             namespace=exchange.asked.namespace,

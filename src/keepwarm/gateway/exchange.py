@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.core.hygiene import told
+from keepwarm.core.hygiene import rewrites_text
 from keepwarm.core.job import Job
 from keepwarm.core.reply import Reply
 from keepwarm.deployment.dispatcher import Grant
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.tiers.tiering import HEADER, Tiered
 
 
@@ -18,7 +18,7 @@ class Exchange:
     """One request on its way; what is known of it grows."""
 
     id: str
-    asked: Asked
+    asked: ClientRequest
     received_s: float
     tiered: Tiered
     job: Job
@@ -41,7 +41,7 @@ class Exchange:
             # They were prefilled before the engine's own count of this reply began.
             out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
         if self.asked.rewrites:
-            out["X-Keepwarm-Hygiene"] = told(self.asked.rewrites)
+            out["X-Keepwarm-Hygiene"] = rewrites_text(self.asked.rewrites)
         if plan := self.grant.plan if self.grant else self.job.plan:
             out["X-Keepwarm-Plan"] = plan.source.value
             out["X-Keepwarm-Slot"] = str(plan.slot)

@@ -23,7 +23,7 @@ from keepwarm.errors import EngineError, EngineRefusedError
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime
-    from keepwarm.gateway.asked import Asked
+    from keepwarm.gateway.client_request import ClientRequest
 
 # No vocabulary has longer tokens: runs of spaces are the longest, up to 128 in those that were
 # looked at (GPT-2's, Llama 3's, Qwen's, Gemma's).
@@ -35,7 +35,7 @@ _PIECE_CHARS = 32_768
 _CUT_TOKENS = 8
 
 
-async def refuse_too_long(runtime: Runtime, asked: Asked) -> None:
+async def refuse_too_long(runtime: Runtime, asked: ClientRequest) -> None:
     """Refuse a request whose text alone fills a slot.
 
     Raises:

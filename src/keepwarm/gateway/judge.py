@@ -10,7 +10,7 @@ from keepwarm.core.hints import BATCH, PRIORITY_HEADER
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Reply
 from keepwarm.errors import KeepwarmError
-from keepwarm.gateway.asked import Asked
+from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.router.judge import judges_prompt, question_of, verdict_of
 from keepwarm.tiers.tiering import Tiered, apply_tier
 
@@ -20,7 +20,7 @@ log = logging.getLogger("keepwarm")
 # by half.
 _TRUST = 0.5
 
-Ask = Callable[[Asked, Tiered], Awaitable[Reply | None]]
+Ask = Callable[[ClientRequest, Tiered], Awaitable[Reply | None]]
 
 
 class Judge:
@@ -46,7 +46,7 @@ class Judge:
         """
         body = question_of(text)
         headers = {PRIORITY_HEADER: BATCH} if priority else {}
-        asked = Asked("chat", body, namespace, "/v1/chat/completions", headers)
+        asked = ClientRequest("chat", body, namespace, "/v1/chat/completions", headers)
         tiered = apply_tier("chat", body, self._prompt, "judge")
         try:
             reply = await asyncio.wait_for(self._ask(asked, tiered), self._timeout_s)

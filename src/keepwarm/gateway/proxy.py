@@ -37,7 +37,7 @@ from keepwarm.errors import (
     EngineUnreachableError,
     KeepwarmError,
 )
-from keepwarm.gateway.asked import COUNTED, MESSAGES, PLANNED, Asked, asked_of
+from keepwarm.gateway.client_request import COUNTED, MESSAGES, PLANNED, ClientRequest, asked_of
 from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.exchange import Exchange
@@ -48,12 +48,12 @@ from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.opening import Opening
 from keepwarm.gateway.upstream import (
     PROGRESS,
-    Fetched,
+    WholeReply,
+    corrected_blame,
     is_quiet,
-    posted,
+    post_body,
     read_whole,
-    returned,
-    told_whose_fault,
+    reply_headers,
 )
 from keepwarm.router import Escalation
 from keepwarm.tiers.tiering import HEADER, Tiered
@@ -97,7 +97,7 @@ class Proxy:
         asked = await self._read(request, kind, _CHAT_PATH if is_messages else path)
         return await self._opened(asked, request)
 
-    async def _read(self, request: web.Request, kind: str, path: str) -> Asked:
+    async def _read(self, request: web.Request, kind: str, path: str) -> ClientRequest:
         """A client's request as it goes on."""
         runtime = self._runtime
         body = decode_body(await read_body(request))
@@ -105,10 +105,10 @@ class Proxy:
         runtime.check_model(body.get("model"))
         dialect = dialect_of(path_of(request), model=str(body.get("model", "")))
         namespace = namespace_of(request)
-        asked = Asked("completion", body, namespace, path, request.headers, dialect)
+        asked = ClientRequest("completion", body, namespace, path, request.headers, dialect)
         return asked_of(asked, runtime.hygiene, runtime.takes, kind=kind)
 
-    async def _counted(self, asked: Asked) -> web.StreamResponse:
+    async def _counted(self, asked: ClientRequest) -> web.StreamResponse:
         """Count the tokens of a request as it would be sent: with its tier, and cleaned."""
         runtime = self._runtime
         await runtime.admitted()
@@ -118,7 +118,7 @@ class Proxy:
         tokens = await runtime.client.count(tiered.chat)
         return web.Response(body=asked.dialect.counted(tokens), content_type="application/json")
 
-    async def _opened(self, asked: Asked, request: web.Request) -> web.StreamResponse:
+    async def _opened(self, asked: ClientRequest, request: web.Request) -> web.StreamResponse:
         """Answer a client; a stream that doesn't begin soon is opened and kept alive meanwhile."""
         if not asked.body.get("stream"):
             return await self._answer(asked, request)
@@ -135,7 +135,7 @@ class Proxy:
         finally:
             opening.close()
 
-    async def answer(self, asked: Asked) -> web.StreamResponse:
+    async def answer(self, asked: ClientRequest) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
 
         Its body must not ask for a stream.
@@ -146,7 +146,9 @@ class Proxy:
         asked = asked_of(asked, self._runtime.hygiene, self._runtime.takes)
         return await self._answer(asked, None)
 
-    async def _answer(self, asked: Asked, request: web.Request | None) -> web.StreamResponse:
+    async def _answer(
+        self, asked: ClientRequest, request: web.Request | None
+    ) -> web.StreamResponse:
         received_s = time.monotonic()
         runtime = self._runtime
         api, body, namespace = asked.api, asked.body, asked.namespace
@@ -179,7 +181,7 @@ class Proxy:
             finally:
                 tell_ended(runtime, exchange)
 
-    async def _judged(self, judge: Judge, asked: Asked, tiered: Tiered) -> Tiered:
+    async def _judged(self, judge: Judge, asked: ClientRequest, tiered: Tiered) -> Tiered:
         """The request with the tier that the model names, where asking it may pay."""
         runtime = self._runtime
         doubt_s = tiered.decision.doubt_s if tiered.decision else 0.0
@@ -193,7 +195,7 @@ class Proxy:
             return tiered
         return runtime.router.judged(asked.api, asked.body, tiered, verdict, asked.namespace)
 
-    async def _ask_judge(self, asked: Asked, tiered: Tiered) -> Reply | None:
+    async def _ask_judge(self, asked: ClientRequest, tiered: Tiered) -> Reply | None:
         """Serve a question of ours like a request, recorded like one."""
         exchange = self._exchange(asked, tiered, time.monotonic())
         exchange.may_escalate = False
@@ -254,7 +256,7 @@ class Proxy:
                     exchange.grant = await runtime.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
-    def _exchange(self, asked: Asked, tiered: Tiered, received_s: float) -> Exchange:
+    def _exchange(self, asked: ClientRequest, tiered: Tiered, received_s: float) -> Exchange:
         runtime = self._runtime
         prompt = self._prompt(asked, tiered)
         now_s = time.monotonic()
@@ -298,7 +300,7 @@ class Proxy:
         )
         return exchange
 
-    def _prompt(self, asked: Asked, tiered: Tiered) -> Prompt:
+    def _prompt(self, asked: ClientRequest, tiered: Tiered) -> Prompt:
         return prompt_of(
             tiered.shaping,
             fingerprint=self._runtime.fingerprint,
@@ -327,7 +329,9 @@ class Proxy:
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        sent = posted(self._runtime.client.http, asked.path, body, request_headers(asked.headers))
+        sent = post_body(
+            self._runtime.client.http, asked.path, body, request_headers(asked.headers)
+        )
         if not body.get("stream"):
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
@@ -339,14 +343,14 @@ class Proxy:
 
     async def _outlasting(
         self, exchange: Exchange, sent: AbstractAsyncContextManager[Response]
-    ) -> Fetched:
+    ) -> WholeReply:
         """Have a whole reply; if the client leaves, the slot is kept until the engine is done.
 
         The engine computes to the end for nobody. Given back before that, the slot would be
         planned for a request that only waited in it.
         """
 
-        async def read() -> Fetched:
+        async def read() -> WholeReply:
             async with sent as upstream:
                 return await read_whole(upstream)
 
@@ -359,7 +363,7 @@ class Proxy:
                 self._runtime.supervise(self._left(exchange, reading))
             raise
 
-    async def _left(self, exchange: Exchange, reading: asyncio.Future[Fetched]) -> None:
+    async def _left(self, exchange: Exchange, reading: asyncio.Future[WholeReply]) -> None:
         reply = Reply(None, None)
         try:
             fetched = await reading
@@ -370,7 +374,7 @@ class Proxy:
         finally:
             self._runtime.dispatcher.finish(exchange.job, counts=reply.counts, reply=reply.segment)
 
-    def _whole(self, exchange: Exchange, fetched: Fetched) -> web.StreamResponse:
+    def _whole(self, exchange: Exchange, fetched: WholeReply) -> web.StreamResponse:
         exchange.first_byte_s = fetched.first_byte_s
         if fetched.status == 200:
             self._escalate(exchange, fetched.raw, complete=True)
@@ -384,7 +388,7 @@ class Proxy:
     ) -> web.StreamResponse:
         exchange.streamed = True
         opening = request[_OPENING]
-        opening.engine_headers = returned(upstream.headers)
+        opening.engine_headers = reply_headers(upstream.headers)
         translator = exchange.asked.dialect.stream()
         chunks = [await self._first_words(upstream, opening, translator)]
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
@@ -479,11 +483,11 @@ class Proxy:
         )
         with closing(await sent) as upstream:
             if upstream.status >= 400 and upstream.is_json:
-                status, raw = told_whose_fault(upstream.status, await upstream.read())
+                status, raw = corrected_blame(upstream.status, await upstream.read())
                 raw = dialect_of(path_of(request)).whole(raw, status=status)
                 return web.Response(body=raw, status=status, content_type="application/json")
             response = web.StreamResponse(
-                status=upstream.status, headers=returned(upstream.headers, is_unchanged=True)
+                status=upstream.status, headers=reply_headers(upstream.headers, is_unchanged=True)
             )
             await response.prepare(request)
             while chunk := await upstream.read_some():

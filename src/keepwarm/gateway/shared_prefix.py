@@ -26,7 +26,7 @@ from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, asked_of
+from keepwarm.gateway.client_request import ClientRequest, asked_of
 from keepwarm.tiers.tiering import HEADER
 
 # Both begin with white space, so that the last word before them is whole, and part after it.
@@ -57,7 +57,7 @@ class WarmPrefix:
         }
 
 
-async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
+async def warm_prefix(runtime: Runtime, asked: ClientRequest) -> WarmPrefix:
     """Fill and save the prefix of a request up to the last place its `X-Keepwarm-Shared` names.
 
     Raises:

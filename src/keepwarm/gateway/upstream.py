@@ -35,7 +35,7 @@ _UNREADABLE = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class WholeReply:
     """A whole reply. `first_byte_s` is when the engine began to answer."""
 
     status: int
@@ -45,7 +45,7 @@ class Fetched:
 
 
 @asynccontextmanager
-async def posted(
+async def post_body(
     http: EngineHttp, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
 ) -> AsyncIterator[Response]:
     """Send a request and have its response, closed at the end: that ends a stream's decode.
@@ -61,7 +61,7 @@ async def posted(
         yield upstream
 
 
-async def read_whole(upstream: Response, *, opening: str = "") -> Fetched:
+async def read_whole(upstream: Response, *, opening: str = "") -> WholeReply:
     """Read a reply to its end; a stream of chat chunks becomes the whole completion.
 
     `opening`: see `gather_chat`.
@@ -76,7 +76,7 @@ async def read_whole(upstream: Response, *, opening: str = "") -> Fetched:
     first_byte_s = time.monotonic()
     raw += await upstream.read()
     status = upstream.status
-    headers = returned(upstream.headers)
+    headers = reply_headers(upstream.headers)
     if upstream.is_stream:
         whole = gather_chat(stream_events(raw), opening=opening)
         if whole is None:
@@ -88,8 +88,8 @@ async def read_whole(upstream: Response, *, opening: str = "") -> Fetched:
         headers["Content-Type"] = "application/json; charset=utf-8"
     elif status == 200:
         _check_json(raw)
-    status, raw = told_whose_fault(status, raw)
-    return Fetched(status, headers, raw, first_byte_s)
+    status, raw = corrected_blame(status, raw)
+    return WholeReply(status, headers, raw, first_byte_s)
 
 
 def is_quiet(raw: bytes) -> bool:
@@ -99,7 +99,7 @@ def is_quiet(raw: bytes) -> bool:
     )
 
 
-def told_whose_fault(status: int, raw: bytes) -> tuple[int, bytes]:
+def corrected_blame(status: int, raw: bytes) -> tuple[int, bytes]:
     """An answer's status and body; a 500 for a request that can't be read becomes a 400.
 
     The engine gives 500 for whatever is thrown while it reads a request. Clients send such a
@@ -125,7 +125,7 @@ def _check_json(raw: bytes) -> None:
         raise EngineError("The engine's answer isn't JSON.") from error
 
 
-def returned(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
+def reply_headers(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
     """The engine's headers for the client; `is_unchanged` as in `request_headers`."""
     skipped = _SKIPPED - {"content-encoding"} if is_unchanged else _SKIPPED
     # Which pages may read a reply is for the door to say.

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from keepwarm.core.evict import Candidate, EvictionQueue, heat_after_use, value
 from keepwarm.core.tree import SHARED, Extent, Match, TokenTree
 from keepwarm.store.index import BoundaryRow, ExtentRow, Use
-from keepwarm.store.types import Hit, Mark, Pin
+from keepwarm.store.types import Hit, KeptMark, Pin
 
 
 @dataclass(slots=True)
@@ -186,7 +186,7 @@ class Catalog:
         return row
 
     def better_mark(
-        self, namespace: str, mark: Mark, *, holder: int
+        self, namespace: str, mark: KeptMark, *, holder: int
     ) -> tuple[MarkPlace, MarkPlace | None] | None:
         """Where a mark held by extent `holder` would go, and the place that it would leave.
 

@@ -24,7 +24,7 @@ from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.intake import Why
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.store import Store
-from keepwarm.store.types import Mark, Origin, Saved
+from keepwarm.store.types import KeptMark, Origin, Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class KnownMark:
     """A digest and where its prefix ends."""
 
     namespace: str
-    mark: Mark
+    mark: KeptMark
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ async def keep_pieces(
     pieces: Sequence[Piece],
     *,
     namespace: str,
-    marks: Sequence[Mark],
+    marks: Sequence[KeptMark],
     prefill_s: float,
 ) -> Saved:
     """Keep a prefix whose last extents came from elsewhere.
@@ -156,7 +156,7 @@ def _marks(snapshots: Snapshots, extent_id: int) -> list[KnownMark]:
         if extent is None or place is None or place.extent_id != extent_id:
             continue
         if place.is_exact or place.at == extent.hi:
-            out.append(KnownMark(namespace, Mark(digest, place.at, place.is_exact)))
+            out.append(KnownMark(namespace, KeptMark(digest, place.at, place.is_exact)))
     return out
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk, disk_errors
-from keepwarm.store.types import Mark, Origin, Pin
+from keepwarm.store.types import KeptMark, Origin, Pin
 
 SCHEMA_VERSION = 1
 
@@ -271,7 +271,7 @@ class Index:
         """Inside a transaction, after its file is in place."""
         self._db.execute("INSERT INTO boundaries VALUES (?, ?, ?, ?)", row)
 
-    def put_mark(self, extent_id: int, namespace: str, mark: Mark) -> None:
+    def put_mark(self, extent_id: int, namespace: str, mark: KeptMark) -> None:
         """Inside a transaction; replaces the same digest's mark in the same extent."""
         self._db.execute(
             "INSERT OR REPLACE INTO marks VALUES (?, ?, ?, ?, ?)",

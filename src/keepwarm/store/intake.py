@@ -27,7 +27,7 @@ from keepwarm.store.files import FileKey
 from keepwarm.store.forms import Form, Taken
 from keepwarm.store.index import BoundaryRow, ExtentRow
 from keepwarm.store.shelf import Shelf
-from keepwarm.store.types import Mark, Origin, Removed, Saved
+from keepwarm.store.types import KeptMark, Origin, Removed, Saved
 
 # Message starts whose states are kept with a conversation, for models that can't be cut.
 _MESSAGE_STARTS = 3
@@ -40,7 +40,7 @@ class Why:
     """What is known of a save beside its tokens. `prefill_s`: of all of them, cold."""
 
     namespace: str
-    marks: Sequence[Mark]
+    marks: Sequence[KeptMark]
     origin: Origin
     prefill_s: float
 
@@ -88,7 +88,7 @@ class Intake:
         ends = tuple(sorted({at for at, _ in taken.ends}))
         return Saved(extent_id, count, count - plan.known.at, need, ends), removed
 
-    def mark(self, extent_id: int, at: int, *, namespace: str, marks: Sequence[Mark]) -> None:
+    def mark(self, extent_id: int, at: int, *, namespace: str, marks: Sequence[KeptMark]) -> None:
         """Enter marks for a prefix that is kept. Raises: SnapshotError('mark', 'no_space', ...)."""
         _check_marks(marks, at_most=at)
         why = Why(namespace, marks, Origin.CONVERSATION, 0.0)
@@ -194,9 +194,11 @@ class Intake:
         for extent_id in changed:
             catalog.offer(extent_id)
 
-    def _mark_moves(self, plan: _Plan, why: Why) -> list[tuple[Mark, MarkPlace, MarkPlace | None]]:
+    def _mark_moves(
+        self, plan: _Plan, why: Why
+    ) -> list[tuple[KeptMark, MarkPlace, MarkPlace | None]]:
         """The marks that say more than is known: where they go, and which place they leave."""
-        moves: list[tuple[Mark, MarkPlace, MarkPlace | None]] = []
+        moves: list[tuple[KeptMark, MarkPlace, MarkPlace | None]] = []
         for mark in why.marks:
             holder = self._holder(plan.known, plan.row, mark.at_tokens)
             assert holder is not None  # `_check_marks`: inside the prefix
@@ -224,7 +226,7 @@ def _worth_keeping(ends: Sequence[tuple[int, Buffer]], why: Why, count: int) -> 
     return kept
 
 
-def _check_marks(marks: Sequence[Mark], *, at_most: int) -> None:
+def _check_marks(marks: Sequence[KeptMark], *, at_most: int) -> None:
     for mark in marks:
         if not 0 < mark.at_tokens <= at_most:
             raise SnapshotError(f"a mark at {mark.at_tokens} of {at_most} tokens", reason="mark")

@@ -32,7 +32,7 @@ from keepwarm.store.staging import Staging
 from keepwarm.store.types import (
     Hit,
     Imported,
-    Mark,
+    KeptMark,
     Origin,
     Pin,
     Ready,
@@ -152,7 +152,7 @@ class Snapshots:
         self.forget_ready(removed)
         return saved
 
-    def mark(self, extent_id: int, at: int, namespace: str, marks: Sequence[Mark]) -> None:
+    def mark(self, extent_id: int, at: int, namespace: str, marks: Sequence[KeptMark]) -> None:
         """See `Store.mark`."""
         self.revive()
         self._require(extent_id, at)
@@ -419,7 +419,7 @@ class Snapshots:
         taken = self.form.take(found.slot_file)
         if not np.array_equal(taken.tokens, found.tokens):
             raise SnapshotError(f"{path} holds other tokens than it says", reason="tokens")
-        marks = [] if header.digest is None else [Mark(header.digest, taken.tokens.size)]
+        marks = [] if header.digest is None else [KeptMark(header.digest, taken.tokens.size)]
         why = Why(namespace, marks, Origin.IMPORT, header.prefill_s)
         saved = self._keep(taken, why, file_bytes=len(found.slot_file), now_s=now_s)
         if header.pin is not None:

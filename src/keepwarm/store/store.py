@@ -31,8 +31,8 @@ from keepwarm.store.types import (
     Finding,
     Hit,
     Imported,
+    KeptMark,
     Listed,
-    Mark,
     OpenReport,
     Origin,
     Pin,
@@ -158,7 +158,7 @@ class Store:
         name: str,
         *,
         namespace: str,
-        marks: Sequence[Mark],
+        marks: Sequence[KeptMark],
         origin: Origin,
         prefill_s: float,
         expected_tokens: Sequence[int] | Tokens | None = None,
@@ -179,7 +179,7 @@ class Store:
         )
 
     async def mark(
-        self, extent_id: int, at_tokens: int, *, namespace: str, marks: Sequence[Mark]
+        self, extent_id: int, at_tokens: int, *, namespace: str, marks: Sequence[KeptMark]
     ) -> None:
         """Let more digests find a prefix that is kept (another spelling, another namespace)."""
         await self._run(self._snapshots.mark, extent_id, at_tokens, namespace, tuple(marks))

@@ -24,7 +24,7 @@ class Origin(StrEnum):
     """It came in a file."""
 
 
-class Mark(NamedTuple):
+class KeptMark(NamedTuple):
     """A request's canonical prefix and how many tokens of it are kept.
 
     `digest` is 16 bytes from the hash chain. `is_exact` False: the prefix has at least `at_tokens`
