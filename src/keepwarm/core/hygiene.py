@@ -18,8 +18,8 @@ in silence. A body that no rule applies to is returned as it came: the same obje
 - `sort-tools`: tools are listed by name and their keys stand in one order. The JSON values are the
   same, and no API gives a meaning to either order.
 
-Rules look at the leading system messages only: what a client adds later is history, which it sends
-again as it was.
+Rules look at the leading system messages only, `move-known` also at one directly behind the first
+question: what a client adds later is history, which it sends again as it was.
 
 Invariants: cleaning twice is cleaning once; tools keep their JSON values; texts in which no rule
 finds anything keep every character.
