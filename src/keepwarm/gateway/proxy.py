@@ -32,7 +32,6 @@ from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
 from keepwarm.gateway.dispatcher import Grant
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
-from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.tiering import HEADER, Tiered
 from keepwarm.gateway.upstream import Fetched, forwarded, posted, read_whole, returned
@@ -100,10 +99,6 @@ class Proxy:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        tiers = runtime.settings.tiers
-        self._judge = (
-            Judge(self._ask_judge, timeout_s=tiers.judge_timeout_s) if tiers.judge else None
-        )
 
     async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
         """Serve one request of a planned API."""
@@ -141,8 +136,6 @@ class Proxy:
         runtime.metrics.rewritten(asked.rewrites)
         await runtime.admitted()
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
-        if self._judge is not None:
-            tiered = await self._judged(self._judge, asked, tiered)
         while True:
             exchange = self._exchange(asked, tiered, received_s)
             try:
@@ -163,33 +156,6 @@ class Proxy:
                 tiered = up
             finally:
                 tell_ended(runtime, exchange)
-
-    async def _judged(self, judge: Judge, asked: Asked, tiered: Tiered) -> Tiered:
-        """The request with the tier that the model names, where asking it may pay."""
-        runtime = self._runtime
-        doubt_s = tiered.decision.doubt_s if tiered.decision else 0.0
-        if not doubt_s:
-            return tiered
-        text = runtime.router.task_of(asked.api, asked.body)
-        if not judge.is_worth_asking(text, doubt_s=doubt_s, rates=runtime.dispatcher.rates):
-            return tiered
-        verdict = await judge.verdict(text, namespace=asked.namespace, priority=asked.priority)
-        if verdict is None:
-            return tiered
-        return runtime.router.judged(asked.api, asked.body, tiered, verdict, asked.namespace)
-
-    async def _ask_judge(self, asked: Asked, tiered: Tiered) -> Reply | None:
-        """Serve a question of ours like a request, recorded like one."""
-        exchange = self._exchange(asked, tiered, time.monotonic())
-        exchange.may_escalate = False
-        try:
-            await self._serve(None, exchange)
-        except KeepwarmError as error:
-            exchange.trouble = error.kind
-            raise
-        finally:
-            tell_ended(self._runtime, exchange)
-        return exchange.reply
 
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""

@@ -37,7 +37,6 @@ from keepwarm.engine.process import EngineProcess
 from keepwarm.engine.rendering import unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
-    ConfigError,
     DeadlineError,
     EngineDownError,
     EngineError,
@@ -61,15 +60,11 @@ from keepwarm.gateway.warm import (
     Progress,
 )
 from keepwarm.router_files import load_router
-from keepwarm.router_outcomes import OutcomeLog
 from keepwarm.settings import Places, Settings, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
 
 log = logging.getLogger("keepwarm")
-
-# Losing half a minute of routing outcomes in a crash costs a little evidence.
-_OUTCOMES_EVERY_S = 30.0
 
 
 class State(StrEnum):
@@ -125,10 +120,8 @@ class Runtime:
             self.tiers,
             load_router(
                 tiers_dir=self.tiers_dir,
-                state_dir=places.state_home / "keepwarm",
                 own_tools=list(self.tiers)[-1].tools,
             ),
-            OutcomeLog(places.state_home / "keepwarm"),
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
@@ -201,21 +194,8 @@ class Runtime:
             hang_timeout_s=settings.engine.hang_timeout_s,
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
-        self.supervise(self._keep_outcomes())
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
-
-    async def _keep_outcomes(self) -> None:
-        """Write what became of routed requests, now and then; nobody waits for it."""
-        while True:
-            await asyncio.sleep(_OUTCOMES_EVERY_S)
-            await self._write_outcomes()
-
-    async def _write_outcomes(self) -> None:
-        try:
-            await asyncio.to_thread(self.router.outcomes.flush)
-        except ConfigError as error:
-            log.warning("what became of routed requests isn't kept: %s", error)
 
     def _set_ready(self) -> None:
         self.state = State.READY
@@ -342,7 +322,6 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.explainer.close()
-        await self._write_outcomes()
         if self.tracing:
             await asyncio.to_thread(self.tracing.close)
         if hasattr(self, "store"):
