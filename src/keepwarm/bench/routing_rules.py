@@ -2,8 +2,9 @@
 
 A task for *minimal* is answered right if the reply is text, calls no tool, and holds what is asked
 for: each of some regular expressions (a number, a name, so many words). A task for *standard* or
-*full* is begun right if the first tool called is one that the task can begin with. The rules were
-written before any answer was read; they know nothing of style, and can be met by a poor answer.
+*full* is begun right if the first tool called is one that the task can begin with. A call that is
+written out as text counts too: small models forget the marks around it, and every arm is judged
+alike. The rules know nothing of style, and can be met by a poor answer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepwarm.bench.routing_tasks import FULL, MINIMAL, STANDARD
+
+_WRITTEN_CALL = re.compile(
+    r"\s*(?:```\w*\s*)?\{\s*\"name\"\s*:\s*\"([^\"]+)\"\s*,\s*\"(?:arguments|parameters)\""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Rule:
 
     def is_met(self, text: str, calls: Sequence[str]) -> bool:
         """Whether an answer of this text and these tools' names is right."""
+        if written := _WRITTEN_CALL.match(text):
+            calls = [*calls, written[1]]
         if self.calls:
             return bool(calls) and calls[0] in self.calls
         if calls or text.lstrip(" *`\"'").upper().startswith("NEED_MORE"):
