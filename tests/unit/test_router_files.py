@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from keepwarm.cli import route as route_cli
+from keepwarm.cli.main import app
 from keepwarm.errors import ConfigError
 from keepwarm.router import Reason, RouteRequest, config_from_toml, weights_from_json
 from keepwarm.router.config import RouterConfig
@@ -139,7 +139,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str, stdin: str = "") -> Any:
-        return CliRunner().invoke(route_cli.app, list(arguments), input=stdin)
+        return CliRunner().invoke(app, ["route", *arguments], input=stdin)
 
     return invoke
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Final
 import aiohttp
 import typer
 from rich.table import Table
-from typer.core import TyperGroup
 
 from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
@@ -27,26 +26,7 @@ from keepwarm.tierfiles import find_tiers_directory, load_tiers
 _SERVER_WAIT_S: Final = 1.5
 
 
-class _TextOrCommand(TyperGroup):
-    """A group whose first argument may be a text to route instead of a command's name."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command that takes a text in front of what isn't a command's name."""
-        if args and args[0] != "--help" and args[0] not in self.commands:
-            args = ["text", *args]
-        return super().parse_args(ctx, args)
-
-
-app = typer.Typer(
-    cls=_TextOrCommand,
-    no_args_is_help=True,
-    help='Explain which tier a request gets: keepwarm route "text". Or --batch FILE for many; see'
-    " `keepwarm route text --help`.",
-)
-
-
-@app.command("text")
-def explain(
+def route(
     text: Annotated[str | None, typer.Argument(help="What a user would say.")] = None,
     batch: Annotated[
         Path | None,
@@ -62,8 +42,7 @@ def explain(
 ) -> None:
     """Show the tier of a request, the rule or scores behind it, and what each tier would cost.
 
-    `keepwarm route "text"` is short for this. Works without a running server; with one, the costs
-    are what the tiers cost now.
+    Works without a running server; with one, the costs are what the tiers cost now.
     """
     settings, places = opt.settings_from(config, {"tiers.dir": tiers})
     if batch is not None:
