@@ -6,6 +6,8 @@ TEMPLATE := configs/chat-templates/chatml-tools.jinja
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 RUNS ?= 3
 MINUTES ?= 10
+COUNT ?= 100
+SEED ?=
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark) or needs more than Python (Ray, systemd). Without a browser the page's tests skip.
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
@@ -23,7 +25,8 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-fast test-fleet lint format bench soak clean
+.PHONY: help setup demo test test-all test-fast test-fleet test-clients lint format bench soak \
+	faults clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
@@ -31,11 +34,13 @@ help:
 	@echo "make test       run the tests, those with the real engine too"
 	@echo "make test-all   run the long ones as well"
 	@echo "make test-fleet run those of the fleet, on a Ray of their own (installs Ray: 200 MB)"
+	@echo "make test-clients run real coding agents against Keepwarm (installs them: 1 GB, needs npm)"
 	@echo "make test-fast  run the tests that need neither engine nor model"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make bench      measure everything, $(RUNS) runs (RUNS=1 for one); Markdown on stdout"
 	@echo "make soak       an agent's low load for $(MINUTES) minutes: does anything grow or get lost?"
+	@echo "make faults     break something $(COUNT) times and look; SEED=n replays a campaign"
 	@echo "make clean      remove .venv and caches; the fetched model stays"
 
 demo: $(VENV)/.installed $(MODEL)
@@ -57,6 +62,13 @@ test-fleet: $(VENV)/.installed-fleet $(MODEL)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(FLEET_TESTS) || \
 		$(BIN)/python -m pytest $(PYTEST_FLAGS) --last-failed $(FLEET_TESTS)
 
+# Pinned versions, installed below $(CLIENTS) and nowhere else. They run on a model of random weights
+# for the counts, and on one that can call tools where it lies among the models.
+CLIENTS := .cache/clients
+test-clients: $(VENV)/.installed-dev $(MODEL)
+	@$(BIN)/python scripts/install_clients.py --aider $(CLIENTS)
+	@KEEPWARM_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/clients
+
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -71,8 +83,13 @@ bench: $(VENV)/.installed $(MODEL)
 		--chat-template $(TEMPLATE) $(BENCH_FLAGS)
 
 soak: $(VENV)/.installed $(MODEL)
-	@$(BIN)/python -m keepwarm.bench.soak --model $(MODEL) --chat-template $(TEMPLATE) \
+	@$(BIN)/python -m benchmarks.soak --model $(MODEL) --chat-template $(TEMPLATE) \
 		--minutes $(MINUTES)
+
+# As root with file systems that can be full, read-only, frozen or gone; else those are skipped.
+faults: $(VENV)/.installed-dev $(MODEL)
+	@PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --count $(COUNT) \
+		$(if $(SEED),--seed $(SEED)) $(FAULTS_FLAGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

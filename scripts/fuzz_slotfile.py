@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.slotfile import (
     RowsPart,
     SlotFile,
     SlotFileError,

@@ -45,8 +45,8 @@ from keepwarm.router.features import look
 from keepwarm.router.model import Weights
 from keepwarm.router.types import MINIMAL, TIERS, Decision, MissCosts, RouteRequest
 from keepwarm.router.words import seen
-from keepwarm.router_files import shipped_weights
-from keepwarm.tierfiles import load_tiers
+from keepwarm.tiers.files import load_tiers
+from keepwarm.tiers.router_files import shipped_weights
 
 #: The tiers that come with the project.
 TIERS_DIR: Final = Path(__file__).parents[1] / "configs" / "prompt-tiers"

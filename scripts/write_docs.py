@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the parts of docs/ that follow from the code: every setting, and every command's help.
+"""Write the parts of docs/ that follow from the code: settings, commands' help, and routes.
 
-write_docs.py           write docs/configuration.md and docs/commands.md
+write_docs.py           write docs/configuration.md, docs/commands.md, and the table in docs/door.md
 write_docs.py --check   exit 1 if they differ from what would be written
 """
 
@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+from keepwarm.api.routes import ROUTES
 from keepwarm.cli.main import app
 from keepwarm.settings import fields
 
@@ -45,6 +46,8 @@ port = 8090
 
 This page is written by `scripts/write_docs.py` from the code.
 """
+
+ROUTES_BEGIN, ROUTES_END = "<!-- routes -->", "<!-- end of routes -->"
 
 COMMANDS = """\
 # Commands
@@ -116,15 +119,29 @@ def _trimmed(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
+def door() -> str:
+    """docs/door.md, with the table of routes put in."""
+    head, _, rest = (DOCS / "door.md").read_text(encoding="utf-8").partition(ROUTES_BEGIN)
+    lines = ["| method | path | way | access |", "|---|---|---|---|"]
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for route in ROUTES:
+        way = f"{route.way.value}, {route.status}" if route.reason else route.way.value
+        grouped.setdefault((route.method, way, route.access.value), []).append(f"`{route.path}`")
+    for (method, way, access), paths in grouped.items():
+        lines.append(f"| {method} | {', '.join(paths)} | {way} | {access} |")
+    return "\n".join([head + ROUTES_BEGIN, *lines, ROUTES_END + rest.partition(ROUTES_END)[2]])
+
+
 def main() -> int:
-    """Write or check both pages."""
+    """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     # The width and colours of whoever's terminal this is must not show in the pages.
     os.environ |= {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb"}
     stale = []
-    for name, text in (("configuration.md", configuration()), ("commands.md", commands())):
+    pages = {"configuration.md": configuration(), "commands.md": commands(), "door.md": door()}
+    for name, text in pages.items():
         path = DOCS / name
         if check:
             if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -7,7 +7,7 @@ from typing import Any
 from keepwarm.core.plan import Option, Plan, Source
 from keepwarm.core.prompt import Segment, prompt_of
 from keepwarm.core.reply import Counts, Reply
-from keepwarm.gateway.record import Ended
+from keepwarm.explain.record import Ended
 
 SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 40
 

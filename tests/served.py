@@ -145,8 +145,8 @@ class Served:
     def get(self, path: str) -> Any:
         return json.loads(self.read(path))
 
-    def read(self, path: str) -> str:
-        request = urllib.request.Request(self.base + path, headers=self._headers())
+    def read(self, path: str, *, key: str | None = None) -> str:
+        request = urllib.request.Request(self.base + path, headers=self._headers(key))
         with urllib.request.urlopen(request, timeout=ANSWER_S) as reply:
             return str(reply.read().decode())
 

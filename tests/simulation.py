@@ -15,12 +15,15 @@ from random import Random
 from typing import Any
 
 from keepwarm.core.effects import (
+    CountPrompt,
     Effect,
     EraseSlot,
     Fail,
     FilledSlot,
     FillSlot,
     Interrupt,
+    LookedSlot,
+    LookSlot,
     Outcome,
     RestoredSlot,
     RestoreSlot,
@@ -36,6 +39,7 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Position, Slot, SlotState
+from keepwarm.core.tree import Tokens, as_tokens
 
 ROW_BYTES = 1000
 FINGERPRINT = "a model"
@@ -45,18 +49,22 @@ CHARS_A_TOKEN = 4
 Held = list[tuple[int, str]]
 
 
+def _token_of(text: bytes) -> int:
+    return zlib.crc32(text) & 0x7FFFFFFF
+
+
 def _tokens(text: str) -> list[int]:
     step = CHARS_A_TOKEN
-    return [zlib.crc32(text[i : i + step].encode()) for i in range(0, len(text), step)]
+    return [_token_of(text[i : i + step].encode()) for i in range(0, len(text), step)]
 
 
 def segment_tokens(segment: Segment) -> list[int]:
     """One message as a template would render it."""
     return [
-        zlib.crc32(segment.role.encode()),
+        _token_of(segment.role.encode()),
         *_tokens(segment.text),
         *_tokens(segment.extra),
-        zlib.crc32(b"end of turn"),
+        _token_of(b"end of turn"),
     ]
 
 
@@ -122,7 +130,7 @@ def request_of(
         if prompt.static is not None:
             static += 1  # the opening of the user's turn is the same in all of them
             shared += prompt.is_static_shared
-        tokens.append(zlib.crc32(b"assistant"))
+        tokens.append(_token_of(b"assistant"))
     job = Job(
         id=f"r{number}",
         namespace=namespace,
@@ -133,6 +141,8 @@ def request_of(
         can_fill=prompt.static is not None,
         static_shared=prompt.is_static_shared,
         is_alone=is_alone,
+        # Every other request can be counted; the others are placed by their marks alone.
+        chat=body if number % 2 else None,
     )
     return Request(job.id, namespace, body, prompt, tokens, static, shared, job)
 
@@ -171,6 +181,7 @@ class Simulation:
     staged: dict[str, Held] = field(default_factory=dict)
     arriving: dict[str, Kept] = field(default_factory=dict)
     store: list[Kept] = field(default_factory=list)
+    counting: list[CountPrompt] = field(default_factory=list)
     ended: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
     said: Counter[str] = field(default_factory=Counter)
@@ -189,41 +200,51 @@ class Simulation:
             ),
             rates=Rates(),
             lookup=self.lookup,
+            knows=self.knows,
             queue_limit=self.queue_limit,
         )
 
     # What the store answers.
 
-    def lookup(self, prompt: Prompt, namespace: str) -> Stored | None:
+    def lookup(self, prompt: Prompt, namespace: str, ids: Tokens | None = None) -> Stored | None:
         """The longest kept prefix, as the gateway's look-up gives it."""
+        if ids is not None:
+            return self._match([int(token) for token in ids], namespace)
         for index in range(len(prompt.marks) - 1, -1, -1):
             digest = prompt.marks[index].digest
             for number, kept in enumerate(self.store):
                 at = kept.marks.get(digest)
-                if at is None or kept.namespace not in ("", namespace):
+                if at is None or not at.exact or kept.namespace not in ("", namespace):
                     continue
                 if not self.cuttable and at.tokens != len(kept.held):
                     continue
                 return Stored(
                     mark_index=index,
                     tokens=at.tokens,
-                    promise_tokens=self._promise(prompt, index, at, namespace),
+                    promise_tokens=at.tokens,
                     size_bytes=at.tokens * ROW_BYTES,
                     ready=True,
                     extent_id=number,
                 )
         return None
 
-    def _promise(self, prompt: Prompt, index: int, at: Position, namespace: str) -> int:
-        if at.exact:
-            return at.tokens
-        if prompt.static is None or index < prompt.static_index or not self.cuttable:
-            return 0
-        for kept in self.store:
-            static = kept.marks.get(prompt.static.digest)
-            if static and static.exact and kept.namespace in ("", namespace):
-                return min(static.tokens, at.tokens)
-        return 0
+    def _match(self, tokens: list[int], namespace: str) -> Stored | None:
+        best: Stored | None = None
+        for number, kept in enumerate(self.store):
+            if kept.namespace not in ("", namespace):
+                continue
+            at = common([token for token, _ in kept.held], tokens)
+            if not self.cuttable and not at == len(kept.held) < len(tokens):
+                continue
+            if at and (best is None or at > best.tokens):
+                size = at * ROW_BYTES
+                best = Stored(-1, at, at, size_bytes=size, ready=True, extent_id=number)
+        return best
+
+    def knows(self, digest: bytes, namespace: str) -> bool:
+        """Whether a prompt with this mark was saved."""
+        kept = [k for k in self.store if k.namespace in ("", namespace)]
+        return any(digest in k.marks for k in kept)
 
     # What the engine does.
 
@@ -264,7 +285,7 @@ class Simulation:
         self.pending.remove(step)
         if step in self.interrupted:
             self.interrupted.remove(step)
-            failure = StepFailed(emptied=True)
+            failure = StepFailed(emptied=False)
         outcome: Outcome = failure
         if failure is None:
             outcome = self._succeed(step)
@@ -280,7 +301,11 @@ class Simulation:
         if isinstance(step, FillSlot):
             request = self.requests[step.job]
             self.write(slot, request, request.static_tokens)
+            request.job.static_tokens = request.static_tokens
+            request.job.static_ids = as_tokens(request.tokens[: request.static_tokens])
             return FilledSlot(request.static_tokens)
+        if isinstance(step, LookSlot):
+            return LookedSlot(len(self.engine[slot]))
         if isinstance(step, RestoreSlot):
             stored = step.stored
             if stored.staged_name is not None:
@@ -289,7 +314,8 @@ class Simulation:
                 assert stored.extent_id is not None
                 held = self.store[stored.extent_id].held
             self.engine[slot] = list(held[: stored.tokens])
-            return RestoredSlot(len(self.engine[slot]))
+            ids = as_tokens([token for token, _ in self.engine[slot]])
+            return RestoredSlot(len(self.engine[slot]), ids)
         self._files += 1
         name = f"file-{self._files}"
         held = list(self.engine[slot])
@@ -303,7 +329,7 @@ class Simulation:
     def _fail(self, step: Step, failure: StepFailed) -> None:
         if isinstance(step, EraseSlot):
             self.erase_failed = True
-        elif isinstance(step, FillSlot) and failure.emptied:
+        elif isinstance(step, FillSlot):
             request = self.requests[step.job]
             self.write(step.slot, request, request.static_tokens // 2)
         elif isinstance(step, RestoreSlot) and failure.emptied:
@@ -314,7 +340,17 @@ class Simulation:
         kept = self.arriving.pop(name)
         if not refused:
             self.store.append(kept)
-        self.perform(self.scheduler.absorbed(name, self.now_s))
+        ids = None if refused else as_tokens([token for token, _ in kept.held])
+        effects = self.scheduler.absorbed(name, self.now_s, ids=ids, states=(len(kept.held),))
+        self.perform(effects)
+
+    def count(self, effect: CountPrompt) -> None:
+        """A prompt was counted, and what slots hold that it might start from."""
+        request = self.requests[effect.job]
+        request.job.ids = as_tokens(request.tokens)
+        by_prompt = {id(r.job.chat): r for r in self.requests.values()}
+        contents = [(c, as_tokens(by_prompt[id(c.chat)].tokens)) for c in effect.contents]
+        self.perform(self.scheduler.counted(effect.job, self.now_s, contents=contents))
 
     def finish(self, request: Request, *, decoded: int, heard: bool, touched: bool = True) -> None:
         """A forwarded request ends: with the engine's counts, with none, or refused."""
@@ -326,7 +362,7 @@ class Simulation:
             if heard:
                 request.reply = f"reply to {len(request.tokens)} " + "x" * (4 * decoded)
                 reply = Segment("assistant", request.reply)
-                said = [*_tokens(reply.text), zlib.crc32(b"end of turn")]
+                said = [*_tokens(reply.text), _token_of(b"end of turn")]
                 self.engine[slot] += [(t, request.namespace) for t in said[:-1]]
                 counts = Counts(cached, len(request.tokens) - cached, len(said))
             else:
@@ -403,12 +439,16 @@ class Simulation:
             elif isinstance(effect, Interrupt):
                 assert effect.step in self.pending, "a step that doesn't run was interrupted"
                 self.interrupted.append(effect.step)
+            elif isinstance(effect, CountPrompt):
+                self.counting.append(effect)
             else:
                 running = [step.slot for step in self.pending]
                 assert effect.slot not in running, "two steps work on one slot"
                 assert self.scheduler.slots[effect.slot].state is SlotState.PREPARING
                 self.pending.append(effect)
         self.check()
+        while self.counting:
+            self.count(self.counting.pop())
 
     def _started(self, effect: Start) -> None:
         request = self.requests[effect.job]

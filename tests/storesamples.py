@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import (
     CacheLayout,
     Layout,
     RowsPart,
     TensorLayout,
     assemble,
 )
-from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
 from keepwarm.store.shelf import StoreSettings
@@ -65,7 +65,7 @@ def _prefix_hashes(tokens: Sequence[int]) -> Any:
 def _tensor(hashes: Any, layout: TensorLayout, number: int) -> bytes:
     """The rows of one tensor, in the file's order of bytes."""
     rows = (hashes[:, None] >> (np.arange(layout.row_bytes) % 24)) + number
-    rows = rows.astype(np.uint8)
+    rows = rows.astype(np.uint8) & 0xBF  # so that none is NaN, whatever floats it is read as
     if layout.element_bytes:
         rows = rows.reshape(len(hashes), layout.width, layout.element_bytes).transpose(1, 0, 2)
     return np.ascontiguousarray(rows).tobytes()

@@ -36,14 +36,20 @@ def small_model() -> Path:
     return path
 
 
-def write_tiny_qwen3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
+def write_tiny_qwen3(
+    path: Path,
+    source_gguf: Path,
+    *,
+    seed: int = SEED,
+    context_tokens: int = TINY_CONTEXT_TOKENS,
+) -> None:
     """A model of plain attention (6 layers), about 9 MB: as fast as a test could wish.
 
     It has the tokens of an infill, which the real small one lacks.
 
     `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
-    made = _Model(path, "qwen3", source_gguf, seed)
+    made = _Model(path, "qwen3", source_gguf, seed, context_tokens)
     writer = made.writer
     writer.add_key_length(HEAD_ELEMENTS)
     writer.add_value_length(HEAD_ELEMENTS)
@@ -106,12 +112,19 @@ def write_tiny_lfm2(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
 class _Model:
     """A GGUF file being written, with random weights from a seed."""
 
-    def __init__(self, path: Path, arch: str, source_gguf: Path, seed: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        arch: str,
+        source_gguf: Path,
+        seed: int,
+        context_tokens: int = TINY_CONTEXT_TOKENS,
+    ) -> None:
         self.random = np.random.default_rng(seed)
         self.writer = gguf.GGUFWriter(path, arch)
         writer = self.writer
         writer.add_name(f"tiny random {arch}")
-        writer.add_context_length(TINY_CONTEXT_TOKENS)
+        writer.add_context_length(context_tokens)
         writer.add_embedding_length(EMBEDDING)
         writer.add_block_count(TINY_LAYERS)
         writer.add_feed_forward_length(FEED_FORWARD)

@@ -52,11 +52,34 @@ class EngineDownError(EngineError):
     kind = "engine_unavailable"
 
 
+class EngineUnreachableError(EngineDownError):
+    """There was no connection to it, so it hasn't seen the request."""
+
+
+class EngineCrashedError(EngineError):
+    """The engine died over one request, alone and again: it isn't sent a third time.
+
+    422, since clients and batches send again what fails with 5xx.
+    """
+
+    status = 422
+    retry = False
+    kind = "engine_crashed"
+
+
 class EngineStartError(EngineError):
     """The engine can't start. The message holds its last lines and what to do."""
 
     status = 503
     retry = False
+
+
+class UnknownFlagError(EngineStartError):
+    """The engine ended over an argument that it doesn't know."""
+
+    def __init__(self, message: str, *, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class EngineReplacedError(EngineStartError):

@@ -43,7 +43,7 @@ def set_up_logging(settings: LogSettings) -> None:
 
 
 def log_request(record: Mapping[str, Any]) -> None:
-    """One line for a finished request; see `gateway.record` for what it is made of.
+    """One line for a finished request; see `explain.record` for what it is made of.
 
     Text of the prompt is in it only where the record holds it, and in JSON alone.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -35,6 +35,10 @@ Pool = Annotated[
         "`auto`: split where a part holds the largest tier one and a half times"
     ),
 ]
+Layers = Annotated[
+    int,
+    Meta(ge=-1, le=100_000, description="layers on the GPU; 999: all; -1: the engine's own choice"),
+]
 Port = Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one")]
 Bytes = Annotated[int, Meta(ge=0)]
 
@@ -47,7 +51,11 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
         str, Meta(description="path of a `llama-server`; empty: the embedded engine")
     ] = ""
     upstream: Annotated[
-        str, Meta(description="URL of a llama-server that runs already, instead of `model`")
+        str,
+        Meta(
+            description="URL of a llama-server that runs already, or `unix:PATH` of its socket, "
+            "instead of `model`"
+        ),
     ] = ""
     upstream_key: Annotated[str, Meta(description="API key of that llama-server")] = ""
     slot_dir: Annotated[
@@ -67,6 +75,98 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     flash_attention: Annotated[
         Literal["auto", "on", "off"], Meta(description="flash attention")
     ] = "auto"
+    gpu_layers: Layers = -1
+    main_gpu: Annotated[
+        int, Meta(ge=-1, le=127, description="GPU by its number where only one is used; -1: unset")
+    ] = -1
+    split_mode: Annotated[
+        Literal["", "none", "layer", "row"],
+        Meta(description="how several GPUs share the model; empty: unset"),
+    ] = ""
+    tensor_split: Annotated[
+        str, Meta(description="parts of the model for each GPU, as `3,1`; empty: unset")
+    ] = ""
+    device: Annotated[
+        str,
+        Meta(description="devices to use, as `CUDA0,CUDA1`; empty: unset; a `binary` only"),
+    ] = ""
+    cpu_moe_layers: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000,
+            description="layers whose experts stay in the machine's memory; 0: unset; a `binary` "
+            "only",
+        ),
+    ] = 0
+    kv_offload: Annotated[
+        bool, Meta(description="keep keys and values where their layer is, as on a GPU")
+    ] = True
+    batch: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65536,
+            description="tokens of a prompt taken at a time, between which other slots decode; 0: "
+            "512, Keepwarm's own",
+        ),
+    ] = 0
+    ubatch: Annotated[
+        int, Meta(ge=0, le=65536, description="tokens computed at a time; 0: the engine's own")
+    ] = 0
+    threads_batch: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads for prompts; 0: as `threads`")
+    ] = 0
+    mmproj: Annotated[
+        str, Meta(description="path of a projector, for a model that sees pictures; empty: none")
+    ] = ""
+    draft_model: Annotated[
+        str, Meta(description="path of a small model that drafts for the large one; empty: none")
+    ] = ""
+    draft_max: Annotated[
+        int, Meta(ge=0, le=1024, description="tokens drafted at a time; 0: the engine's own")
+    ] = 0
+    draft_gpu_layers: Layers = -1
+    lora: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="adapters for all requests: paths, each with `:scale` behind if it isn't 1"
+        ),
+    ] = ()
+    rope_scaling: Annotated[
+        Literal["", "none", "linear", "yarn"],
+        Meta(description="how positions are stretched; empty: the model's own"),
+    ] = ""
+    rope_freq_base: Annotated[
+        float, Meta(ge=0, description="RoPE's base frequency; 0: the model's own")
+    ] = 0.0
+    rope_freq_scale: Annotated[
+        float, Meta(ge=0, description="RoPE's frequency scale; 0: the model's own")
+    ] = 0.0
+    yarn_orig_context: Annotated[
+        int,
+        Meta(ge=0, le=1 << 30, description="YaRN: tokens of the original context; 0: the model's"),
+    ] = 0
+    yarn_ext_factor: Annotated[
+        float, Meta(ge=-1, description="YaRN: extrapolation, 0 to 1; -1: the engine's own")
+    ] = -1.0
+    yarn_attn_factor: Annotated[
+        float, Meta(ge=-1, description="YaRN: attention's scale; -1: the engine's own")
+    ] = -1.0
+    yarn_beta_slow: Annotated[
+        float, Meta(ge=-1, description="YaRN: high correction dimension; -1: the engine's own")
+    ] = -1.0
+    yarn_beta_fast: Annotated[
+        float, Meta(ge=-1, description="YaRN: low correction dimension; -1: the engine's own")
+    ] = -1.0
+    mlock: Annotated[bool, Meta(description="keep the model in memory: never swapped out")] = False
+    mmap: Annotated[
+        bool, Meta(description="map the model's file; false: read all of it at the start")
+    ] = True
+    numa: Annotated[
+        Literal["", "distribute", "isolate", "numactl"],
+        Meta(description="how threads are spread over NUMA nodes; empty: not at all"),
+    ] = ""
     start_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a model may take to load")
     ] = 900.0
@@ -92,9 +192,15 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     """Where the gateway listens and what it admits."""
 
     host: Annotated[
-        str, Meta(description="address to listen on; others than loopback need an API key")
+        str,
+        Meta(
+            description="address to listen on (others than loopback need an API key), or the path "
+            "of a Unix socket, ending in `.sock`"
+        ),
     ] = "127.0.0.1"
     port: Port = 8090
+    ssl_key_file: Annotated[str, Meta(description="PEM file of the key for TLS")] = ""
+    ssl_cert_file: Annotated[str, Meta(description="PEM file of its certificate")] = ""
     api_keys: Annotated[
         tuple[str, ...],
         Meta(description="API keys, each with a namespace of its own; empty: no key is asked for"),
@@ -102,15 +208,52 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     api_key_file: Annotated[
         str, Meta(description="file with one API key a line, `name:key` or `key`")
     ] = ""
+    operators: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names of API keys that see the figures of all keys together (metrics, "
+            "slots, sizes); where there is one key only it does"
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="web pages that may use the API, as `https://chat.example.org`, or `*`; "
+            "empty: all where a key is asked for, else those of this machine"
+        ),
+    ] = ()
+    hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="public names under which Keepwarm may be asked for without a key"),
+    ] = ()
     max_body_bytes: Annotated[
         int, Meta(ge=1024, le=4 * _GIB, description="largest request body, bytes")
     ] = 64 * 1024 * 1024
     queue: Annotated[
-        int, Meta(ge=1, le=100_000, description="requests that may wait for a slot")
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="requests that may wait for a slot, batches' counted apart; where there "
+            "are several API keys, half of it for one",
+        ),
     ] = 256
+    queue_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 40,
+            description="bytes of the bodies of all requests that wait or are served; where there "
+            "are several API keys, half of it for one",
+        ),
+    ] = 512 * 1024 * 1024
     queue_timeout_s: Annotated[
         float, Meta(gt=0, le=86400, description="seconds a request may wait for a slot")
     ] = 600.0
+    ping_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="seconds of silence in a stream before a ping; 0: none"),
+    ] = 1.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
     ] = 30.0
@@ -296,6 +439,28 @@ def child_environment(unless_set: Mapping[str, str]) -> dict[str, str]:
     return {**unless_set, **os.environ}
 
 
+def variables_set(names: Collection[str]) -> set[str]:
+    """Which of these environment variables are set."""
+    return {name for name in names if os.environ.get(name)}
+
+
+def client_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The environment for a client: the user's own with these set, or taken out where None.
+
+    A proxy that the user has is for other machines: a gateway on this one isn't reached through it.
+    """
+    kept = {**os.environ, **{name: value for name, value in changes.items() if value is not None}}
+    for name in ("NO_PROXY", "no_proxy"):
+        listed = [part for part in kept.get(name, "").split(",") if part.strip()]
+        kept[name] = ",".join(dict.fromkeys([*listed, "127.0.0.1", "localhost"]))
+    return {name: value for name, value in kept.items() if changes.get(name, "") is not None}
+
+
+def user_environment() -> tuple[Path, Mapping[str, str]]:
+    """The user's home and environment, for the folders that other programs keep models in."""
+    return _home(os.environ), dict(os.environ)
+
+
 def gateway_key() -> str | None:
     """The API key that commands give to a running gateway when none is named."""
     return os.environ.get("KEEPWARM_API_KEY") or None
@@ -333,13 +498,17 @@ def trace_export() -> TraceExport | None:
 
 
 def load_settings(
-    *, file: Path | None = None, flags: Mapping[str, Any] | None = None
+    *,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, Places]:
     """Read all sources.
 
     Args:
         file: a settings file; without one `./keepwarm.toml`, then the user's configuration.
         flags: values by dotted key (`engine.slots`); None means not given.
+        defaults: values by dotted key that count where no source gives another one.
 
     Raises:
         ConfigError: a file that can't be read, an unknown key, a value out of bounds; names the
@@ -349,6 +518,7 @@ def load_settings(
     places = _places(environment)
     tree: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    _merge(tree, origin, _nested(defaults or {}), "the defaults")
     path = file or next((p for p in _files(places) if p.is_file()), None)
     if path:
         _merge(tree, origin, _read_toml(path), str(path))
@@ -383,7 +553,7 @@ def _check_hygiene(hygiene: HygieneSettings, origin: Mapping[str, str]) -> None:
 
 
 def _places(environment: Mapping[str, str]) -> Places:
-    home = Path(environment.get("HOME") or Path.home())
+    home = _home(environment)
     config = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
     state = Path(
         environment.get("STATE_DIRECTORY", "").split(":")[0]
@@ -392,6 +562,16 @@ def _places(environment: Mapping[str, str]) -> Places:
     )
     runtime = environment.get("XDG_RUNTIME_DIR")
     return Places(config, state, Path(runtime) if runtime else None, None)
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    """The user's home; the root where there is none, as in a container with a user of its own."""
+    if named := environment.get("HOME"):
+        return Path(named)
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def _files(places: Places) -> tuple[Path, ...]:
@@ -473,6 +653,8 @@ def _explain(message: str, origin: Mapping[str, str]) -> str:
         if f"$.{key}`" in message:
             what = message.partition(" - at ")[0].replace("`", "")
             return f"The setting {key} (from {source}) can't be used: {what}."
-    files = sorted({s for s in origin.values() if s not in ("environment", "flags")})
+    files = sorted(
+        {s for s in origin.values() if s not in ("environment", "flags", "the defaults")}
+    )
     where = f" in {files[0]}" if files else ""
     return f"The settings{where} can't be used: {message.replace('`', '')}."

@@ -11,8 +11,9 @@ from aiohttp import web
 from fakeengine import KEY, FakeEngine
 from rig import Keepwarm
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.listening import Runner
 from keepwarm.settings import (
     EngineSettings,
     Places,
@@ -60,7 +61,7 @@ async def keepwarm(
     engine: FakeEngine, settings: Settings, places: Places
 ) -> AsyncIterator[Keepwarm]:
     runtime = Runtime(settings, places)
-    runner = web.AppRunner(make_app(runtime), handler_cancellation=True, access_log=None)
+    runner = Runner(make_app(runtime))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 from slotfile_bytes import CacheSpec, FileSpec
@@ -40,6 +41,7 @@ class Fault(Enum):
     REFUSED = "400, as for a prompt that is too long"
     UNABLE = "501, as for an infill by a model without its tokens"
     FAILED = "500"
+    DIES = "the engine dies over it, and is back a moment later"
     LIES = "the slot was restored, but nothing of it is reused"
 
 
@@ -74,12 +76,30 @@ class FakeEngine:
         self.busy: set[int] = set()
         self.faults: deque[Fault] = deque()
         self.asked: list[tuple[str, Any]] = []
+        self.heard: list[dict[str, str]] = []
         self.prefilled = 0
         self.resume = asyncio.Event()
         self.hung_up = 0
+        self.died = 0
+        # With a draft model, a longer prefix restored over a shorter one is half there.
+        self.speculates = False
+        self.half_restored: set[int] = set()
+        self.is_sleeping = False
+        self.decoded_more = 0
+        # It dies over whatever holds this.
+        self.deadly = ""
+        self.away_s = 1.5
         self.is_loading = False
         self.closes_connections = False
         self.loses_restores = False
+        # How many of the next restores are refused; of files that only try it, all or none.
+        self.refused_restores = 0
+        self.refuses_probes = False
+        # Of the files that it saves; None: what is its own.
+        self.file_mode: int | None = None
+        self.file_version: int | None = None
+        # Token ids that it doesn't know.
+        self.unknown_tokens: set[int] = set()
         self.opening = "Monday. "
         self.port = 0
         self._seconds_a_token = seconds_a_token
@@ -109,6 +129,12 @@ class FakeEngine:
             await self._runner.cleanup()
         self._runner = None
 
+    async def _die(self) -> None:
+        await self.stop()
+        # Longer than an attached server may be silent.
+        await asyncio.sleep(self.away_s)
+        await self.start()
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path
         # As the real one: health and its model's name are for everybody.
@@ -118,6 +144,7 @@ class FakeEngine:
             return web.json_response(STRANGER, status=401)
         body = await request.json() if request.can_read_body else {}
         self.asked.append((path, body))
+        self.heard.append({name.lower(): value for name, value in request.headers.items()})
         if self.is_loading:
             return web.json_response(LOADING, status=503)
         if path.startswith("/slots/"):
@@ -145,6 +172,7 @@ class FakeEngine:
                     "default_generation_settings": {"n_ctx": 8192},
                     "chat_template": "fake",
                     "build_info": "fake-1",
+                    "is_sleeping": self.is_sleeping,
                 }
             )
         if path == "/apply-template":
@@ -154,7 +182,10 @@ class FakeEngine:
         if path == "/v1/models":
             return web.json_response({"object": "list", "data": [{"id": "fake"}]})
         if path == "/slots":
-            states = [{"id": i, "is_processing": i in self.busy} for i in range(len(self.slots))]
+            states = [
+                {"id": i, "is_processing": i in self.busy, "speculative": self.speculates}
+                for i in range(len(self.slots))
+            ]
             return web.json_response(states)
         return web.json_response({"error": {"message": f"no {path}"}}, status=404)
 
@@ -163,24 +194,39 @@ class FakeEngine:
         out: dict[str, Any] = {"id_slot": slot}
         if action == "erase":
             self.slots[slot] = []
+            self.half_restored.discard(slot)
         elif action == "save":
             raw = slot_file(self.slots[slot])
-            (self.slot_dir / body["filename"]).write_bytes(raw)
+            if self.file_version is not None:
+                raw = raw[:4] + self.file_version.to_bytes(4, "little") + raw[8:]
+            path = self.slot_dir / body["filename"]
+            path.write_bytes(raw)
+            if self.file_mode is not None:
+                path.chmod(self.file_mode)
             out |= {"n_saved": len(self.slots[slot]), "n_written": len(raw)}
             out["timings"] = {"save_ms": 1.0}
         else:
             path = self.slot_dir / body["filename"]
-            if not path.is_file():
+            is_probe = path.name.startswith("probe-")
+            self.refused_restores -= not is_probe
+            refuses = self.refuses_probes if is_probe else self.refused_restores >= 0
+            if not path.is_file() or refuses:
                 self.slots[slot] = []
                 return web.json_response({"error": {"message": "no file"}}, status=400)
             raw = path.read_bytes()
             tokens = file_tokens(raw)
+            if self.speculates and 0 < len(self.slots[slot]) < len(tokens):
+                self.half_restored.add(slot)
             self.slots[slot] = [] if self.loses_restores else tokens
             out |= {"n_restored": len(tokens), "n_read": len(raw)}
             out["timings"] = {"restore_ms": 1.0}
         return web.json_response(out)
 
     async def _fill(self, body: dict[str, Any]) -> web.Response:
+        if body["id_slot"] in self.half_restored:
+            return web.json_response({"error": {"message": "speculative batch"}}, status=500)
+        if self.unknown_tokens & set(body["prompt"]):
+            return web.json_response({"error": {"message": "invalid tokens"}}, status=400)
         timings = await self._prefill(body["id_slot"], body["prompt"])
         done = {"content": "", "timings": timings}
         if not body.get("stream"):
@@ -209,10 +255,17 @@ class FakeEngine:
         return {"cache_n": same, "prompt_n": len(tokens) - same, "prompt_ms": 10.0}
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if self.deadly and self.deadly in json.dumps(body):
+            self.faults.appendleft(Fault.DIES)
+        self.is_sleeping = False
         fault = self.faults.popleft() if self.faults else None
         slot = body["id_slot"]
         if fault is Fault.CLOSED_BEFORE_FIRST_BYTE:
             _hang_up(request)
+            await asyncio.sleep(60)
+        if fault is Fault.DIES:
+            self.died += 1
+            self._again = asyncio.ensure_future(self._die())
             await asyncio.sleep(60)
         if fault is Fault.STALL:
             await self._stall(slot)
@@ -234,7 +287,7 @@ class FakeEngine:
             prompt if isinstance(prompt, list) else tokenize(prompt or render(body, self.opening))
         )
         timings = await self._prefill(slot, tokens)
-        timings |= {"predicted_n": len(REPLY), "predicted_ms": 1.0}
+        timings |= {"predicted_n": len(REPLY) + self.decoded_more, "predicted_ms": 1.0}
         if body.get("stream"):
             return await self._stream(request, slot, timings, fault)
         return await self._whole(request, slot, timings, fault)
@@ -299,6 +352,9 @@ class FakeEngine:
 def slot_file(tokens: Sequence[int]) -> bytes:
     """The file of a slot; its rows follow from the tokens, so that mixed-up rows would show."""
     rows = CacheSpec.random(1, tokens=len(tokens))
+    # Rows that aren't finite are kept by nobody; without this bit none is.
+    for tensor in (*rows.keys, *rows.values):
+        np.bitwise_and(tensor, 0xBF, out=tensor)
     return FileSpec(list(tokens), rows).to_bytes()
 
 

@@ -11,7 +11,7 @@ import aiohttp
 from fakeengine import FakeEngine
 
 from keepwarm.core.slots import SlotState
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.deployment.runtime import Runtime
 
 QUESTION = "What is the state of the backup disk?"
 

@@ -14,7 +14,7 @@ from rig import Keepwarm, until
 from keepwarm.core.effects import FillSlot, RestoreSlot, SaveSlot
 from keepwarm.core.job import Job
 from keepwarm.core.slots import SlotState
-from keepwarm.gateway.dispatcher import Dispatcher, Grant
+from keepwarm.deployment.dispatcher import Dispatcher, Grant
 
 OWN = [{"role": "system", "content": "Follow these rules of the house. " * 60}]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from keepwarm.engine.process import free_port
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from smalltiers import write_small_tiers
 from tinymodels import small_model
 

@@ -197,5 +197,5 @@ def test_what_is_not_planned_is_passed_on(gateway: Gateway, openai_client: opena
 
 def test_slots_can_be_read_but_not_changed(gateway: Gateway, openai_client: openai.OpenAI) -> None:
     assert isinstance(gateway.get("/slots"), list)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.PermissionDeniedError):
         openai_client.post("/../slots/0?action=erase", body={}, cast_to=object)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from bareengine import StartEngine
 from keepwarm.cli.main import app
 from keepwarm.engine.process import free_port
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from servedgateway import serve_gateway
 from smalltiers import write_small_tiers
 from tinymodels import small_model, write_tiny_gemma3, write_tiny_lfm2

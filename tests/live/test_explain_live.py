@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from keepwarm.store.files import FileKey
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from served import Answer, Serve, Served
 from tinymodels import small_model, write_tiny_lfm2
 

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.fleet.node import NodeRuntime
 from keepwarm.gateway.app import make_app
 from keepwarm.settings import load_settings
+from keepwarm.slotfile import Buffer
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live

@@ -30,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, small_tiers: Path) -> Itera
     served = Served(
         tmp_path_factory.mktemp("served"),
         engine={"model": str(small_model()), "slots": SLOTS, "context": 8192},
-        server={"api_keys": [f"alice:{ALICE}", f"bob:{BOB}"]},
+        server={"api_keys": [f"alice:{ALICE}", f"bob:{BOB}"], "operators": ["alice"]},
         tiers={"dir": str(small_tiers)},
     ).wait_ready()
     yield served

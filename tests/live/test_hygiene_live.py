@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.hygiene import RULES
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from served import Answer, Served
 
 pytestmark = pytest.mark.live

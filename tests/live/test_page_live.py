@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from browser import Page
-from keepwarm.tierfiles import packaged_configs
+from keepwarm.tiers.files import packaged_configs
 from served import Answer, Served
 
 pytestmark = [pytest.mark.live, pytest.mark.browser]
@@ -36,7 +36,7 @@ def served(
             "pool": "split",
             "chat_template": str(packaged_configs() / "chat-templates" / "chatml-tools.jinja"),
         },
-        server={"api_keys": [f"alice:{KEY}", f"bob:{OTHER}"]},
+        server={"api_keys": [f"alice:{KEY}", f"bob:{OTHER}"], "operators": ["alice"]},
         tiers={"dir": str(small_tiers)},
         log={"prompts": True},
     ).wait_ready()
@@ -208,11 +208,13 @@ def test_what_all_keys_share_cannot_be_changed_by_one(page: Page, served: Served
     assert served.post("/keepwarm/store/999999/evict", {}).status == 404
 
 
-def test_another_keys_extents_and_slots_are_only_counted(page: Page, served: Served) -> None:
+def test_another_keys_extents_are_counted_for_an_operator(page: Page, served: Served) -> None:
     ask(served, "Mine alone?", f"For nobody else. {RULES}", key=OTHER)
     served.settled()
     mine = served.get("/keepwarm/store")
     assert mine["others"]["extents"] >= 1
+    theirs = served.read("/keepwarm/store", key=OTHER)
+    assert json.loads(theirs)["others"] is None, "bob is no operator"
     page.until(lambda: "of other keys" in page.text("#disk"), "they are counted")
     page.until(lambda: "another key's" in page.text("#names"), "their slot is told as theirs")
 

@@ -14,7 +14,7 @@ import pytest
 
 from bareengine import BareEngine, Reply, StartEngine
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.slotfile import (
     RowsPart,
     SlotFile,
     assemble,

@@ -14,10 +14,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from keepwarm.deployment import supervision
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.engine.process import EngineProcess
-from keepwarm.gateway import supervision
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import (
     EngineSettings,
     Places,

@@ -17,7 +17,7 @@ import pytest
 
 from keepwarm.core.tiers import compose
 from keepwarm.engine.process import free_port
-from keepwarm.tierfiles import load_tiers, packaged_configs
+from keepwarm.tiers.files import load_tiers, packaged_configs
 from smalltiers import write_small_tiers
 from systemmanager import SystemManager
 from tinymodels import small_model

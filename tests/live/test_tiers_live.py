@@ -18,7 +18,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.options import EngineOptions
 from keepwarm.engine.process import embedded_engine, free_port
 from keepwarm.engine.static_end import common_length, static_tokens
-from keepwarm.tierfiles import load_tiers, packaged_configs
+from keepwarm.tiers.files import load_tiers, packaged_configs
 from tinymodels import small_model
 
 pytestmark = pytest.mark.live

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.batch.journal import DiskFullError, Entry, Journal
+from keepwarm.batch.journal import DiskFullError, Entry, Journal, UnwritableError, disk_errors
 from keepwarm.errors import ConfigError
 
 
@@ -166,7 +166,7 @@ def test_a_full_journal_disk_raises_and_the_same_call_succeeds_later(place: Plac
     # The limit holds for a process of its own, so that SQLite meets a real error of the system.
     code = f"""
 import resource, signal, sys
-from keepwarm.batch.journal import DiskFullError, Entry, Journal
+from keepwarm.batch.journal import DiskFullError, Entry, Journal, UnwritableError, disk_errors
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal(Path({str(place.path)!r}), results=Path({str(place.results)!r}),
@@ -205,3 +205,31 @@ def test_a_commit_that_never_came_leaves_the_task_to_be_run(place: Place) -> Non
     journal.end([entry("a")])
     assert place.ids() == ["a"]
     journal.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, DiskFullError),
+        (sqlite3.SQLITE_IOERR_WRITE, DiskFullError),
+        (sqlite3.SQLITE_BUSY, UnwritableError),
+        (sqlite3.SQLITE_READONLY, UnwritableError),
+        (sqlite3.SQLITE_CANTOPEN, UnwritableError),
+        (sqlite3.SQLITE_CORRUPT, ConfigError),
+        (sqlite3.SQLITE_NOTADB, ConfigError),
+    ],
+)
+def test_an_error_of_sqlite_says_whether_waiting_helps(
+    tmp_path: Path, code: int, kind: type[Exception]
+) -> None:
+    error = sqlite3.OperationalError("something raw")
+    error.sqlite_errorcode = code
+    with pytest.raises(kind), disk_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.ENODEV, errno.ENOENT])
+def test_a_disk_that_is_read_only_or_gone_may_come_back(tmp_path: Path, code: int) -> None:
+    with pytest.raises(UnwritableError) as raised, disk_errors(tmp_path):
+        raise OSError(code, os.strerror(code))
+    assert raised.value.retry

@@ -262,3 +262,20 @@ def test_whatever_fails_or_is_retried_the_night_ends(
         else:
             ended += [work.leaf, *night.ended(work.leaf, ok=ok)]
     assert sorted(ended) == list(range(len(tree.tasks)))
+
+
+@pytest.mark.parametrize("odd", [5, "x", [5], [None], {"a": 1}, [[1]], [{"role": 5, "content": 6}]])
+@pytest.mark.parametrize("key", ["messages", "input", "prompt", "tools", "instructions", "model"])
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/responses", "/v1/completions"])
+def test_odd_bodies_are_planned_like_others(odd: object, key: str, url: str) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "input": "hi",
+        "prompt": "hi",
+        "instructions": "be",
+        "tools": 5,
+    }
+    value = {"method": "POST", "url": url, "body": body | {key: odd}}
+    lines = [json.dumps({"custom_id": f"t{i}", **value}).encode() for i in range(3)]
+    tree = build_tree(parse_tasks(lines).tasks, tier_tokens=TIERS)
+    assert len(plan(tree, lanes=2, now_s=0).steps) >= 3

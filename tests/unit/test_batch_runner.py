@@ -14,7 +14,8 @@ from batchsamples import document, line
 from keepwarm.batch.drop import Drop
 from keepwarm.batch.job import Job, Paths, read_tasks
 from keepwarm.batch.journal import DiskFullError, Entry
-from keepwarm.batch.runner import Progress, RetryRule
+from keepwarm.batch.progress import Progress
+from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.senders import Answer, UnreachableError
 from keepwarm.batch.tasks import Task
 from keepwarm.core.prompt import SharedEnd
@@ -23,11 +24,11 @@ from keepwarm.errors import ConfigError, EngineDownError
 FAST = RetryRule(attempts=3, pause_s=0.001, patience_s=0.2)
 
 
-def reply(status: int = 200, **headers: str) -> Answer:
+def reply(status: int = 200, kind: str = "some_error", **headers: str) -> Answer:
     if status == 200:
         body = {"timings": {"cache_n": 90, "prompt_n": 10, "predicted_n": 4, "prompt_ms": 40}}
     else:
-        body = {"error": {"message": f"status {status}", "type": "some_error"}}
+        body = {"error": {"message": f"status {status}", "type": kind}}
     return Answer(
         status, json.dumps(body).encode(), {k.replace("_", "-"): v for k, v in headers.items()}
     )
@@ -42,6 +43,7 @@ class Script:
         self.filled: list[tuple[str, SharedEnd]] = []
         self.ends: dict[str, Sequence[SharedEnd]] = {}
         self.up = True
+        self.refuses = ""
         self.at_once = self.most_at_once = 0
 
     async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
@@ -66,6 +68,9 @@ class Script:
 
     async def is_up(self) -> bool:
         return self.up
+
+    async def refusal(self) -> str:
+        return self.refuses
 
 
 def shared(count: int) -> list[bytes]:
@@ -118,7 +123,7 @@ async def test_each_task_ends_once_with_its_shared_prefix_filled_before(tmp_path
     assert report["prefilled_tokens"] == 300 + 90
     assert report["reused_tokens"] == 9 * 90 - 300
     assert desk.paths.picture is not None
-    assert desk.paths.picture.read_text().count("<title>") == 10
+    assert desk.paths.picture.read_text().count("</title></rect>") == 10
 
 
 async def test_a_failure_that_may_pass_is_tried_again_within_the_bound(tmp_path: Path) -> None:
@@ -334,3 +339,103 @@ def test_a_dropped_file_has_a_home_of_its_own_until_it_is_done(tmp_path: Path) -
     drop.failed(other)
     assert drop.next() is None
     assert drop.is_empty()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_refusal_of_the_whole_run_is_no_tasks_failure(tmp_path: Path, status: int) -> None:
+    desk, sender = Desk(tmp_path, shared(6)), Script(lambda *_: reply(status))
+    sender.refuses = "The key isn't known."
+    with pytest.raises(EngineDownError, match="key isn't known"):
+        await desk.run(sender)
+    assert desk.results == []
+    assert desk.errors == {}
+    sender = Script()
+    await desk.run(sender)
+    assert len(desk.results) == 6
+
+
+async def test_a_key_that_is_known_again_lets_the_night_go_on(tmp_path: Path) -> None:
+    asked = 0
+
+    def answer(task: Task, attempt: int) -> Answer:
+        nonlocal asked
+        asked += 1
+        return reply(401 if 3 < asked < 9 else 200)
+
+    desk, sender = Desk(tmp_path, shared(6)), Script(answer)
+    await desk.run(sender)
+    assert len(desk.results) == 6
+    assert desk.errors == {}
+
+
+async def test_a_404_of_a_server_that_takes_the_others_is_the_tasks_own(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, shared(4))
+    await desk.run(Script(lambda task, _: reply(404 if task.custom_id == "t2" else 200)))
+    assert sorted(desk.results) == ["t0", "t1", "t3"]
+    assert desk.errors == {"t2": "some_error"}
+
+
+async def test_a_task_that_ends_the_engine_is_sent_once_more_alone_and_has_failed(
+    tmp_path: Path,
+) -> None:
+    alone: list[bool] = []
+
+    def answer(task: Task, attempt: int) -> Answer:
+        if task.custom_id != "t1":
+            return reply()
+        alone.append(sender.at_once == 1)
+        return reply(503, "engine_unavailable")
+
+    desk, sender = Desk(tmp_path, shared(12)), Script(answer)
+    await desk.run(sender, retry=RetryRule(attempts=12, pause_s=0.001, patience_s=0.2))
+    assert sender.sent.count("t1") == 2
+    assert alone[-1], "it was tried beside others, who would have been lost with it"
+    assert desk.errors == {"t1": "engine_unavailable"}
+    assert len(desk.results) == 11
+
+
+async def test_a_task_that_the_gateway_found_to_crash_the_engine_is_not_sent_again(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, shared(3))
+    sender = Script(
+        lambda task, _: reply(502, "engine_crashed") if task.custom_id == "t1" else reply()
+    )
+    await desk.run(sender)
+    assert sender.sent.count("t1") == 1
+    assert desk.errors == {"t1": "engine_crashed"}
+
+
+async def test_what_has_failed_is_run_again_on_demand_and_what_succeeded_is_not(
+    tmp_path: Path,
+) -> None:
+    lines = [*shared(4), line("after", depends_on=["t1"]), b"{no json\n"]
+    desk = Desk(tmp_path, lines)
+    await desk.run(Script(lambda task, _: reply(400 if task.custom_id == "t1" else 200)))
+    assert sorted(desk.results) == ["t0", "t2", "t3"]
+    assert desk.errors == {"t1": "some_error", "after": "dependency_failed", None: "invalid_json"}
+    sender = Script()
+    await desk.run(sender)
+    assert sender.sent == [], "without being asked nothing runs again"
+    job = Job(desk.paths, read_tasks(desk.paths.tasks), tier_tokens={}, lanes=2, retry_failed=True)
+    await job.runner(sender, retry=FAST).run()
+    job.close()
+    assert sender.sent == ["t1", "after"]
+    assert sorted(desk.results) == ["after", "t0", "t1", "t2", "t3"]
+    assert desk.errors == {None: "invalid_json"}
+
+
+async def test_prompts_stay_in_the_file_and_one_that_was_changed_is_never_sent(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, shared(3))
+    parsed = read_tasks(desk.paths.tasks)
+    assert all(not task.source.text for task in parsed.tasks)
+    body = parsed.tasks[1].body
+    desk.paths.tasks.rename(tmp_path / "elsewhere.jsonl")
+    assert parsed.tasks[1].body == body
+    raw = (tmp_path / "elsewhere.jsonl").read_bytes()
+    (tmp_path / "elsewhere.jsonl").write_bytes(raw.replace(b"Part 1?", b"Part 9?"))
+    assert parsed.tasks[0].body
+    with pytest.raises(ConfigError, match=r"Line 2 .* was changed"):
+        _ = parsed.tasks[1].body

@@ -26,7 +26,7 @@ from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
 from keepwarm.gateway.asked import Asked, cleaned
-from keepwarm.gateway.tiering import Tiered
+from keepwarm.tiers.tiering import Tiered
 
 SHARED = document(1)
 TIER = {"role": "system", "content": "You keep a house in order. " * 20}

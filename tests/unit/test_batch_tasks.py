@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from batchsamples import line
 from keepwarm.batch.hours import parse_hours
-from keepwarm.batch.tasks import error_line, parse_tasks, result_line
+from keepwarm.batch.lines import error_line, result_line
+from keepwarm.batch.tasks import parse_tasks
 from keepwarm.errors import ConfigError
 
 
@@ -153,3 +155,34 @@ def test_hours_may_run_over_midnight() -> None:
 def test_hours_that_arent_any_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_hours(text)
+
+
+def test_long_chains_and_circles_of_dependencies_take_linear_time() -> None:
+    count = 20_000
+    chain = [line(f"t{i}", depends_on=[f"t{i + 1}"]) for i in range(count)]
+    began_s = time.process_time()
+    lost = parse_tasks(chain)  # the last one's need isn't there, and so nobody's is
+    assert not lost.tasks
+    assert len(lost.errors) == count
+    kept = parse_tasks([*chain, line(f"t{count}")])
+    assert len(kept.tasks) == count + 1
+    circle = parse_tasks([*chain, line(f"t{count}", depends_on=["t0"]), line("free")])
+    assert [task.custom_id for task in circle.tasks] == ["free"]
+    # Each takes half a second on a slow machine; in quadratic time it was minutes.
+    assert time.process_time() - began_s < 20
+
+
+def test_a_turn_that_is_left_out_hands_its_place_on() -> None:
+    lines = [
+        line("a", conversation="c"),
+        line("b", conversation="c", depends_on=["nobody"]),
+        line("c", conversation="c"),
+    ]
+    assert [(t.custom_id, t.after) for t in parse_tasks(lines).tasks] == [("a", ()), ("c", ("a",))]
+
+
+def test_an_answer_that_no_strict_encoder_takes_is_still_a_line() -> None:
+    deep = b"[" * 100_000
+    assert b"[[[" in result_line("a", status=200, request_id="r", body=deep)
+    odd = result_line("a", status=200, request_id="r", body=b'{"text": "half: \\ud83d"}')
+    assert json.loads(odd)["response"]["body"] == {"text": "half: \ud83d"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keepwarm.bench.cache_reuse import (
+from benchmarks.cache_reuse import (
     CHANGED,
     DROPPED,
     LOGPROB,

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from keepwarm.bench.results import Machine, Prefix
-from keepwarm.bench.routing import Scale, cold_costs, decide_cold, order_of, rounds
-from keepwarm.bench.routing_report import (
+from benchmarks.routing import Scale, cold_costs, decide_cold, order_of, rounds
+from benchmarks.routing_report import (
     ALL,
     ARMS,
     COLD_FULL,
@@ -31,9 +30,10 @@ from keepwarm.bench.routing_report import (
     tier_of,
     warm_tiers,
 )
-from keepwarm.bench.routing_tasks import TASKS
+from benchmarks.routing_tasks import TASKS
+from keepwarm.bench.results import Machine, Prefix
 from keepwarm.router import DEFAULT_COSTS, TIERS, TierCost
-from keepwarm.router_files import load_router
+from keepwarm.tiers.router_files import load_router
 
 
 def asked(

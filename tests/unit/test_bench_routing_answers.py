@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.bench.routing_answers import Answered, tables
-from keepwarm.bench.routing_report import WARM_FULL, WARM_ROUTED, WARM_STANDARD, Asked, whole_of
-from keepwarm.bench.routing_rules import RULES
-from keepwarm.bench.routing_tasks import TASKS
-from keepwarm.tierfiles import load_tiers
+from benchmarks.routing_answers import Answered, tables
+from benchmarks.routing_report import WARM_FULL, WARM_ROUTED, WARM_STANDARD, Asked, whole_of
+from benchmarks.routing_rules import RULES
+from benchmarks.routing_tasks import TASKS
+from keepwarm.tiers.files import load_tiers
 
 ROOT = Path(__file__).resolve().parents[2]
 

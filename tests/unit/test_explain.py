@@ -12,8 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.core.difference import Cause, Difference, first_difference, sent_difference
-from keepwarm.core.explain import (
+from keepwarm.core.plan import Source
+from keepwarm.core.prompt import Segment, prompt_of
+from keepwarm.core.texts import common_chars, common_tail_chars
+from keepwarm.dashboard import __file__ as dashboard_file
+from keepwarm.explain.difference import Cause, Difference, first_difference, sent_difference
+from keepwarm.explain.explanation import (
     Explanation,
     Facts,
     Nearest,
@@ -22,16 +26,11 @@ from keepwarm.core.explain import (
     place_of,
     tokens_at,
 )
-from keepwarm.core.parts import (
+from keepwarm.explain.parts import (
     Parts,
     chars_before,
-    common_chars,
-    common_tail_chars,
     parts_of,
 )
-from keepwarm.core.plan import Source
-from keepwarm.core.prompt import Segment, prompt_of
-from keepwarm.dashboard import __file__ as dashboard_file
 
 SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 12
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from keepwarm.core.parts import Parts, parts_of
 from keepwarm.core.prompt import prompt_of
-from keepwarm.core.recent import Recent, Remembered
-from keepwarm.gateway.history import Entry, History, Totals
-from keepwarm.gateway.record import without_text
+from keepwarm.explain.history import Entry, History, Totals
+from keepwarm.explain.parts import Parts, parts_of
+from keepwarm.explain.recent import Recent, Remembered
+from keepwarm.explain.record import without_text
 
 SYSTEM = "You look after a house. " + "Be brief and name what you saw. " * 40
 

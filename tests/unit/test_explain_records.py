@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import make_mocked_request
 
 from finished import SYSTEM, asks, ended, plan
 from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.dashboard import __file__ as dashboard_file
-from keepwarm.errors import ForbiddenError
-from keepwarm.gateway.explainer import Explainer, Identity
+from keepwarm.explain.explainer import Explainer, Identity
+from keepwarm.explain.record import brief
 from keepwarm.gateway.feed import Feed, encode_event
-from keepwarm.gateway.pages import content_policy, refuse_other_sites
-from keepwarm.gateway.record import brief
+from keepwarm.gateway.pages import content_policy
 from keepwarm.logs import request_fields, request_line, set_up_logging
 from keepwarm.settings import LogSettings
 
@@ -337,34 +335,6 @@ async def test_closing_ends_every_stream() -> None:
     feed.close()
     await asyncio.wait_for(reading, 10)
     assert await behind.events.get() is None
-
-
-# --- who may look
-
-
-def refused(host: str, origin: str | None = None, *, has_keys: bool = False) -> bool:
-    headers = {"Host": host} | ({"Origin": origin} if origin else {})
-    request = make_mocked_request("POST", "/keepwarm/store/1/evict", headers=headers)
-    try:
-        refuse_other_sites(request, has_keys=has_keys)
-    except ForbiddenError:
-        return True
-    return False
-
-
-def test_other_web_sites_are_refused() -> None:
-    assert not refused("127.0.0.1:8090")
-    assert not refused("127.0.0.1:8090", "http://127.0.0.1:8090")
-    assert refused("127.0.0.1:8090", "https://evil.example")
-    assert refused("127.0.0.1:8090", "http://127.0.0.1:9000")
-    assert refused("127.0.0.1:8090", "null")
-
-
-def test_a_name_that_a_site_gave_our_address_is_refused_without_keys() -> None:
-    assert refused("evil.example:8090", "http://evil.example:8090")
-    assert not refused("evil.example:8090", "http://evil.example:8090", has_keys=True)
-    for host in ("localhost:8090", "[::1]:8090", "box:8090", "box.local", "192.168.1.7:8090"):
-        assert not refused(host)
 
 
 def test_the_page_is_small_and_may_load_nothing_from_elsewhere() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from finished import asks, ended
-from keepwarm.core.explain import Facts, explain
 from keepwarm.core.plan import Source
-from keepwarm.gateway.record import Ended, record_of
-from keepwarm.gateway.tracing import Tracing, start_tracing
+from keepwarm.explain.explanation import Facts, explain
+from keepwarm.explain.record import Ended, record_of
+from keepwarm.explain.tracing import Tracing, start_tracing
 from keepwarm.settings import TraceExport, trace_export
 
 NAMES = (

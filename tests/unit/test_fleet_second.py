@@ -13,11 +13,11 @@ import pytest
 import storesamples as samples
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.core.slotfile import Buffer, Layout
-from keepwarm.errors import SnapshotError
+from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.fleet import second as second_module
-from keepwarm.fleet.objects import directory
+from keepwarm.fleet.objects import Seal, directory, read_seal
 from keepwarm.fleet.second import SecondLevel, message_ends
+from keepwarm.slotfile import Buffer, Layout
 from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin
 
@@ -46,7 +46,9 @@ class Bucket:
             self.fails = max(self.fails - 1, 0)
             raise SnapshotError("away", reason="away")
 
-    async def get(self, name: str, *, timeout_s: float | None = None) -> Buffer | None:
+    async def get(
+        self, name: str, *, timeout_s: float | None = None, size_bytes: int = 0
+    ) -> Buffer | None:
         self._try()
         self.gets.append(name)
         return self.objects.get(name)
@@ -100,13 +102,19 @@ class Node:
 
 @asynccontextmanager
 async def node(
-    base: Path, bucket: Bucket, *, layout: Layout | None = samples.PLAIN, **changed: Any
+    base: Path,
+    bucket: Bucket,
+    *,
+    layout: Layout | None = samples.PLAIN,
+    seal: Seal | None = None,
+    prefill_s_per_token: float = 1.0,
+    **changed: Any,
 ) -> AsyncIterator[Node]:
     base.mkdir(exist_ok=True)
     store = await Store.open(samples.settings_in(base, layout, **changed))
     # A second a token: anything is worth moving.
-    rates = Rates(prefill_s_per_token=Mean(1.0))
-    second = SecondLevel(store, bucket, rates=rates, row_bytes=20)
+    rates = Rates(prefill_s_per_token=Mean(prefill_s_per_token))
+    second = SecondLevel(store, bucket, rates=rates, row_bytes=20, seal=seal)
     second.start()
     try:
         yield Node(store, second)
@@ -216,11 +224,14 @@ async def test_another_fingerprint_never_shares(tmp_path: Path) -> None:
         await one.save(TURN, TALK_END, namespace="a")
         assert await bring(two) is None
         # Even if somebody copies the objects to where they would be found.
-        here = directory(samples.FINGERPRINT, "a"), directory("model a, engine c", "a")
+        here = (
+            directory(samples.FINGERPRINT, "a", Seal()),
+            directory("model a, engine c", "a", Seal()),
+        )
         for name in list(bucket.objects):
             bucket.objects[name.replace(*here)] = bucket.objects[name]
         assert await bring(two) is None
-        assert two.second.counts.misses["fingerprint"] == 1
+        assert two.second.counts.misses["checksum"] == 1  # its name is part of it
         assert two.store.stats().extents == 0
 
 
@@ -348,3 +359,114 @@ def test_message_ends_are_asked_for_and_blocks_inside_messages_are_not() -> None
     assert asked[-1] == many.marks[-1]
     assert many.static in asked
     assert len(asked) == second_module.MARKS_ASKED + 1
+
+
+async def test_a_request_waits_no_longer_than_its_prefill_and_the_next_one_has_the_rows(
+    tmp_path: Path,
+) -> None:
+    class Slow(Bucket):
+        delay_s = 0.0
+
+        async def get(
+            self, name: str, *, timeout_s: float | None = None, size_bytes: int = 0
+        ) -> Buffer | None:
+            if "/rows/" in name:
+                await asyncio.sleep(self.delay_s)
+            return await super().get(name, timeout_s=timeout_s, size_bytes=size_bytes)
+
+    bucket = Slow()
+    async with (
+        node(tmp_path / "one", bucket) as one,
+        node(tmp_path / "two", bucket, prefill_s_per_token=0.001) as two,
+    ):
+        await one.save(TURN, TALK_END, namespace="a")
+        bucket.delay_s = 1.5
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        assert await bring(two) is None
+        # 600 tokens of a millisecond each; twice that for a machine that does other things.
+        assert loop.time() - began_s < 1.2
+        assert two.second.counts.misses["late"] == 1
+        await asyncio.sleep(1.5)
+        assert await two.restored(TALK_END, "a") == await one.restored(TALK_END, "a")
+
+
+async def test_an_extent_that_takes_too_long_holds_up_neither_writes_nor_reads(
+    tmp_path: Path,
+) -> None:
+    class Narrow(Bucket):
+        most_bytes = 1 << 40
+
+        def _fits(self, size_bytes: int) -> None:
+            if size_bytes > self.most_bytes:
+                raise SnapshotError("too large for the time limit", reason="slow")
+
+        async def put(self, name: str, buffers: Sequence[Buffer]) -> int:
+            self._fits(sum(len(bytes(b)) for b in buffers))
+            return await super().put(name, buffers)
+
+    bucket = Narrow()
+    bucket.most_bytes = 8000
+    async with node(tmp_path / "one", bucket) as one:
+        await one.save(TURN, TALK_END, namespace="a")  # this one doesn't fit
+        await one.save(TIER, b"tier".ljust(16), namespace="")
+        assert any("/rows/" in name for name in bucket.objects)
+        assert one.second.counts.misses["slow"] >= 1
+        assert not one.second.pending
+
+
+KEY, OTHER_KEY = Seal(b"k" * 32), Seal(b"o" * 32)
+
+
+async def test_what_somebody_without_the_key_wrote_is_not_taken(tmp_path: Path) -> None:
+    bucket = Bucket()
+    async with (
+        node(tmp_path / "one", bucket, seal=OTHER_KEY) as one,
+        node(tmp_path / "two", bucket, seal=KEY) as two,
+    ):
+        await one.save(TURN, TALK_END, namespace="a")
+        assert await bring(two) is None
+        # Even where it would be found.
+        for name in list(bucket.objects):
+            bucket.objects[name.replace(OTHER_KEY.suffix, KEY.suffix)] = bucket.objects[name]
+        assert await bring(two) is None
+        assert two.second.counts.misses["checksum"] == 1
+        assert await two.restored(TALK_END, "a") is None
+    async with node(tmp_path / "three", Bucket(), seal=KEY) as three:
+        assert await three.restored(TALK_END, "a") is None
+
+
+async def test_nodes_with_one_key_share(tmp_path: Path) -> None:
+    bucket = Bucket()
+    async with (
+        node(tmp_path / "one", bucket, seal=KEY) as one,
+        node(tmp_path / "two", bucket, seal=KEY) as two,
+    ):
+        await one.save(TURN, TALK_END, namespace="a")
+        assert (await bring(two)).moved_tokens == len(TURN)
+
+
+async def test_rows_under_the_name_of_others_are_not_taken(tmp_path: Path) -> None:
+    # The same last tokens behind other first ones: the rows differ, and their tokens don't.
+    bucket = Bucket()
+    async with node(tmp_path / "one", bucket) as one, node(tmp_path / "two", bucket) as two:
+        await one.save(TURN, TALK_END, namespace="a")
+        rows = [name for name in bucket.objects if "/rows/" in name]
+        other = [*range(7000, 7100), *TURN[100:]]
+        await one.save(other, b"other".ljust(16), namespace="a")
+        theirs = [n for n in bucket.objects if "/rows/" in n and n not in rows]
+        bucket.objects[rows[-1]] = bucket.objects[theirs[-1]]
+        assert await bring(two) is None
+        assert two.second.counts.misses["checksum"] == 1
+
+
+def test_a_key_file_is_read_once_and_must_hold_a_key(tmp_path: Path) -> None:
+    assert read_seal("") == Seal()
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef0123456789abcdef\n")
+    assert read_seal(str(file)).suffix
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="fewer than 16 bytes"):
+        read_seal(str(file))
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_seal(str(tmp_path / "none"))

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -136,6 +136,40 @@ async def test_a_store_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         await shared.get("a")
     assert caught.value.reason == "away"
     assert shared.is_away
+
+
+async def test_a_bandwidth_limit_of_our_own_is_no_fault_of_the_stores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Found:
+        meta: ClassVar = {"size": 3_000}
+
+        async def bytes_async(self) -> bytes:
+            return bytes(3_000)
+
+    async def found() -> Found:
+        return Found()
+
+    pytest.importorskip("obstore", reason=NOT_INSTALLED)
+    shared = SharedStore(None, timeout_s=0.05, download_bytes_per_s=10_000)
+    monkeypatch.setattr(shared, "_library", Stub(found))
+    for _ in range(3):  # the third waits for 0.35 s, seven times the time limit
+        assert await shared.get("a", size_bytes=3_000) == bytes(3_000)
+    assert not shared.is_away
+
+
+async def test_a_transfer_that_is_too_large_for_the_limit_is_slow_and_the_store_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    shared, _ = stubbed(hang, monkeypatch)
+    monkeypatch.setattr("keepwarm.fleet.shared.SLOWEST_BYTES_PER_S", 1e9)
+    with pytest.raises(SnapshotError) as caught:
+        await shared.get("a", size_bytes=50_000_000)
+    assert caught.value.reason == "slow"
+    assert not shared.is_away
 
 
 def test_bytes_are_spread_over_time() -> None:

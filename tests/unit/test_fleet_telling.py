@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from typer.testing import CliRunner
 
 from keepwarm.cli.main import app
 from keepwarm.core.hygiene import hygiene_of
-from keepwarm.errors import ConfigError
+from keepwarm.errors import ConfigError, TooLargeError
 from keepwarm.fleet import status
 from keepwarm.fleet.config import fleet_of, load_fleet
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.ledger import Ledger
 from keepwarm.fleet.node import node_directory
 from keepwarm.fleet.routing import Fleet
-from keepwarm.fleet.wire import Ask, Told, ask_of, packed, unpacked
+from keepwarm.fleet.wire import Ask, Told, ask_of, bounded, packed, unpacked
 
 COSTS = Costs(0.001, 1e-5, 0.002, 1e-4, 0.02, True)
 JSON = [("content-type", "application/json")]
@@ -284,3 +285,17 @@ def test_a_sender_may_ask_for_a_node() -> None:
     headers = [*JSON, ("x-keepwarm-node", " node-1 ")]
     assert ask_of("POST", "/v1/chat/completions", headers, b"{}").node == "node-1"
     assert ask_of("POST", "/v1/chat/completions", JSON, b"{}").node == ""
+
+
+async def test_the_front_takes_no_more_of_a_body_than_a_node_would() -> None:
+    async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    assert await bounded(chunks(b"ab", b"cd"), None, most=4) == b"abcd"
+    with pytest.raises(TooLargeError):
+        await bounded(chunks(b"ab", b"cde"), None, most=4)
+    told = chunks(b"x" * 5)
+    with pytest.raises(TooLargeError):
+        await bounded(told, "5", most=4)
+    assert await anext(told) == b"x" * 5, "what says its size is refused before it is read"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keepwarm.errors import ConfigError, UnauthorizedError
-from keepwarm.gateway.keys import Keyring, is_loopback, load_keys
+from keepwarm.keys import Keyring, is_loopback, load_keys
 
 
 def test_without_keys_everyone_is_one_and_the_same() -> None:

@@ -14,11 +14,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from finished import asks, ended, plan
-from keepwarm.core.difference import Cause
 from keepwarm.core.plan import Source
 from keepwarm.core.reply import Counts
 from keepwarm.core.slots import SlotState
-from keepwarm.gateway.metrics import SECONDS, Metrics, merged
+from keepwarm.explain.difference import Cause
+from keepwarm.explain.metrics import SECONDS, Metrics, merged
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

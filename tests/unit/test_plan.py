@@ -20,6 +20,7 @@ from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
 from keepwarm.core.returns import later_turn
 from keepwarm.core.slots import Content, Position, Slot, SlotState
+from keepwarm.core.tree import as_tokens
 
 ROW_BYTES = 23_000
 MACHINE = Machine(row_bytes=ROW_BYTES, cuttable=True, can_save=True, pool_tokens=None)
@@ -147,21 +148,15 @@ def test_another_tenants_slot_is_as_good_as_an_empty_one_and_no_better() -> None
     assert plan.reuse_tokens == plan.promise_tokens == 0
 
 
-@pytest.mark.parametrize("end", [780, 900])
-def test_a_recurrent_slot_is_reused_to_its_very_end_or_not_at_all(end: int) -> None:
+@pytest.mark.parametrize(("states", "reused"), [((780,), 780), ((500, 900), 500), ((900,), 0)])
+def test_a_recurrent_slot_is_reused_up_to_the_engines_last_checkpoint_and_promises_nothing(
+    states: tuple[int, ...], reused: int
+) -> None:
     machine = replace(MACHINE, cuttable=False)
-    content = replace(holding("abc", 780), tokens=end)
+    content = replace(holding("abc", 780), tokens=900, states=states)
     plan = best([slot(0, content)], machine=machine)
-    assert plan.source is (Source.SLOT if end == 780 else Source.COLD)
-    assert plan.promise_tokens == (780 if end == 780 else 0)
-
-
-def test_a_recurrent_slots_estimated_end_is_tried_and_not_promised() -> None:
-    machine = replace(MACHINE, cuttable=False)
-    content = holding("abc", 780, exact=False)
-    content.marks[b"b" * 16] = Position(520, exact=True)
-    plan = best([slot(0, content)], machine=machine)
-    assert plan.source is Source.SLOT
+    assert plan.source is (Source.SLOT if reused else Source.COLD)
+    assert plan.reuse_tokens == reused
     assert plan.promise_tokens == 0
 
 
@@ -221,8 +216,8 @@ def test_other_slots_are_emptied_until_a_shared_pool_suffices() -> None:
     ]
     assert best(slots, machine=pool(4000)).evict == ()
     # The one that is less likely to go on, first.
-    assert best(slots, machine=pool(2200)).evict == ((2, False),)
-    assert best(slots, machine=pool(1200)).evict == ((2, False), (1, False))
+    assert best(slots, machine=pool(2400)).evict == ((2, False),)
+    assert best(slots, machine=pool(1400)).evict == ((2, False), (1, False))
 
 
 def test_what_a_busy_slot_was_granted_counts_in_the_pool() -> None:
@@ -237,9 +232,60 @@ def test_what_an_idle_slot_may_hold_unknown_is_emptied_first() -> None:
     assert plan.evict == ((1, False),)
 
 
-def test_a_prompt_that_is_too_long_for_all_of_the_pool_is_left_to_the_engine() -> None:
+def test_a_prompt_that_is_too_long_for_all_of_the_pool_evicts_nobody() -> None:
     plan = best([slot(0), slot(1, holding("xyz", 900))], machine=pool(600))
-    assert plan.evict == ((1, False),)
+    assert plan.evict == ()
+
+
+def asking(*, reply: int, prompt: int = 1000, replies: int = 1) -> Demand:
+    return replace(
+        DEMAND,
+        reply_tokens=reply,
+        ids=as_tokens(range(prompt)),
+        replies=replies,
+        is_alone=replies > 1,
+    )
+
+
+def reply_of(demand: Demand, *, tokens: int, busy: int = 0) -> int | None:
+    """What a reply may come to in a pool, of which a request that runs was granted some."""
+    slots = [slot(0), slot(1)]
+    if busy:
+        slots[1] = slot(1, state=SlotState.SERVING, job="other", granted_tokens=busy)
+    plan = planned(slots, demand=demand, machine=pool(tokens))
+    if plan is None:
+        return None
+    assert plan.granted_tokens == 1000 + plan.reply_tokens * demand.replies
+    assert busy + plan.granted_tokens <= tokens
+    return plan.reply_tokens
+
+
+def test_a_reply_reserves_what_it_may_come_to() -> None:
+    assert reply_of(asking(reply=1500), tokens=4096) == 1500
+    assert reply_of(asking(reply=1500), tokens=4096, busy=1000) == 1500
+    # Too little is left beside the other: it waits.
+    assert reply_of(asking(reply=1500), tokens=4096, busy=2000) is None
+
+
+def test_a_reply_without_a_limit_gets_what_is_left_and_half_of_it_where_that_is_ample() -> None:
+    assert reply_of(asking(reply=1 << 31), tokens=4096) == 3096
+    assert reply_of(asking(reply=1 << 31), tokens=4096, busy=1000) is None
+    assert reply_of(asking(reply=1 << 31), tokens=33_000) == 16_000
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=17_000) == 7500
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=27_900) == 4096
+    assert reply_of(asking(reply=1 << 31), tokens=33_000, busy=28_000) is None
+
+
+def test_several_replies_to_one_prompt_are_all_counted() -> None:
+    assert reply_of(asking(reply=1500, replies=2), tokens=4096) == 1500
+    assert reply_of(asking(reply=1 << 31, replies=3), tokens=4096) == 1032
+    assert reply_of(asking(reply=100, replies=2), tokens=4096, busy=500) is None
+
+
+def test_what_was_estimated_of_a_prompt_is_taken_for_longer_than_it_seems() -> None:
+    estimated = replace(asking(reply=1500), ids=None)
+    plan = best([slot(0), slot(1)], demand=estimated, machine=pool(8000))
+    assert plan.granted_tokens == plan.prompt_tokens * 5 // 4 + 1500
 
 
 def test_all_that_was_considered_is_told() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.rates import Rates
-from keepwarm.gateway.prefixes import Prefixes
+from keepwarm.deployment.prefixes import Prefixes
 
 ROW_BYTES = 23_040
 SIZES = {"minimal": 241, "standard": 2083, "full": 3633}

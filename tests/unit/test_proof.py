@@ -12,9 +12,9 @@ from keepwarm.core.plan import Plan, Source
 from keepwarm.core.prompt import prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
-from keepwarm.gateway.proof import Prover
-from keepwarm.gateway.tiering import Tiered
+from keepwarm.deployment.proof import Prover
 from keepwarm.store.types import Hit
+from keepwarm.tiers.tiering import Tiered
 
 RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
 PLAN = Plan(Source.SLOT, 0, 300, 0, 310, 0.1, False, False, None, (), ())

@@ -25,7 +25,7 @@ from keepwarm.router import (
 )
 from keepwarm.router.catalog import Catalog, CatalogCache, prepare_catalog
 from keepwarm.router.types import larger, next_tier
-from keepwarm.router_files import shipped_weights
+from keepwarm.tiers.router_files import shipped_weights
 
 WEIGHTS = shipped_weights()
 TOOLS = (

@@ -24,8 +24,8 @@ from keepwarm.router import (
 from keepwarm.router.catalog import prepare_catalog, tool_texts
 from keepwarm.router.features import look
 from keepwarm.router.replies import USUAL_REPLY_TOKENS, ReplyLengths, TaskKind, task_kind
-from keepwarm.router_files import shipped_weights
-from keepwarm.tierfiles import load_tiers
+from keepwarm.tiers.files import load_tiers
+from keepwarm.tiers.router_files import shipped_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = shipped_weights()

@@ -15,7 +15,7 @@ from keepwarm.errors import ConfigError
 from keepwarm.router import Reason, RouteRequest, config_from_toml, weights_from_json
 from keepwarm.router.config import RouterConfig
 from keepwarm.router.model import weights_to_json
-from keepwarm.router_files import load_router, shipped_weights
+from keepwarm.tiers.router_files import load_router, shipped_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = """

@@ -12,6 +12,7 @@ from keepwarm.core.effects import (
     Fail,
     FillSlot,
     Interrupt,
+    LookSlot,
     RestoreSlot,
     SavedSlot,
     SaveSlot,
@@ -98,8 +99,44 @@ def test_when_nobody_waits_the_fill_is_interrupted() -> None:
     sim.cancel(sim.requests[first])
     assert sim.said["Interrupt"] == 1
     sim.complete(sim.pending[0])
+    (look,) = sim.pending
+    sim.complete(look)
     assert not sim.pending
     assert [slot.state for slot in sim.scheduler.slots] == [SlotState.IDLE] * 2
+
+
+def test_what_an_interrupted_fill_computed_is_gone_on_from() -> None:
+    sim = Simulation(slots=2)
+    first = sim.requests[ask(sim, 1)]
+    sim.cancel(first)
+    sim.complete(sim.pending[0])
+    sim.complete(sim.pending[0])
+    held = len(sim.engine[0])
+    assert held == first.static_tokens // 2
+    again = sim.requests[ask(sim, 3)]
+    (fill,) = sim.pending
+    assert isinstance(fill, FillSlot)
+    assert fill.slot == 0
+    sim.complete(fill)
+    sim.complete(sim.pending[0])
+    assert again.plan
+    assert again.plan.reuse_tokens == held
+
+
+def test_what_a_hang_up_left_in_a_slot_is_gone_on_from_also_with_another_request_between() -> None:
+    sim = Simulation(slots=2)
+    first = sim.requests[ask(sim, 1, text="A long question. " * 400, rules=False)]
+    sim.finish(first, decoded=200, heard=False)
+    between = sim.requests[ask(sim, 3, text="Something else.", rules=False)]
+    (look,) = steps(sim, LookSlot)
+    sim.complete(look)
+    assert between.plan
+    assert between.plan.slot == 1, "the slot that the client left is worth something"
+    sim.finish(between, decoded=3, heard=True)
+    again = sim.requests[ask(sim, 5, text="A long question. " * 400, rules=False)]
+    assert again.plan
+    assert again.plan.slot == 0
+    assert again.plan.promise_tokens == len(again.tokens) - 200
 
 
 def test_a_second_fill_of_one_static_part_never_begins() -> None:
@@ -221,6 +258,22 @@ def test_an_idle_slot_is_saved_once_and_after_a_while() -> None:
     assert made.tick(110.0) == []
     # A save is no use of the slot: its conversation isn't younger for it.
     assert slot.idle_since_s == 100.0
+
+
+def test_what_is_saved_and_idle_leaves_a_shared_pool_while_others_compute_and_only_then() -> None:
+    saved, unsaved = conversation(2000), conversation(2000)
+    saved.saved_tokens = 2000
+    slots = [Slot(0, content=saved, held_tokens=2000, idle_since_s=100.0)]
+    slots.append(Slot(1, content=unsaved, held_tokens=2000, idle_since_s=100.0))
+    made = scheduler(*slots, Slot(2), pool=20_000)
+    made.tick(100.1)
+    assert slots[0].content is saved, "it is in nobody's way"
+    slots.append(made.slots[2])
+    slots[2].state, slots[2].job = SlotState.SERVING, "other"
+    effects = made.tick(100.2)
+    assert [type(e) for e in effects] == [EraseSlot]
+    assert effects[0].slot == 0  # type: ignore[union-attr]
+    assert slots[1].content is unsaved
 
 
 def test_a_slot_that_held_less_than_was_thought_isnt_saved_over_and_over() -> None:
@@ -380,7 +433,7 @@ def test_who_goes_on_while_others_take_the_slot_waits_for_the_store() -> None:
     sim.complete(save)
     assert sim.requests[other].plan
     body = sim.continued(second, trimmed=False)
-    third = request_of(4, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    third = request_of(5, body, namespace="a", shared_segments=0, now_s=sim.now_s)
     sim.submit(third)
     sim.finish(sim.requests[other], decoded=3, heard=True)
     assert third.plan is None, "the slot is idle, but the saved file isn't taken in"

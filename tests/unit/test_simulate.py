@@ -25,7 +25,7 @@ from keepwarm.simulate import (
     read_trace,
     simulate,
 )
-from keepwarm.simulate.plots import picture
+from keepwarm.simulate.picture import picture
 from keepwarm.simulate.stores import BlockStore
 
 # Blocks of 512 tokens at 1 KB a token are 512 kB; prefill is slow beside everything else.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.slotfile import (
     Layout,
     RowsPart,
     SlotFile,
@@ -27,7 +27,7 @@ from keepwarm.core.slotfile import (
     round_trip_ok,
     window_range,
 )
-from keepwarm.core.slotfile.layout import Reason
+from keepwarm.slotfile.layout import Reason
 from slotfile_bytes import (
     CacheSpec,
     FileSpec,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.slotfile import (
     RowsPart,
     SlotFile,
     SlotFileError,
@@ -19,7 +19,7 @@ from keepwarm.core.slotfile import (
     parse,
     window_range,
 )
-from keepwarm.core.slotfile.layout import Reason
+from keepwarm.slotfile.layout import Reason
 from slotfile_bytes import (
     CacheSpec,
     FileSpec,

@@ -92,7 +92,7 @@ def test_a_prompt_matches_at_the_last_mark_that_is_held() -> None:
     content = Content("", {MARKS[0].digest: exact(1), MARKS[2].digest: about(70)}, 90)
     assert content.match(prompt) == (2, about(70))
     # What is promised is only what is counted: the estimate promises nothing.
-    assert content.promise(prompt, 2) == 1
+    assert content.reuse(prompt, None, cuttable=True).certain == 1
     assert Content("", {}, 90).match(prompt)[0] == -1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keepwarm.bench.soak import Samples, grown
+from benchmarks.soak import Samples, grown
 
 
 def test_what_stays_within_its_bounds_has_not_grown() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.static_end import common_length, static_body, static_tokens
 
 TOOL = {"type": "function", "function": {"name": "clock", "description": "", "parameters": {}}}
@@ -27,10 +28,10 @@ class Renderer(EngineClient):
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         return tools + "".join(f"<{m['role']}>{m['content']}" for m in body["messages"])
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         # Pairs of characters: a token may reach over the end of the static text.
         step = 2 if self.merges else 1
-        return [hash(text[i : i + step]) for i in range(0, len(text), step)]
+        return [hash(text[i : i + step]) & 0x7FFFFFFF for i in range(0, len(text), step)]
 
 
 def test_the_first_difference_ends_what_is_common() -> None:
@@ -41,7 +42,7 @@ def test_the_first_difference_ends_what_is_common() -> None:
 
 
 async def test_static_tokens_reach_into_the_opening_of_the_users_turn() -> None:
-    tokens = await static_tokens(Renderer(), {"messages": [SYSTEM]})
+    tokens = await static_tokens(PromptCounter(Renderer()), {"messages": [SYSTEM]})
     assert len(tokens) == len("<system>You help.<user>")
 
 
@@ -49,7 +50,7 @@ async def test_a_token_that_reaches_over_the_end_isnt_static() -> None:
     whole = "<system>You help!<user>"
     assert len(whole) % 2 == 1
     body = {"messages": [{**SYSTEM, "content": "You help!"}]}
-    tokens = await static_tokens(Renderer(merges=True), body)
+    tokens = await static_tokens(PromptCounter(Renderer(merges=True)), body)
     assert len(tokens) == len(whole) // 2
 
 
@@ -62,7 +63,7 @@ async def test_what_shapes_the_rendering_is_rendered_with_and_nothing_else() -> 
         "temperature": 0.5,
         "stream": True,
     }
-    await static_tokens(renderer, body)
+    await static_tokens(PromptCounter(renderer), body)
     for asked in renderer.rendered:
         assert set(asked) == {"messages", "tools", "chat_template_kwargs"}
         assert asked["messages"][0] == SYSTEM

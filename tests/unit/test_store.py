@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.errors import ConfigError
+from keepwarm.slotfile import CacheLayout, Layout, TensorLayout
 from keepwarm.store.checks import integrity
 from keepwarm.store.intake import Why
 from keepwarm.store.snapshots import Snapshots
@@ -145,9 +145,7 @@ def test_the_last_known_digest_wins(store: Snapshots) -> None:
     assert store.lookup([], [""]) is None
 
 
-def test_a_lower_bound_does_not_hide_an_earlier_prefix_that_reaches_further(
-    store: Snapshots,
-) -> None:
+def test_an_estimated_place_is_known_but_nothing_starts_from_it(store: Snapshots) -> None:
     saved = save(store, TURN, marks=[Mark(b"a" * 16, 50), Mark(b"b" * 16, 45, is_exact=False)])
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
@@ -155,7 +153,9 @@ def test_a_lower_bound_does_not_hide_an_earlier_prefix_that_reaches_further(
     store.mark(saved.extent_id, 60, "", [Mark(b"b" * 16, 58, is_exact=False)])
     hit = store.lookup([b"a" * 16, b"b" * 16], [""])
     assert hit is not None
-    assert (hit.index, hit.at_tokens, hit.is_exact) == (1, 58, False)
+    assert (hit.index, hit.at_tokens, hit.is_exact) == (0, 50, True)
+    assert store.lookup([b"b" * 16], [""]) is None
+    assert store.shelf.catalog.knows(b"b" * 16, [""])
 
 
 def test_an_exact_mark_is_not_replaced_by_a_bound(store: Snapshots) -> None:
@@ -321,16 +321,52 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
     assert integrity(store) == ()
 
 
-def test_a_failed_proof_takes_the_extent_and_what_hangs_off_it(store: Snapshots) -> None:
+def test_a_failed_proof_drops_no_rows_that_are_good(store: Snapshots) -> None:
+    first = save(store, FIRST)
+    turn, theirs = save(store, TURN, namespace="a"), save(store, BRANCH, namespace="b")
+    store.mark(turn.extent_id, 60, "", [Mark(digest_of(TURN), 60)])
+    store.pin("tier:x", first.extent_id, 40, origin=Origin.TIER, digest=None, prefill_s=1, now_s=0)
+    for namespace in ("a", ""):
+        removed = store.quarantine(turn.extent_id, 60, namespace)
+        assert removed.extents == ()
+        assert removed.pins == ()
+    # Only the digests that led there are forgotten, where they were said to.
+    assert store.lookup([digest_of(TURN)], ["", "a"]) is None
+    assert store.lookup([digest_of(FIRST)], [""]) is not None
+    assert store.lookup([digest_of(BRANCH)], ["b"]) is not None
+    assert restored(store, turn.extent_id, 60) == slot_file(TURN)
+    # A pin that ends there is to be proved, and stays.
+    assert store.quarantine(first.extent_id, 40, "").pins == ("tier:x",)
+    assert set(store.shelf.catalog.pins) == {"tier:x"}
+    assert restored(store, theirs.extent_id, len(BRANCH)) == slot_file(BRANCH)
+    assert len(store.shelf.catalog.tree) == 3
+    assert integrity(store) == ()
+
+
+def test_a_failed_proof_sets_aside_what_is_damaged(store: Snapshots) -> None:
     first, turn, branch = save(store, FIRST), save(store, TURN), save(store, BRANCH)
     store.pin("tier:x", turn.extent_id, 60, origin=Origin.TIER, digest=None, prefill_s=1, now_s=0)
-    removed = store.quarantine(turn.extent_id, 60)
+    flip(store.shelf.files.root / f"{turn.extent_id:010x}.rows", 40)
+    removed = store.quarantine(turn.extent_id, 60, "")
     assert removed.extents == (turn.extent_id,)
     assert removed.pins == ("tier:x",)
     assert not store.staging.is_ready(turn.extent_id, 60)
-    removed = store.quarantine(branch.extent_id, 20)
+    flip(store.shelf.files.root / f"{first.extent_id:010x}.rows", 40)
+    removed = store.quarantine(branch.extent_id, 20, "")
     assert set(removed.extents) == {first.extent_id, branch.extent_id}, "it ended in the first"
-    assert store.quarantine(branch.extent_id, 20).extents == ()
+    assert store.quarantine(branch.extent_id, 20, "").extents == ()
+    assert integrity(store) == ()
+
+
+def test_forgotten_marks_stay_forgotten_and_cost_no_rows(tmp_path: Path) -> None:
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    save(store, FIRST)
+    save(store, TURN, namespace="a")
+    assert store.forget_marks() == 2
+    store.close()
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    assert store.lookup([digest_of(FIRST), digest_of(TURN)], ["", "a"]) is None
+    assert store.match(TURN, "a") is not None
     assert integrity(store) == ()
 
 
@@ -339,7 +375,7 @@ def test_the_quarantine_is_bounded(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path, quota_bytes=PLAIN.rows_bytes(100) * 20), NoSyncDisk())
     for start in (1000, 2000, 3000):
         saved = save(store, range(start, start + 40))
-        store.quarantine(saved.extent_id, 40)
+        store.shelf.quarantine_extent(saved.extent_id)
     assert store.shelf.files.quarantined_bytes == PLAIN.rows_bytes(80)
     assert len(list((store.shelf.files.root / "quarantine").iterdir())) == 2
     assert store.prune(10**9).extents == ()
@@ -388,14 +424,17 @@ def test_only_what_can_be_restored_can_be_pinned(store: Snapshots) -> None:
     assert store.shelf.catalog.pins == {}
 
 
-def test_an_index_of_another_layout_is_set_aside(tmp_path: Path) -> None:
+def test_another_layout_has_a_store_of_its_own(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path), NoSyncDisk())
-    save(store, FIRST)
+    saved = save(store, FIRST)
     store.close()
-    store = opened(settings_in(tmp_path, HYBRID), NoSyncDisk())
-    assert "layout" in (store.shelf.report.set_aside or "")
-    assert store.lookup([digest_of(FIRST)], [""]) is None
-    assert save(store, FIRST).new_tokens == 40
+    other = opened(settings_in(tmp_path, HYBRID), NoSyncDisk())
+    assert other.lookup([digest_of(FIRST)], [""]) is None
+    assert save(other, FIRST).new_tokens == 40
+    assert other.shelf.report.lines() == []
+    other.close()
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    assert restored(store, saved.extent_id, 40) == slot_file(FIRST)
     assert integrity(store) == ()
 
 
@@ -412,7 +451,9 @@ def test_a_corrupt_index_is_set_aside_and_a_new_one_begun(tmp_path: Path, where:
     path.write_bytes(data)
     store = opened(settings_in(tmp_path), NoSyncDisk())
     if store.shelf.report.set_aside is not None:
-        assert path.with_suffix(".set-aside").exists()
+        aside = store.shelf.settings.directory.with_suffix(".1.aside")
+        assert len(list(aside.glob("*.rows"))) == 100
+        assert path.with_name(path.name + ".1.aside").exists()
         assert "new snapshot index" in store.shelf.report.lines()[0]
         assert len(store.shelf.catalog.tree) == 0
     assert integrity(store) == ()
@@ -443,5 +484,7 @@ def test_all_is_private_to_the_user(tmp_path: Path) -> None:
     for path in [tmp_path / "store", tmp_path / "staging", *(tmp_path / "store").rglob("*")]:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
-    made = [p for p in (tmp_path / "staging").iterdir() if p.stat().st_size < len(slot_file(FIRST))]
+    made = [
+        p for p in (tmp_path / "staging").glob("*.slot") if p.stat().st_size < len(slot_file(FIRST))
+    ]
     assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o600]

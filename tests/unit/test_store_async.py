@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
 from keepwarm.store import (
     Mark,
     Origin,
@@ -18,10 +18,11 @@ from keepwarm.store import (
     Store,
     list_extents,
     list_pins,
-    prune_offline,
+    prune_root,
     stores,
     verify_files,
 )
+from keepwarm.store.disk import Written
 from storesamples import HYBRID, NoSyncDisk, digest_of, refused, settings_in, slot_file
 
 FIRST = list(range(100, 140))
@@ -93,11 +94,11 @@ async def test_a_cancelled_materialize_holds_nothing(tmp_path: Path) -> None:
     class Slow(NoSyncDisk):
         is_slow = False
 
-        def write_unchecked(self, fd: int, buffers: Iterable[Buffer]) -> int:
+        def write_staged(self, fd: int, buffers: Iterable[Buffer]) -> Written:
             if self.is_slow:
                 begun.set()
                 go_on.wait(10)
-            return super().write_unchecked(fd, buffers)
+            return super().write_staged(fd, buffers)
 
     disk = Slow()
     settings = settings_in(tmp_path, staging_bytes=len(slot_file(FIRST)) + 10)
@@ -164,8 +165,10 @@ async def test_an_export_goes_to_another_store(store: Store, tmp_path: Path) -> 
     await other.close()
 
 
-async def test_a_failed_proof_is_quarantined(store: Store) -> None:
+async def test_what_a_failed_proof_shows_damaged_is_quarantined(store: Store) -> None:
     saved = await save(store, FIRST)
+    path = store.settings.directory / f"{saved.extent_id:010x}.rows"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     removed = await store.quarantine(saved.extent_id, 40, reason="cached 0 of 40 tokens")
     assert removed.extents == (saved.extent_id,)
     with refused("unknown"):
@@ -194,8 +197,9 @@ async def test_commands_read_beside_the_running_owner(tmp_path: Path) -> None:
     assert verified.findings == ()
     assert verified.read_bytes == listed.size_bytes
     assert sorted(settings.root.rglob("*")) == before, "reading leaves nothing behind"
-    with pytest.raises(ConfigError, match="keepwarm serve"):
-        prune_offline(settings.root, listed.name, 0)
+    (pruned,) = prune_root(settings.root, 0)
+    assert "keepwarm serve" in (pruned.owner or "")
+    assert len(list_extents(settings.root, listed.name)) == 2, "it is left to its owner"
 
     await store.prune(0)
     assert len(list_extents(settings.root, listed.name)) == 1, "the pinned one stays"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store.checks import integrity
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Origin
@@ -157,12 +157,16 @@ def test_an_export_replaces_a_file_only_when_it_is_complete(tmp_path: Path) -> N
     store = opened(settings_in(tmp_path), NoSyncDisk())
     saved = save(store, TOKENS)
     path = tmp_path / "one"
-    path.write_bytes(b"before")
+    path.write_bytes(b"a letter")
+    with refused("exists"):
+        store.export((saved.extent_id, 60), path)
+    assert path.read_bytes() == b"a letter", "it isn't ours to replace"
+    path.write_bytes(b"KEEPWARM, exported before")
     with refused("unknown"):
         store.export("tier:none", path)
     with refused("missing"):
         store.export((saved.extent_id, 60), tmp_path / "nowhere" / "one")
-    assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"KEEPWARM, exported before"
     store.export((saved.extent_id, 60), path)
     assert path.read_bytes() != b"before"
     assert {p.name for p in tmp_path.iterdir()} == {"one", "store", "staging"}

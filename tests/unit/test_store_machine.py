@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from keepwarm.core.slotfile import Layout
+from keepwarm.slotfile import Layout
 from keepwarm.store.checks import integrity, verify_extent
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Mark, Origin
@@ -185,6 +185,7 @@ class StoreBesideDict(RuleBasedStateMachine):
                 self.restore_or_doubt(extent.id, end)
         for extent_id in self.store.extent_ids():
             verify_extent(self.store, extent_id)  # also rows that no restore can reach
+        self.store.shelf.clear_refuse()
         self.pinned = {
             name: tokens
             for name, tokens in self.pinned.items()
@@ -211,7 +212,7 @@ class StoreBesideDict(RuleBasedStateMachine):
     def index_files_and_memory_agree_within_the_quota(self) -> None:
         assert integrity(self.store) == ()
         assert self.store.shelf.used_bytes <= self.store.shelf.settings.quota_bytes
-        staged = sum(path.stat().st_size for path in self.store.staging.root.iterdir())
+        staged = sum(path.stat().st_size for path in self.store.staging.root.glob("*.slot*"))
         assert staged == self.store.staging.used_bytes <= self.store.staging.bound_bytes
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from keepwarm.store.checks import integrity, prune_offline, stores
+from keepwarm.store.checks import integrity, prune_root, stores
 from keepwarm.store.lock import OwnerLock
-from keepwarm.store.shelf import directory_name
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.staging import Staging
 from keepwarm.store.types import Origin
@@ -139,7 +139,7 @@ def test_an_evicted_extent_leaves_no_ready_file(tmp_path: Path) -> None:
     for i in (1, 2):
         save(store, run(i * 100), now_s=float(i))
     assert not store.staging.is_ready(gone.extent_id, 10)
-    assert len(list((tmp_path / "staging").iterdir())) == 2
+    assert len(list((tmp_path / "staging").glob("*.slot"))) == 2
     with refused("unknown"):
         store.materialize(gone.extent_id, 10)
 
@@ -180,7 +180,7 @@ def test_other_fingerprints_files_go_first(tmp_path: Path) -> None:
     for i in range(4):
         save(store, run(i * 100))
     assert len(store.shelf.catalog.tree) == 4
-    assert not (tmp_path / "store" / directory_name("before the upgrade")).exists()
+    assert not old.shelf.settings.directory.exists()
     assert [listed.fingerprint for listed in stores(tmp_path / "store")] == [
         store.shelf.settings.fingerprint
     ]
@@ -215,8 +215,9 @@ def test_a_closed_store_can_be_pruned_by_a_command(tmp_path: Path) -> None:
         save(store, run(i * 100), now_s=float(i))
     store.close()
     (listed,) = stores(tmp_path / "store")
-    removed = prune_offline(tmp_path / "store", listed.name, TEN)
-    assert len(removed.extents) == 2
+    (removed,) = prune_root(tmp_path / "store", TEN)
+    assert removed.name == listed.name
+    assert removed.extents == 2
     assert removed.size_bytes == 2 * TEN
     store = small(tmp_path, 3)
     assert store.shelf.report.extents == 1
@@ -247,7 +248,7 @@ def test_staging_stays_within_its_bound_and_keeps_what_is_pinned_or_held(tmp_pat
     ready = store.materialize(held.extent_id, 10)
     for i in range(2, 8):
         save(store, run(i * 100))
-        assert sum(p.stat().st_size for p in (tmp_path / "staging").iterdir()) <= 3 * size
+        assert sum(p.stat().st_size for p in (tmp_path / "staging").glob("*.slot")) <= 3 * size
     assert store.staging.is_ready(pinned.extent_id, 10)
     assert store.staging.path(ready.name).exists()
     store.staging.release(ready.name)
@@ -289,7 +290,7 @@ def test_a_file_that_is_assembled_is_written_over_the_one_that_made_room(tmp_pat
     shorter = assembled(ids[2], 4)
     assert shorter == (first, len(slot_file(run(200)[:4]))), "cut to its own length"
     assert assembled(ids[0], 9)[0] == longer
-    assert len(list((tmp_path / "staging").iterdir())) == len(store.staging)
+    assert len(list((tmp_path / "staging").glob("*.slot"))) == len(store.staging)
 
 
 @pytest.mark.parametrize("why", ["the engine saved it", "it may still be read"])
@@ -316,7 +317,7 @@ def test_a_held_file_is_removed_with_its_last_hold(tmp_path: Path) -> None:
     first = store.materialize(saved.extent_id, 10)
     second = store.materialize(saved.extent_id, 10)
     assert first.name == second.name
-    store.quarantine(saved.extent_id, 10)
+    store.quarantine(saved.extent_id, 10, "")
     store.staging.release(first.name)
     assert store.staging.path(first.name).exists()
     store.staging.release(second.name)
@@ -326,25 +327,87 @@ def test_a_held_file_is_removed_with_its_last_hold(tmp_path: Path) -> None:
 def test_a_ready_file_that_someone_removed_is_made_again(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path), NoSyncDisk())
     saved = save(store, run(0))
-    for path in (tmp_path / "staging").iterdir():
+    for path in (tmp_path / "staging").glob("*.slot"):
         path.unlink()
     assert restored(store, saved.extent_id, 10) == slot_file(run(0))
 
 
-def test_an_earlier_lifes_files_are_removed_and_no_others(tmp_path: Path) -> None:
+def test_a_dead_lifes_files_go_when_room_is_needed_and_no_others(tmp_path: Path) -> None:
     staging = tmp_path / "staging"
     staging.mkdir()
-    ours = ["kw-0123abcd-7.slot", "kw-0123abcd-8.slot.new"]
-    theirs = ["kw-0123abcd.slot", "notes.slot", "kw-0123abcd-7.slot.bak", "xkw-0123abcd-7.slot"]
-    for name in [*ours, *theirs]:
+    dead = ["kw-0123abcd-7.slot", "kw-0123abcd-8.slot.new", "kw-0123abcd.lock"]
+    theirs = ["kw-0123abcd.slot", "notes.slot", "kw-0123abcd-7.slot.bak", "kw-99999999-7.slot"]
+    living = ["kw-abcdef01-1.slot"]
+    for name in [*dead, *theirs, *living]:
         (staging / name).write_bytes(b"x")
+    with OwnerLock(staging / "kw-abcdef01.lock", what="another gateway"):
+        store = opened(settings_in(tmp_path), NoSyncDisk())
+        assert {path.name for path in staging.iterdir()} >= {*dead, *theirs, *living}
+        save(store, run(0))
+        store.staging.expect(10)
+        store.close()
+        left = {*theirs, *living, "kw-abcdef01.lock"}
+        assert {path.name for path in staging.iterdir()} == left
+
+
+def test_a_staging_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
     store = opened(settings_in(tmp_path), NoSyncDisk())
-    assert sorted(path.name for path in staging.iterdir()) == sorted(theirs)
-    assert store.shelf.report.staging_leftovers == 2
-    save(store, run(0))
-    store.staging.expect(10)
+    saved = save(store, run(0))
+    shutil.rmtree(tmp_path / "staging")
+    assert restored(store, saved.extent_id, 10) == slot_file(run(0))
+    shutil.rmtree(tmp_path / "staging")
+    save(store, run(100))
+    assert integrity(store) == ()
     store.close()
-    assert sorted(path.name for path in staging.iterdir()) == sorted(theirs)
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_written_here", [False, True])
+def test_a_damaged_ready_file_is_made_again(tmp_path: Path, is_written_here: bool) -> None:
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    saved = save(store, run(0))
+    if is_written_here:
+        store.staging.forget()
+        restored(store, saved.extent_id, 10)
+    (path,) = (tmp_path / "staging").glob("*.slot")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert restored(store, saved.extent_id, 10) == slot_file(run(0))
+    assert store.staging.damaged == 1
+
+
+def test_a_row_file_that_is_damaged_after_its_first_use_is_not_believed(tmp_path: Path) -> None:
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    saved = save(store, run(0))
+    for at in (9, 8):
+        assert restored(store, saved.extent_id, at) == slot_file(run(0)[:at])
+    path = store.shelf.files.root / "0000000001.rows"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with refused("checksum"):
+        store.materialize(saved.extent_id, 7)
+
+
+def test_a_small_file_system_for_staging_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is ready makes room before the file system is full, whatever the bound says."""
+    size = len(slot_file(run(0)))
+
+    def free_bytes(staging: Staging) -> int:
+        return 3 * size - sum(p.stat().st_size for p in staging.root.glob("*.slot"))
+
+    monkeypatch.setattr(Staging, "_free_bytes", free_bytes)
+    store = opened(settings_in(tmp_path), NoSyncDisk())
+    for i in range(6):
+        saved = save(store, run(100 * i))
+        store.staging.forget({saved.extent_id} if i % 2 else set())
+        assert restored(store, saved.extent_id, 10) == slot_file(run(100 * i))
+        assert sum(p.stat().st_size for p in (tmp_path / "staging").glob("*.slot")) <= 3 * size
+    with refused("no_space"):
+        store.staging.expect(4 * size)
 
 
 def test_names_in_staging_are_never_given_twice(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import asyncio
 import os
 from itertools import pairwise
 
+from keepwarm.deployment.supervision import Growth, Supervisor, pause_s
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import KeepwarmError
-from keepwarm.gateway.supervision import Growth, Supervisor, pause_s
 
 MB = 1_000_000
 
@@ -79,6 +79,7 @@ class _Gone:
         self.may_return = asyncio.Event()
         self.lost = asyncio.Event()
         self.is_idle = True
+        self.may_sleep = False
 
     async def engine_rest(self) -> bool:
         return True

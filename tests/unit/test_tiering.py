@@ -10,8 +10,8 @@ import pytest
 from keepwarm.core.prompt import Api, Prompt, prompt_of
 from keepwarm.core.tiers import TierSet
 from keepwarm.errors import RequestError
-from keepwarm.gateway.tiering import Tiered, apply_tier, asked_tier, has_own_system
-from keepwarm.tierfiles import load_tiers
+from keepwarm.tiers.files import load_tiers
+from keepwarm.tiers.tiering import Tiered, apply_tier, asked_tier, has_own_system
 from smalltiers import write_small_tiers
 
 USER = {"role": "user", "content": "Is the disk there?"}

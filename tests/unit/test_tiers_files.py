@@ -10,7 +10,7 @@ import pytest
 
 from keepwarm.core.tiers import ContextRole, find_volatile
 from keepwarm.errors import TierError
-from keepwarm.tierfiles import find_tiers_directory, load_tiers, packaged_configs
+from keepwarm.tiers.files import find_tiers_directory, load_tiers, packaged_configs
 
 TOOL = {
     "type": "function",

@@ -12,6 +12,7 @@ place and goes on with what was running.
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from keepwarm.errors import ConfigError
 
 # A file that was just written may not be whole yet.
 _SETTLED_S = 1.0
+# How the names that we give to directories end; see `Drop._new_home`.
+_HOME = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
 class Drop:
@@ -43,8 +46,8 @@ class Drop:
             for path in (self._running, self._done, self._failed):
                 path.mkdir(mode=0o700, exist_ok=True)
             for path in self._running.iterdir():
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()  # the file had not been moved into it yet
+                if _HOME.search(path.name) and path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()  # of ours: the file had not been moved into it yet
         except OSError as error:
             raise ConfigError(f"{error.filename} can't be used: {error.strerror}.") from error
 

@@ -15,12 +15,13 @@ from keepwarm.batch.journal import Journal
 from keepwarm.batch.outcome import changed_tasks
 from keepwarm.batch.picture import night_svg
 from keepwarm.batch.planner import Plan, plan
+from keepwarm.batch.progress import Progress
 from keepwarm.batch.report import build_report
-from keepwarm.batch.runner import Gate, Progress, RetryRule, Runner
+from keepwarm.batch.runner import Gate, RetryRule, Runner
 from keepwarm.batch.senders import Sender
-from keepwarm.batch.tasks import Parsed, parse_tasks
+from keepwarm.batch.tasks import Parsed, TaskFile, parse_tasks
 from keepwarm.batch.tree import PrefixTree, build_tree
-from keepwarm.errors import ConfigError
+from keepwarm.errors import ConfigError, KeepwarmError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,16 @@ class Paths:
 def read_tasks(
     path: Path, *, endpoint: str | None = None, max_body_bytes: int | None = None
 ) -> Parsed:
-    """Read a task file.
+    """Read a task file. It stays open for as long as one of its tasks is there.
 
     Raises:
         ConfigError: it can't be read.
     """
     try:
-        with path.open("rb") as file:
-            return parse_tasks(file, endpoint=endpoint, max_body_bytes=max_body_bytes)
+        file = path.open("rb")
+        return parse_tasks(
+            file, endpoint=endpoint, max_body_bytes=max_body_bytes, file=TaskFile(file)
+        )
     except OSError as error:
         raise ConfigError(f"The tasks {path} can't be read: {error.strerror}.") from error
 
@@ -76,12 +79,16 @@ class Job:
         tokens_per_char: float | None = None,
         sync: bool = True,
         nodes: int = 1,
+        retry_failed: bool = False,
     ) -> None:
         """Plan what is left of it, for `lanes` slots on so many nodes.
 
+        With `retry_failed`, what has failed in earlier runs is left, too, with the bodies that the
+        file has now.
+
         Raises:
             ConfigError: another process runs it, or its tasks aren't those that were run before.
-            DiskFullError: nothing is lost.
+            UnwritableError: the disk is full or gone; nothing is lost.
         """
         self.paths = paths
         self.parsed = parsed
@@ -90,6 +97,12 @@ class Job:
             parsed.tasks, tier_tokens=tier_tokens, tokens_per_char=tokens_per_char
         )
         self.journal = Journal(paths.journal, results=paths.results, errors=paths.errors, sync=sync)
+        if retry_failed:
+            try:
+                self.journal.forget_failures()
+            except KeepwarmError:
+                self.journal.close()
+                raise
         known = self.journal.ended()
         if changed := changed_tasks(parsed.tasks, known):
             self.journal.close()

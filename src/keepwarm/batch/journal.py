@@ -10,7 +10,9 @@ were damaged meanwhile are written anew.
 With `sync`, files and journal are flushed at each result, and a power cut loses nothing either;
 without, it loses what the system hadn't written, and those tasks run again.
 
-A full disk raises `DiskFullError`; what was committed stays, and `flush` can be tried again.
+A full disk raises `DiskFullError`, one that can't be written for another reason (read-only, gone)
+its parent `UnwritableError`; what was committed stays, and `flush` can be tried again. No error of
+SQLite's own leaves this module.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from keepwarm.errors import ConfigError, KeepwarmError
 Target = Literal["results", "errors"]
 _TARGETS: tuple[Target, ...] = ("results", "errors")
 _VERSION = "1"
+# A full disk, a quota, or a file size limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS ended (
@@ -42,11 +46,17 @@ CREATE TABLE IF NOT EXISTS landed (
 """
 
 
-class DiskFullError(KeepwarmError):
-    """The disk is full. What was committed is kept; the same call can be made again later."""
+class UnwritableError(KeepwarmError):
+    """The disk can't be used now. What was committed is kept; the same call can be made again."""
 
     status = 507
     retry = True
+    kind = "disk_unusable"
+
+
+class DiskFullError(UnwritableError):
+    """The disk is full: as its parent."""
+
     kind = "disk_full"
 
 
@@ -71,7 +81,7 @@ class Journal:
         Raises:
             ConfigError: another process has it, it is no journal, or results are there that it
                 doesn't know; nothing was changed.
-            DiskFullError: nothing is lost; try again with more space.
+            UnwritableError: nothing is lost; try again when the disk can be used.
         """
         self.path = path
         self._files = {"results": results, "errors": errors}
@@ -84,11 +94,15 @@ class Journal:
                 f"{there} is there already, and no {path.name} that says what is in it. Name "
                 "another output, or move it away."
             )
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.5)
+        with disk_errors(path):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=0.5
+            )
         try:
             self._open()
-            self._reconcile()
+            with disk_errors(path):
+                self._reconcile()
         except BaseException:
             self.close()
             raise
@@ -105,7 +119,7 @@ class Journal:
             version = self.meta("version")
         except sqlite3.OperationalError as error:
             if "locked" not in str(error):
-                raise ConfigError(f"The journal {self.path} can't be used: {error}.") from error
+                raise unwritable(self.path, error) from error
             raise ConfigError(
                 f"Another keepwarm runs these tasks: it holds {self.path}. Wait for it, or stop it."
             ) from error
@@ -152,21 +166,43 @@ class Journal:
         row = self._db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
         return row[0] if row else None
 
+    def forget_failures(self) -> int:
+        """Have everything that has failed be run again; returns how much that is.
+
+        What the error file says of it is removed; results stay.
+
+        Raises:
+            UnwritableError: nothing is forgotten.
+        """
+        with self._transaction():
+            count = self._db.execute("DELETE FROM ended WHERE target='errors'").rowcount
+            self._db.execute("DELETE FROM tries")
+            self._landed["errors"] = (0, 0)
+            self._note_landed()
+        # A crash before this is made good on opening, as for any line that wasn't noted.
+        with disk_errors(self.path):
+            if self._files["errors"].exists():
+                os.truncate(self._files["errors"], 0)
+        return int(count)
+
     def ended(self) -> dict[str, tuple[bool, str]]:
         """What has ended: key -> whether well, and the task's digest."""
-        rows = self._db.execute("SELECT key, ok, digest FROM ended")
-        return {key: (bool(ok), digest) for key, ok, digest in rows}
+        with disk_errors(self.path):
+            rows = self._db.execute("SELECT key, ok, digest FROM ended")
+            return {key: (bool(ok), digest) for key, ok, digest in rows}
 
     def failures(self) -> dict[str, int]:
         """How often tasks that haven't ended were tried in vain."""
-        return dict(self._db.execute("SELECT key, failures FROM tries").fetchall())
+        with disk_errors(self.path):
+            return dict(self._db.execute("SELECT key, failures FROM tries").fetchall())
 
     def stats(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """What is known of each ended task and each fill, in the order of their ends."""
-        ended = self._db.execute("SELECT key, ok, stats FROM ended ORDER BY seq")
-        tasks = [{**json.loads(s), "custom_id": k, "ok": bool(ok)} for k, ok, s in ended]
-        fills = self._db.execute("SELECT stats FROM fills ORDER BY seq")
-        return tasks, [json.loads(row[0]) for row in fills]
+        with disk_errors(self.path):
+            ended = self._db.execute("SELECT key, ok, stats FROM ended ORDER BY seq")
+            tasks = [{**json.loads(s), "custom_id": k, "ok": bool(ok)} for k, ok, s in ended]
+            fills = self._db.execute("SELECT stats FROM fills ORDER BY seq")
+            return tasks, [json.loads(row[0]) for row in fills]
 
     def end(self, entries: Iterable[Entry]) -> None:
         """Tasks have ended. Those that had ended before are left as they were.
@@ -211,21 +247,25 @@ class Journal:
         """Append to the files what the journal has and they don't.
 
         Raises:
-            DiskFullError: a file ends with the last line that fitted.
+            UnwritableError: a file ends with the last line that fitted.
         """
+        with disk_errors(self.path):
+            self._flush()
+
+    def _flush(self) -> None:
         for target in _TARGETS:
             seq, size_bytes = self._landed.get(target, (0, 0))
             rows = self._db.execute(
                 "SELECT seq, line FROM ended WHERE target=? AND seq>? ORDER BY seq", (target, seq)
             )
             appended = False
-            for row_seq, line in rows.fetchall():
+            for row_seq, line in rows:
                 self._append(target, bytes(line), size_bytes)
                 size_bytes += len(line)
                 self._landed[target] = (row_seq, size_bytes)
                 appended = True
             if appended and self._sync:
-                with _full_disk(self._files[target]):
+                with disk_errors(self._files[target]):
                     os.fsync(self._fds[target])
 
     def finish(self) -> None:
@@ -233,11 +273,12 @@ class Journal:
         with self._transaction():
             self._note_landed()
             self._db.execute("UPDATE ended SET line=NULL")
-        self._db.execute("VACUUM")
+        with disk_errors(self.path):
+            self._db.execute("VACUUM")
 
     def _append(self, target: str, line: bytes, at_bytes: int) -> None:
         path = self._files[target]
-        with _full_disk(path):
+        with disk_errors(path):
             if target not in self._fds:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._fds[target] = os.open(path, flags, 0o600)
@@ -258,7 +299,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _full_disk(self.path):
+        with disk_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -270,18 +311,32 @@ class Journal:
 
 
 @contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """A full disk, a quota or a file size limit, however it is said."""
-    text = f"The disk of {path} is full. What has ended is kept. Free some space."
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say of any error of the disk or of SQLite what it means for whoever runs tasks.
+
+    Raises:
+        UnwritableError: it may pass.
+        ConfigError: it won't: the file is damaged.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(text) from error
-        raise ConfigError(f"{path} can't be written: {error.strerror}.") from error
-    except sqlite3.OperationalError as error:
-        # A full disk shows as SQLITE_FULL, or as an I/O error where the write-ahead log grows.
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            raise DiskFullError(text) from error
-        raise
+    except (OSError, sqlite3.Error) as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError | sqlite3.Error) -> KeepwarmError:
+    """What a disk's or SQLite's error is to be called; see `disk_errors`."""
+    full = DiskFullError(f"The disk of {path} is full. What has ended is kept. Free some space.")
+    if isinstance(error, OSError):
+        if error.errno in _FULL:
+            return full
+        return UnwritableError(
+            f"{path} can't be written: {error.strerror or error}. What has ended is kept."
+        )
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    # A full disk shows as SQLITE_FULL, or as an I/O error where the write-ahead log grows.
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        return full
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return ConfigError(f"{path} is damaged ({error}). Move it away.")
+    return UnwritableError(f"{path} can't be used now: {error}. What has ended is kept.")

@@ -2,27 +2,36 @@
 
 One SQLite file holds what is said about them; contents lie beside it, one file each, under ids that
 Keepwarm makes. A batch's results are written straight into the file they will be, which is listed
-once the batch has ended; so a crash at any moment leaves at most files that nothing names, and
-those are removed on opening. Everything is the user's alone (0700, 0600), and every look-up is
-within one namespace: another's file is a file that doesn't exist.
+once the batch has ended. Everything is the user's alone (0700, 0600), and every look-up is within
+one namespace: another's file is a file that doesn't exist.
+
+The directory may hold other people's files. So a name is written down before its file is made, or
+in the transaction that deletes it (`refuse`), and only what is written down there is ever removed:
+what a crash left goes when the next upload comes.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import re
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from keepwarm.batch.job import Paths
+from keepwarm.batch.journal import DiskFullError, disk_errors
 from keepwarm.errors import ConfigError, RequestError
+
+log = logging.getLogger("keepwarm")
 
 # What a batch can still come to.
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -34,7 +43,10 @@ CREATE TABLE IF NOT EXISTS batches (
   seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, namespace TEXT NOT NULL,
   status TEXT NOT NULL, output_id TEXT NOT NULL, error_id TEXT NOT NULL, object TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS unfinished ON batches (status, seq);
+CREATE TABLE IF NOT EXISTS refuse (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+# Names that we make: an upload under way, a file, a batch's journal and what SQLite puts beside it.
+_OURS = re.compile(r"part-[0-9a-f]{32}|file-[0-9a-f]{24}|batch_[0-9a-f]{24}\.journal(-wal|-shm)?")
 
 
 class NotFoundError(RequestError):
@@ -50,7 +62,11 @@ class ConflictError(RequestError):
 
 
 class Ledger:
-    """See the module. Its methods may be called from several threads, one at a time each."""
+    """See the module. Its methods may be called from several threads, one at a time each.
+
+    Each of them raises UnwritableError if the disk can't be used now, and ConfigError if the
+    ledger's own file is damaged; nothing has changed then.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Open or begin it.
@@ -61,11 +77,13 @@ class Ledger:
         self.directory = directory
         self._files = directory / "files"
         self._journals = directory / "journals"
+        self._database = directory / "batches.sqlite"
         self._lock = threading.RLock()
+        self._uploading: set[str] = set()
         try:
             for path in (directory, self._files, self._journals):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            database = directory / "batches.sqlite"
+            database = self._database
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._fd = os.open(directory / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -85,7 +103,6 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-            self._clean()
         except sqlite3.DatabaseError as error:
             self.close()
             raise ConfigError(f"{database} is damaged ({error}). Move it away.") from error
@@ -96,22 +113,44 @@ class Ledger:
             self._db.close()
             os.close(self._fd)
 
-    def _clean(self) -> None:
-        """Remove what a crash has left: half uploads, and results of batches that are gone."""
-        named = {row[0] for row in self._db.execute("SELECT id FROM files")}
-        marks = ",".join("?" * len(UNFINISHED))
-        for batch_id, output_id, error_id in self._db.execute(
-            f"SELECT id, output_id, error_id FROM batches WHERE status IN ({marks})",  # noqa: S608
-            UNFINISHED,
-        ):
-            named |= {output_id, error_id, batch_id}
-        for path in (*self._files.iterdir(), *self._journals.iterdir()):
-            if path.name.partition(".")[0] not in named:
-                path.unlink()
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock, disk_errors(self._database):
+            yield
 
     def part(self) -> Path:
-        """Where an upload is written before it is a file."""
-        return self._files / f"part-{uuid.uuid4().hex}"
+        """Where an upload is written before it is a file. `drop_part` or `add_file` ends it.
+
+        Raises: DiskFullError: its name can't be noted.
+        """
+        name = f"part-{uuid.uuid4().hex}"
+        with self._lock:
+            try:
+                self._clear_refuse()
+                self._db.execute("INSERT INTO refuse VALUES (?)", (name,))
+            except sqlite3.Error as error:
+                raise DiskFullError(f"No file can be taken in: {error}.") from error
+            self._uploading.add(name)
+        return self._files / name
+
+    def drop_part(self, part: Path) -> None:
+        """An upload is over; what didn't become a file is removed. Safe to call twice."""
+        with self._lock:
+            if part.name in self._uploading:
+                self._uploading.discard(part.name)
+                self._clear_refuse()
+
+    def _clear_refuse(self) -> None:
+        """Remove what isn't needed any more. What can't be removed now is tried again later."""
+        for (name,) in self._db.execute("SELECT name FROM refuse").fetchall():
+            if name in self._uploading or not _OURS.fullmatch(name):
+                continue
+            folder = self._journals if name.startswith("batch_") else self._files
+            try:
+                (folder / name).unlink(missing_ok=True)
+                self._db.execute("DELETE FROM refuse WHERE name=?", (name,))
+            except (OSError, sqlite3.Error) as error:
+                log.warning("%s stays in %s for now: %s", name, folder, error)
 
     def content(self, file_id: str, namespace: str) -> Path:
         """A file's content. Raises: NotFoundError."""
@@ -119,26 +158,36 @@ class Ledger:
         return self._files / file_id
 
     def used_bytes(self) -> int:
-        """What all files take."""
-        return sum(path.stat().st_size for path in self._files.iterdir())
+        """What our files take, uploads and unfinished results included."""
+        with self._locked():
+            names = {name for (name,) in self._db.execute("SELECT id FROM files")}
+            names |= {name for (name,) in self._db.execute("SELECT name FROM refuse")}
+            for pair in self._db.execute("SELECT output_id, error_id FROM batches"):
+                names |= set(pair)
+        with disk_errors(self._files), os.scandir(self._files) as entries:
+            return sum(e.stat(follow_symlinks=False).st_size for e in entries if e.name in names)
 
     def add_file(
         self, part: Path, *, namespace: str, filename: str, purpose: str
     ) -> dict[str, Any]:
         """Make a file of what was uploaded to `part`; returns its object."""
         file_id = f"file-{uuid.uuid4().hex[:24]}"
-        size_bytes = part.stat().st_size
-        part.rename(self._files / file_id)
-        with self._lock:
+        with disk_errors(part), self._lock:
+            size_bytes = part.stat().st_size
+            self._db.execute("INSERT INTO refuse VALUES (?)", (file_id,))
+            part.rename(self._files / file_id)
+        with self._locked(), self._transaction():
             self._db.execute(
                 "INSERT INTO files VALUES (?,?,?,?,?,?)",
                 (file_id, namespace, filename[:255], purpose, size_bytes, int(time.time())),
             )
+            self._uploading.discard(part.name)
+            self._db.execute("DELETE FROM refuse WHERE name IN (?,?)", (part.name, file_id))
         return self.file(file_id, namespace)
 
     def file(self, file_id: str, namespace: str) -> dict[str, Any]:
         """A file's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE id=? AND namespace=?",
@@ -150,7 +199,7 @@ class Ledger:
 
     def list_files(self, namespace: str, *, purpose: str | None = None) -> list[dict[str, Any]]:
         """All files of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT id, filename, purpose, size_bytes, created_at FROM files "
                 "WHERE namespace=? AND (? IS NULL OR purpose=?) ORDER BY rowid DESC",
@@ -165,15 +214,17 @@ class Ledger:
             NotFoundError: there is none.
             ConflictError: a batch that hasn't ended reads it.
         """
-        with self._lock:
+        with self._locked():
             self.file(file_id, namespace)
             for batch in self.unfinished():
                 if batch["input_file_id"] == file_id:
                     raise ConflictError(
                         f"The batch {batch['id']} reads this file. Cancel it first, or wait."
                     )
-            self._db.execute("DELETE FROM files WHERE id=?", (file_id,))
-        (self._files / file_id).unlink(missing_ok=True)
+            with self._transaction():
+                self._db.execute("DELETE FROM files WHERE id=?", (file_id,))
+                self._db.execute("INSERT OR IGNORE INTO refuse VALUES (?)", (file_id,))
+            self._clear_refuse()
 
     def add_batch(
         self,
@@ -186,7 +237,7 @@ class Ledger:
         metadata: Mapping[str, str] | None,
     ) -> dict[str, Any]:
         """Begin a batch; returns its object. Raises: NotFoundError: there is no such file."""
-        with self._lock:
+        with self._locked():
             self.file(input_file_id, namespace)
             now = int(time.time())
             batch = {
@@ -221,7 +272,7 @@ class Ledger:
 
     def batch(self, batch_id: str, namespace: str) -> dict[str, Any]:
         """A batch's object. Raises: NotFoundError."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT object FROM batches WHERE id=? AND namespace=?", (batch_id, namespace)
             ).fetchone()
@@ -231,13 +282,13 @@ class Ledger:
 
     def status(self, batch_id: str) -> str:
         """A batch's status, whose ever it is."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT status FROM batches WHERE id=?", (batch_id,)).fetchone()
         return str(row[0])
 
     def list_batches(self, namespace: str) -> list[dict[str, Any]]:
         """All batches of a namespace, the newest first."""
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 "SELECT object FROM batches WHERE namespace=? ORDER BY seq DESC", (namespace,)
             ).fetchall()
@@ -246,7 +297,7 @@ class Ledger:
     def unfinished(self) -> list[dict[str, Any]]:
         """Batches of all namespaces that haven't ended, the oldest first, with `namespace`."""
         marks = ",".join("?" * len(UNFINISHED))
-        with self._lock:
+        with self._locked():
             rows = self._db.execute(
                 f"SELECT namespace, object FROM batches WHERE status IN ({marks}) "  # noqa: S608
                 "ORDER BY seq",
@@ -256,7 +307,7 @@ class Ledger:
 
     def change(self, batch_id: str, **changes: Any) -> dict[str, Any]:
         """Change fields of a batch; returns its object. A status also notes its time."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute("SELECT object FROM batches WHERE id=?", (batch_id,)).fetchone()
             batch = {**msgspec.json.decode(row[0]), **changes}
             stamp = f"{batch['status']}_at"
@@ -270,7 +321,7 @@ class Ledger:
 
     def paths(self, batch_id: str) -> Paths:
         """A batch's files."""
-        with self._lock:
+        with self._locked():
             output_id, error_id, raw = self._db.execute(
                 "SELECT output_id, error_id, object FROM batches WHERE id=?", (batch_id,)
             ).fetchone()
@@ -284,12 +335,11 @@ class Ledger:
     def finish(self, batch_id: str, *, status: str, **changes: Any) -> dict[str, Any]:
         """End a batch: its results become files, and its journal isn't needed any more."""
         paths = self.paths(batch_id)
-        with self._lock:
+        with self._locked():
             namespace = self._db.execute(
                 "SELECT namespace FROM batches WHERE id=?", (batch_id,)
             ).fetchone()[0]
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._transaction():
                 for key, path in (
                     ("output_file_id", paths.results),
                     ("error_file_id", paths.errors),
@@ -308,14 +358,26 @@ class Ledger:
                             ),
                         )
                         changes[key] = path.name
+                    else:
+                        self._db.execute("INSERT OR IGNORE INTO refuse VALUES (?)", (path.name,))
+                for suffix in ("", "-wal", "-shm"):
+                    name = paths.journal.name + suffix
+                    self._db.execute("INSERT OR IGNORE INTO refuse VALUES (?)", (name,))
                 batch = self.change(batch_id, status=status, **changes)
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-        for suffix in ("", "-wal", "-shm"):
-            paths.journal.with_name(paths.journal.name + suffix).unlink(missing_ok=True)
+            self._clear_refuse()
         return batch
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All statements inside, or none. Under the lock."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
 
 def _file_object(row: tuple[Any, ...]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +9,10 @@ from typing import Any
 import msgspec
 
 from keepwarm.batch.journal import Entry
+from keepwarm.batch.lines import error_line, result_line
 from keepwarm.batch.senders import Answer
-from keepwarm.batch.tasks import LineError, Task, error_line, result_line
+from keepwarm.batch.tasks import LineError, Task
 from keepwarm.core.reply import read_reply
-
-
-def task_digest(task: Task) -> str:
-    """What tells whether a task is the one that was run under its id before."""
-    raw = msgspec.json.encode([task.url, task.body])
-    return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
 def changed_tasks(tasks: Sequence[Task], ended: Mapping[str, tuple[bool, str]]) -> list[Task]:
@@ -26,7 +20,7 @@ def changed_tasks(tasks: Sequence[Task], ended: Mapping[str, tuple[bool, str]]) 
     return [
         task
         for task in tasks
-        if task.custom_id in ended and ended[task.custom_id][1] not in ("", task_digest(task))
+        if task.custom_id in ended and ended[task.custom_id][1] not in ("", task.digest)
     ]
 
 
@@ -45,7 +39,7 @@ def lost(task: Task, because: str) -> Entry:
     )
     now_s = time.time()
     stats = {"began_s": now_s, "ended_s": now_s, "attempts": 0}
-    return Entry(task.custom_id, False, "errors", task_digest(task), line, stats)
+    return Entry(task.custom_id, False, "errors", task.digest, line, stats)
 
 
 def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
@@ -67,7 +61,7 @@ def success(task: Task, answer: Answer, stats: dict[str, Any]) -> Entry:
         stats["decoded"] = counts.decoded
         stats["prefill_s"] = counts.prefill_s if not filled else 0.0
         stats["prefill_n"] = counts.prefilled if not filled else 0
-    return Entry(task.custom_id, True, "results", task_digest(task), line, stats)
+    return Entry(task.custom_id, True, "results", task.digest, line, stats)
 
 
 def row_of(answer: Answer, *, slot: int, lane: int) -> int:
@@ -93,7 +87,7 @@ def failure(task: Task, answer: Answer | None, stats: dict[str, Any]) -> Entry:
             request_id=answer.request_id,
             body=answer.body,
         )
-    return Entry(task.custom_id, False, "errors", task_digest(task), line, stats)
+    return Entry(task.custom_id, False, "errors", task.digest, line, stats)
 
 
 def _said(answer: Answer) -> tuple[str, str]:
@@ -117,4 +111,4 @@ def expired(task: Task) -> Entry:
         code="batch_expired",
         message="The batch's completion window ended before this request could be executed.",
     )
-    return Entry(task.custom_id, False, "errors", task_digest(task), line, {})
+    return Entry(task.custom_id, False, "errors", task.digest, line, {})

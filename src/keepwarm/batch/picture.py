@@ -1,19 +1,19 @@
 """A night as a picture: slots over time, coloured by where each prompt's beginning came from. Pure.
 
-Plain SVG, without a library: one row a slot, one bar a task. Times when nothing ran (between two
-runs of one night) are cut out and marked.
+One row a slot, one bar a task. Times when nothing ran (between two runs of one night) are cut out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
+
+from keepwarm.svg import GRID, INK, SOFT, box, document, line, text
 
 Row = Mapping[str, Any]
 
 # Told apart by brightness too, for eyes and printers that don't see the colours.
-COLOURS = {
+COLORS = {
     "slot": "#2a9d5c",
     "snapshot": "#3b7dd8",
     "shared": "#7fb3f0",
@@ -30,6 +30,7 @@ _MEANINGS = {
     "failed": "failed",
 }
 _WIDTH, _LEFT, _ROW, _TOP = 1000, 60, 26, 58
+_SIZE = 12
 # A pause longer than this isn't drawn to scale.
 _GAP_S = 60.0
 _GAP_WIDTH_S = 5.0
@@ -52,31 +53,20 @@ def night_svg(tasks: Sequence[Row], fills: Sequence[Row], *, title: str) -> str:
     slots = sorted({bar[0] for bar in bars})
     rows = {slot: index for index, slot in enumerate(slots)}
     height = _TOP + _ROW * max(len(slots), 1) + 40
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-        'font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{_LEFT}" y="22" font-size="15" fill="#222222">{escape(title)}</text>',
-        *_legend({bar[3] for bar in bars}),
-    ]
+    parts = [text(_LEFT, 22, title, size=15), *_legend({bar[3] for bar in bars})]
     for slot, index in rows.items():
         y = _TOP + _ROW * index
-        out.append(f'<text x="8" y="{y + 17}" fill="#222222">slot {slot}</text>')
-        out.append(
-            f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH - _LEFT - 20}" height="{_ROW - 4}" '
-            'fill="#f2f2f2"/>'
-        )
-    for slot, began_s, ended_s, kind, text in bars:
+        parts.append(text(8, y + 17, f"slot {slot}", size=_SIZE))
+        parts.append(box(_LEFT, y, _WIDTH - _LEFT - 20, _ROW - 4, color=GRID))
+    for slot, began_s, ended_s, kind, note in bars:
         x = _LEFT + squeeze(began_s) * scale
-        width = max((squeeze(ended_s) - squeeze(began_s)) * scale, 0.75)
+        # Half a unit less: tasks behind one another stay told apart.
+        width = max((squeeze(ended_s) - squeeze(began_s)) * scale - 0.5, 0.75)
         y = _TOP + _ROW * rows[slot]
-        out.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW - 4}" '
-            f'fill="{COLOURS.get(kind, COLOURS["cold"])}" stroke="#ffffff" stroke-width="0.5">'
-            f"<title>{escape(text)}</title></rect>"
-        )
-    out += _axis(length_s, scale, _TOP + _ROW * max(len(slots), 1))
-    return "\n".join([*out, "</svg>"]) + "\n"
+        color = COLORS.get(kind, COLORS["cold"])
+        parts.append(box(x, y, width, _ROW - 4, color=color, note=note))
+    parts += _axis(length_s, scale, _TOP + _ROW * max(len(slots), 1))
+    return document(parts, width=_WIDTH, height=height, title=title)
 
 
 def _bar(row: Row, kind: str) -> tuple[int, float, float, str, str]:
@@ -113,27 +103,25 @@ def _squeezed(spans: Sequence[tuple[float, float]]) -> Any:
 
 
 def _legend(kinds: set[str]) -> list[str]:
-    out = []
+    parts = []
     x = _LEFT
-    for kind, colour in COLOURS.items():
+    for kind, color in COLORS.items():
         if kind in kinds:
             label = f"{kind}: {_MEANINGS[kind]}"
-            out.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{colour}"/>')
-            out.append(f'<text x="{x + 16}" y="44" fill="#444444">{label}</text>')
+            parts.append(box(x, 34, 12, 12, color=color))
+            parts.append(text(x + 16, 44, label, size=_SIZE, color=SOFT))
             x += 34 + 6 * len(label)
-    return out
+    return parts
 
 
 def _axis(length_s: float, scale: float, y: int) -> list[str]:
     step_s = next((s for s in (1, 5, 15, 30, 60, 300, 900, 1800) if length_s / s <= 12), 3600)
-    out = []
+    parts = []
     at_s = 0
     while at_s <= length_s:
         x = _LEFT + at_s * scale
-        text = f"{at_s} s" if step_s < 60 else f"{at_s // 60} min"
-        out.append(f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 5}" stroke="#888888"/>')
-        out.append(
-            f'<text x="{x:.1f}" y="{y + 20}" text-anchor="middle" fill="#444444">{text}</text>'
-        )
+        label = f"{at_s} s" if step_s < 60 else f"{at_s // 60} min"
+        parts.append(line(x, y, x, y + 5, color=INK))
+        parts.append(text(x, y + 20, label, size=_SIZE, color=SOFT, anchor="middle"))
         at_s += step_s
-    return out
+    return parts

@@ -4,8 +4,18 @@ Theory of operation. `Night` owns who does what; the journal owns what has ended
 carries out. A lane holds one task at a time and tries it again itself, after a pause, if its
 failure may pass; so a server that is short of something is asked more slowly. While the server
 can't be reached at all, no task is charged for it: lanes wait until it answers, within
-`patience_s`. The same goes for a full disk: the result is held, nothing new is begun, and the write
-is tried again.
+`patience_s`. The same goes for a disk that can't be written: the result is held, nothing new is
+begun, and the write is tried again.
+
+What comes back for a task, and what follows:
+
+    200                              a result
+    passing (429, 500, ...)          tried again, `attempts` times
+    401, 403; 404 from who is        the run's fault, not the task's (a key, an address): waited for
+      no Keepwarm                      like a server that is away, and no task is charged for it
+    the engine died with it          once more, and then alone if it may be why: of what runs beside
+                                       others nobody knows which one it was; dies it alone, it fails
+    other                            a failure
 
 `stop` lets running tasks end. Cancelling `run` drops them; they begin anew in the next run.
 """
@@ -14,17 +24,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from keepwarm.batch.journal import DiskFullError, Entry, Journal
+from keepwarm.batch.floor import Floor
+from keepwarm.batch.journal import Entry, Journal, UnwritableError
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.outcome import failure, lost, row_of, success, unusable
-from keepwarm.batch.planner import RESTORE_WEIGHT, Costs, Plan
+from keepwarm.batch.planner import Plan
+from keepwarm.batch.progress import Progress, work_seconds
 from keepwarm.batch.senders import Answer, Sender, UnreachableError
 from keepwarm.batch.tasks import LineError, Task
 from keepwarm.batch.tree import PrefixTree
@@ -34,7 +46,13 @@ from keepwarm.errors import EngineDownError
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
 # Keepwarm is there and its engine isn't: no use in asking before it says that it is well.
 _ENGINE_GONE = frozenset((502, 503))
+# The words for it: the gateway's own verdict on a request, and an engine that was lost.
+_CRASHED = "engine_crashed"
+_DIED = frozenset(("engine_unavailable", "upstream_error"))
+# Who is asked doesn't take this run's requests, whatever they are.
+_STRANGERS = frozenset((401, 403, 404))
 _MAX_PAUSE_S = 60.0
+_GO_ON = "What has ended is kept: run the same command again to go on."
 _FULL_DISK_PAUSE_S = 5.0
 
 T = TypeVar("T")
@@ -51,36 +69,6 @@ class RetryRule:
     attempts: int = 4
     pause_s: float = 1.0
     patience_s: float = 600.0
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a night is. Tokens are those of this run; tasks count earlier runs too."""
-
-    total: int
-    ended: int = 0
-    failed: int = 0
-    prefilled_tokens: int = 0
-    reused_tokens: int = 0
-    running: int = 0
-    waiting_for: str = ""
-    began_s: float = field(default_factory=time.monotonic)
-    ended_before: int = 0
-    work_done_s: float = 0.0
-    work_total_s: float = 0.0
-
-    @property
-    def tasks_an_hour(self) -> float:
-        """Of this run."""
-        return 3600 * (self.ended - self.ended_before) / max(time.monotonic() - self.began_s, 1e-3)
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds left by the plan's own proportions; None before the first task has ended."""
-        if self.work_done_s <= 0:
-            return None
-        taken_s = time.monotonic() - self.began_s
-        return taken_s * max(self.work_total_s / self.work_done_s - 1.0, 0.0)
 
 
 class Gate(Protocol):
@@ -142,6 +130,7 @@ class Runner:
         }
         self._failures = journal.failures()
         self._night: Night = plan.night(tree, ended)
+        self._floor = Floor()
         self._thread = ThreadPoolExecutor(1, "journal")
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -151,7 +140,7 @@ class Runner:
             failed=sum(not ok for ok in ended.values()),
             ended_before=len(ended),
         )
-        self._work_s = _work_seconds(tree, plan)
+        self._work_s = work_seconds(tree, plan)
         self.progress.work_total_s = sum(self._work_s.values())
 
     @property
@@ -169,7 +158,7 @@ class Runner:
 
         Raises:
             EngineDownError: the server wasn't there for `patience_s`.
-            DiskFullError: nor was there space. In both cases what has ended is kept.
+            UnwritableError: nor was there space. In both cases what has ended is kept.
         """
         try:
             await self._write_down(self._unable())
@@ -221,7 +210,9 @@ class Runner:
             ends = [end for b in above if (end := self._tree.branches[b].end) is not None]
             began_s = time.time()
             for attempt in range(self._retry.attempts):
-                answer = await self._answered(lambda: self._sender.fill(task, ends, lane=lane))
+                answer = await self._welcome(
+                    lambda: self._sender.fill(task, ends, lane=lane), _STRANGERS - {404}
+                )
                 if answer is not None and answer.status not in _PASSING:
                     break
                 await self._pause(attempt, answer)
@@ -232,7 +223,10 @@ class Runner:
             self._night.filled(work.branch, ok=ok)
 
     async def _note_fill(self, lane: int, answer: Answer, began_s: float) -> None:
-        said = msgspec.json.decode(answer.body)
+        try:
+            said = msgspec.json.decode(answer.body, type=dict)
+        except msgspec.MsgspecError:
+            return  # no Keepwarm's answer: the tasks themselves will tell
         stats = {
             "lane": lane,
             "slot": row_of(answer, slot=said.get("slot", lane), lane=lane),
@@ -266,21 +260,27 @@ class Runner:
     async def _tried(self, lane: int, task: Task, ends: Sequence[Any], began_s: float) -> Entry:
         """Send a task until it has ended, well or not."""
         failures = self._failures.get(task.custom_id, 0)
+        is_suspect = False
         while True:
-            sent_s = time.time()
-            answer = await self._answered(lambda: self._sender.send(task, ends, lane=lane))
+            async with self._floor.taken(alone=is_suspect):
+                if self._stopping.is_set() and is_suspect:
+                    raise _StoppedError
+                sent_s = time.time()
+                answer = await self._welcome(lambda: self._sender.send(task, ends, lane=lane))
             stats = {"lane": lane, "began_s": began_s, "sent_s": sent_s, "ended_s": time.time()}
             stats["attempts"] = failures + 1
             if answer is not None and answer.status == 200:
                 return success(task, answer, stats)
             failures += 1
-            if answer is not None and answer.status not in _PASSING:
+            died = answer is not None and answer.status in _ENGINE_GONE
+            if answer is not None and (answer.status not in _PASSING or answer.kind == _CRASHED):
                 return failure(task, answer, stats)
-            if failures >= self._retry.attempts:
+            if failures >= self._retry.attempts or (died and is_suspect):
                 return failure(task, answer, stats)
             self._failures[task.custom_id] = failures
             await self._patiently(lambda: self._journal.failed(task.custom_id))
-            if answer is not None and answer.status in _ENGINE_GONE:
+            if died:
+                is_suspect = is_suspect or (answer is not None and answer.kind in _DIED)
                 deadline_s = time.monotonic() + self._retry.patience_s
                 await self._until_up(deadline_s, "Keepwarm's engine is gone.")
             await self._pause(failures - 1, answer)
@@ -293,6 +293,32 @@ class Runner:
         await self._unless_stopped(asyncio.sleep(min(pause_s, _MAX_PAUSE_S)))
         if self._stopping.is_set():
             raise _StoppedError
+
+    async def _welcome(
+        self, send: Callable[[], Awaitable[Answer]], strangers: Set[int] = _STRANGERS
+    ) -> Answer | None:
+        """As `_answered`; what would be refused whatever was sent is waited for.
+
+        Raises:
+            EngineDownError: it is so for longer than `patience_s`.
+        """
+        deadline_s = time.monotonic() + self._retry.patience_s
+        while True:
+            answer = await self._answered(send)
+            if answer is None or answer.status not in strangers:
+                return answer
+            why = await self._sender.refusal()
+            if not why and answer.status == 404:
+                return answer  # something in the task that isn't there: a model, an adapter
+            why = why or f"Keepwarm refuses every request (HTTP status {answer.status})."
+            if time.monotonic() > deadline_s:
+                raise EngineDownError(f"{why} {_GO_ON}")
+            self.progress.waiting_for = "the right key or address"
+            self._told(self.progress)
+            await self._unless_stopped(asyncio.sleep(min(self._retry.pause_s, 1.0)))
+            if self._stopping.is_set():
+                raise _StoppedError
+            self.progress.waiting_for = ""
 
     async def _answered(self, send: Callable[[], Awaitable[Answer]]) -> Answer | None:
         """An answer; None if the server went away while it had the request.
@@ -318,9 +344,7 @@ class Runner:
             if self._stopping.is_set():
                 raise _StoppedError
             if time.monotonic() > deadline_s:
-                raise EngineDownError(
-                    f"{why} What has ended is kept: run the same command again to go on."
-                )
+                raise EngineDownError(f"{why} {_GO_ON}")
             await self._unless_stopped(asyncio.sleep(min(self._retry.pause_s, 1.0)))
         self.progress.waiting_for = ""
 
@@ -353,7 +377,7 @@ class Runner:
         while True:
             try:
                 await self._in_thread(write)
-            except DiskFullError:
+            except UnwritableError:
                 self.progress.waiting_for = "space on the disk"
                 self._told(self.progress)
                 if time.monotonic() > deadline_s or self._stopping.is_set():
@@ -391,16 +415,3 @@ async def _all_or_first_error(
     await asyncio.wait(lanes)
     for lane in lanes:
         lane.result()
-
-
-def _work_seconds(tree: PrefixTree, plan: Plan) -> dict[int, float]:
-    """What each task is planned to take, its branch's fill included; those that ended aren't in."""
-    costs = Costs()
-    out: dict[int, float] = {}
-    for step in plan.steps:
-        tokens = step.prefilled_tokens + RESTORE_WEIGHT * step.restored_tokens
-        seconds = tokens * costs.prefill_s_per_token
-        if step.branch is None:
-            seconds += tree.leaves[step.leaf].reply_tokens * costs.decode_s_per_token
-        out[step.leaf] = out.get(step.leaf, 0.0) + seconds
-    return out

@@ -43,6 +43,15 @@ class Answer:
         return self.headers.get(NODE_HEADER.lower(), "")
 
     @property
+    def kind(self) -> str:
+        """The word for what went wrong; '' if the body says none."""
+        try:
+            error = msgspec.json.decode(self.body)["error"]
+            return str(error.get("type") or "")
+        except (msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+            return ""
+
+    @property
     def retry_after_s(self) -> float | None:
         """How long the server asks to wait before another try."""
         try:
@@ -62,6 +71,13 @@ class UnreachableError(KeepwarmError):
         self.begun = begun
 
 
+class RefusedError(UnreachableError):
+    """The server is there and takes nothing from this sender."""
+
+    status = 401
+    retry = False
+
+
 class Sender(Protocol):
     """A Keepwarm to send tasks to. On several nodes, `lane` says to which (see `night`)."""
 
@@ -73,6 +89,9 @@ class Sender(Protocol):
 
     async def is_up(self) -> bool:
         """Whether it would answer now."""
+
+    async def refusal(self) -> str:
+        """Why it takes no task of this run, whatever it is; '' if it does."""
 
 
 def batch_headers(ends: Sequence[SharedEnd]) -> dict[str, str]:
@@ -159,11 +178,30 @@ class HttpSender:
         except aiohttp.ClientError:
             return False
 
+    async def refusal(self) -> str:
+        """What is wrong with the key or the address, asked by a page that needs no task."""
+        try:
+            await self.status()
+        except UnreachableError as error:
+            return str(error)
+        return ""
+
     async def status(self) -> dict[str, Any]:
-        """`/keepwarm/status`. Raises: UnreachableError: it isn't a Keepwarm that answers."""
+        """`/keepwarm/status`.
+
+        Raises:
+            RefusedError: it takes no key like this one.
+            UnreachableError: it isn't a Keepwarm that answers.
+        """
         assert self._session
         try:
             async with self._session.get(self.base_url + "/keepwarm/status") as reply:
+                if reply.status in (401, 403):
+                    raise RefusedError(
+                        f"{self.base_url} refuses the key (HTTP status {reply.status}). Name the "
+                        "right one with --key-file.",
+                        begun=False,
+                    )
                 value = msgspec.json.decode(await reply.read())
         except (aiohttp.ClientError, msgspec.DecodeError) as error:
             raise UnreachableError(

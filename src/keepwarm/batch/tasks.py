@@ -1,4 +1,4 @@
-"""The OpenAI batch format, line by line: tasks in, results and errors out.
+"""The OpenAI batch format, line by line: tasks in. For results and errors see `lines`.
 
 A line is `{"custom_id", "method", "url", "body"}`. Beside those four a line may say, in an object
 `keepwarm`, what a night needs to know of it:
@@ -9,20 +9,25 @@ A line is `{"custom_id", "method", "url", "body"}`. Beside those four a line may
 - `conversation`: a name; tasks of one conversation run one after another, in the file's order.
 
 A line that can't be used becomes an error with its number; the others aren't touched by it.
+
+A night's prompts may be larger than the memory. So a task knows where its line is (`Source`) and
+its digest, and its body is read again each time it is needed; a line that has changed since it was
+first read is an error, never another task's prompt.
 """
 
 from __future__ import annotations
 
-import json
-import uuid
+import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from keepwarm.core.prompt import Api
+from keepwarm.errors import ConfigError
 
 URLS: dict[str, Api] = {
     "/v1/chat/completions": "chat",
@@ -34,24 +39,65 @@ _CONTENT: dict[Api, str] = {"chat": "messages", "completion": "prompt", "respons
 _MAX_ID_CHARS = 512
 
 
+class TaskFile:
+    """A task file that stays open, so that it can be renamed or replaced meanwhile."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Take an open file over."""
+        self._file = file
+
+    def read(self, at: int, size: int) -> bytes:
+        """Bytes of it; fewer if it has been cut since. Raises: OSError."""
+        return os.pread(self._file.fileno(), size, at)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a line is: in a file, or in memory (`text`)."""
+
+    file: TaskFile | None
+    at: int
+    size: int
+    text: bytes = b""
+
+    def read(self) -> bytes:
+        """The line as it is now. Raises: OSError."""
+        return self.text if self.file is None else self.file.read(self.at, self.size)
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One valid line. `deadline_s` is in seconds of the Unix epoch.
 
-    `after` are custom ids that must have ended, well or not (an earlier turn); `depends_on` must
-    have succeeded.
+    `digest` tells whether a task is one that was run under its id before. `after` are custom ids
+    that must have ended, well or not (an earlier turn); `depends_on` must have succeeded.
     """
 
     line: int
     custom_id: str
     api: Api
     url: str
-    body: dict[str, Any]
+    source: Source = field(repr=False)
+    digest: str
     priority: int = 0
     deadline_s: float | None = None
     depends_on: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     conversation: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The request's body, read anew. Raises: ConfigError: the line isn't what it was."""
+        try:
+            body = _body_of(_object(self.source.read()))
+            if _digest(self.url, body) == self.digest:
+                return body
+        except (OSError, _BadLineError):
+            pass
+        raise ConfigError(
+            f"Line {self.line} of the tasks ({self.custom_id!r}) was changed while they run. What "
+            "has ended is kept: run the same command again to go on with the file as it is."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +138,11 @@ class _BadLineError(Exception):
 
 
 def parse_tasks(
-    lines: Iterable[bytes], *, endpoint: str | None = None, max_body_bytes: int | None = None
+    lines: Iterable[bytes],
+    *,
+    endpoint: str | None = None,
+    max_body_bytes: int | None = None,
+    file: TaskFile | None = None,
 ) -> Parsed:
     """Read a task file.
 
@@ -100,10 +150,14 @@ def parse_tasks(
         lines: the file's; empty ones are skipped, but counted.
         endpoint: if given, the only URL allowed (a batch made by the API has one).
         max_body_bytes: longer lines are errors; the gateway would refuse them.
+        file: where `lines` are, one behind the other; without it tasks keep their lines in memory.
     """
     tasks: dict[str, Task] = {}
     errors: list[LineError] = []
+    at = 0
     for number, raw in enumerate(lines, start=1):
+        source = Source(file, at, len(raw)) if file else Source(None, 0, len(raw), raw)
+        at += len(raw)
         if not raw.strip():
             continue
         custom_id = None
@@ -114,7 +168,7 @@ def parse_tasks(
                 )
             value = _object(raw)
             custom_id = value.get("custom_id") if isinstance(value.get("custom_id"), str) else None
-            task = _task(number, value, endpoint)
+            task = _task(number, value, source, endpoint)
             if task.custom_id in tasks:
                 raise _BadLineError(
                     "duplicate_custom_id",
@@ -142,7 +196,19 @@ def _object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _task(number: int, value: Mapping[str, Any], endpoint: str | None) -> Task:
+def _body_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's body, without what asks for a stream: a batch has nobody to stream to."""
+    body = value.get("body")
+    if not isinstance(body, dict):
+        raise _BadLineError("invalid_body", "The body must be a JSON object.", "body")
+    return {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
+
+
+def _digest(url: str, body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(msgspec.json.encode([url, body]), digest_size=16).hexdigest()
+
+
+def _task(number: int, value: Mapping[str, Any], source: Source, endpoint: str | None) -> Task:
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise _BadLineError("missing_custom_id", "The line has no custom_id.", "custom_id")
@@ -161,15 +227,12 @@ def _task(number: int, value: Mapping[str, Any], endpoint: str | None) -> Task:
         raise _BadLineError(
             "mismatched_url", f"The url {url!r} isn't the batch's endpoint {endpoint!r}.", "url"
         )
-    body = value.get("body")
-    if not isinstance(body, dict):
-        raise _BadLineError("invalid_body", "The body must be a JSON object.", "body")
+    body = _body_of(value)
     api = URLS[url]
     if not body.get(_CONTENT[api]):
         raise _BadLineError("invalid_body", f"The body has no {_CONTENT[api]}.", "body")
-    # A batch has nobody to stream to.
-    body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
-    return _with_wishes(Task(number, custom_id, api, url, body), value.get("keepwarm"))
+    task = Task(number, custom_id, api, url, source, _digest(url, body))
+    return _with_wishes(task, value.get("keepwarm"))
 
 
 def _with_wishes(task: Task, wishes: object) -> Task:
@@ -234,113 +297,63 @@ def _conversations(tasks: Iterable[Task]) -> list[Task]:
 
 
 def _checked_dependencies(tasks: Sequence[Task]) -> tuple[list[Task], list[LineError]]:
-    """Leave out what can never begin: it needs a task that isn't there, or itself."""
+    """Leave out what can never begin: it needs a task that isn't there, or itself. In linear time.
+
+    1. What needs a task that isn't there, and what needs that, and so on.
+    2. What is in a circle; then what needs one of those, as in 1.
+    """
     known = {task.custom_id: task for task in tasks}
+    waiters: dict[str, list[str]] = {}
+    for task in tasks:
+        for need in task.depends_on:
+            waiters.setdefault(need, []).append(task.custom_id)
     errors: list[LineError] = []
 
-    def drop(task: Task, code: str, message: str) -> None:
-        del known[task.custom_id]
-        errors.append(LineError(task.line, code, message, task.custom_id, "depends_on"))
+    def drop(name: str, code: str, message: str) -> None:
+        task = known.pop(name)
+        errors.append(LineError(task.line, code, message, name, "depends_on"))
 
-    dropped = True
-    while dropped:
-        dropped = False
-        for task in [t for t in tasks if t.custom_id in known]:
-            missing = next((n for n in task.depends_on if n not in known), None)
-            if missing is not None:
-                text = f"It depends on {missing!r}, which isn't a valid task of this file."
-                drop(task, "unknown_dependency", text)
-                dropped = True
-        if not dropped and (looped := _in_a_cycle(known)):
-            for name in looped:
-                drop(known[name], "dependency_cycle", "It depends on itself, through others.")
-            dropped = True
-    good = [
-        replace(t, after=tuple(a for a in t.after if a in known))
-        for t in tasks
-        if t.custom_id in known
-    ]
-    return good, errors
+    def drop_waiters(missing: list[str]) -> None:
+        while missing:
+            gone = missing.pop()
+            for name in waiters.get(gone, ()):
+                if name in known:
+                    text = f"It depends on {gone!r}, which isn't a valid task of this file."
+                    drop(name, "unknown_dependency", text)
+                    missing.append(name)
+
+    drop_waiters([need for need in waiters if need not in known])
+    looped = _in_a_cycle(known)
+    for name in looped:
+        drop(name, "dependency_cycle", "It depends on itself, through others.")
+    drop_waiters(looped)
+    if not errors:
+        return list(tasks), []
+    # A turn that is left out hands its place in the conversation to the one before it.
+    kept = (replace(t, after=()) for t in tasks if t.custom_id in known)
+    return _conversations(kept), errors
 
 
 def _in_a_cycle(tasks: Mapping[str, Task]) -> list[str]:
     """Names that are left when everything that can run has run, less what merely waits for them."""
-    left = {name: {*t.depends_on, *t.after} & set(tasks) for name, t in tasks.items()}
-    while True:
-        free = [name for name, needs in left.items() if not needs]
-        if not free:
-            break
-        gone = set(free)
-        for name in free:
-            del left[name]
-        for needs in left.values():
-            needs.difference_update(gone)
-    while True:
-        needed = {n for needs in left.values() for n in needs}
-        ends = [name for name in left if name not in needed]
-        if not ends:
-            return list(left)
-        for name in ends:
-            del left[name]
+    needs = {name: {*t.depends_on, *t.after} & tasks.keys() for name, t in tasks.items()}
+    waiters: dict[str, list[str]] = {name: [] for name in tasks}
+    for name, before in needs.items():
+        for one in before:
+            waiters[one].append(name)
+    left = _peeled({name: len(before) for name, before in needs.items()}, waiters)
+    counts = {name: sum(w in left for w in waiters[name]) for name in left}
+    return list(_peeled(counts, {name: [n for n in needs[name] if n in left] for name in left}))
 
 
-def result_line(custom_id: str, *, status: int, request_id: str, body: bytes) -> bytes:
-    """A line of the results: what the server said, as it said it."""
-    return _line(
-        {
-            "id": f"batch_req_{uuid.uuid4().hex[:24]}",
-            "custom_id": custom_id,
-            "response": {
-                "status_code": status,
-                "request_id": request_id,
-                "body": _decoded(body),
-            },
-            "error": None,
-        }
-    )
-
-
-def error_line(
-    custom_id: str | None,
-    *,
-    code: str,
-    message: str,
-    line: int | None = None,
-    status: int | None = None,
-    request_id: str = "",
-    body: bytes = b"",
-) -> bytes:
-    """A line of the error file.
-
-    Args:
-        custom_id: None if the line had none.
-        code, message: what is wrong.
-        line: of the task file, for a line that couldn't be used.
-        status, request_id, body: the server's answer, if there was one.
-    """
-    response = None
-    if status is not None:
-        response = {"status_code": status, "request_id": request_id, "body": _decoded(body)}
-    error: dict[str, Any] = {"code": code, "message": message}
-    if line is not None:
-        error["line"] = line
-    return _line(
-        {
-            "id": f"batch_req_{uuid.uuid4().hex[:24]}",
-            "custom_id": custom_id,
-            "response": response,
-            "error": error,
-        }
-    )
-
-
-def _decoded(body: bytes) -> Any:
-    # json and not msgspec: an answer that isn't quite JSON must still be reported.
-    try:
-        return json.loads(body)
-    except ValueError:
-        return body.decode("utf-8", "replace")
-
-
-def _line(value: object) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
+def _peeled(counts: dict[str, int], then: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """What is left when whatever counts 0 is taken away and counts off what comes `then`."""
+    free = [name for name, count in counts.items() if not count]
+    while free:
+        gone = free.pop()
+        del counts[gone]
+        for name in then[gone]:
+            counts[name] -= 1
+            if not counts[name]:
+                free.append(name)
+    return counts

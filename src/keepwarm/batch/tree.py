@@ -131,13 +131,17 @@ class PrefixTree:
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """A prompt as one string; `starts` are the offsets of its segments' texts."""
+    """A prompt as one string, the only copy of it while the tree is made.
+
+    `starts` are the offsets of its segments' texts, `sizes` the lengths of their texts and extras.
+    """
 
     text: str
     starts: tuple[int, ...]
-    segments: tuple[Segment, ...]
+    sizes: tuple[tuple[int, int], ...]
     root: int
     head_chars: int
+    reply_tokens: int
 
 
 def build_tree(
@@ -170,9 +174,9 @@ def build_tree(
             flat.root,
             tuple(path),
             max(tokens_at(flat, len(flat.text)), 1),
-            _reply_tokens(task.body),
+            flat.reply_tokens,
         )
-        for task, flat, path in zip(tasks, flats, paths, strict=True)
+        for flat, path in zip(flats, paths, strict=True)
     ]
     order = _depth_first(tasks, leaves)
     return PrefixTree(
@@ -191,19 +195,20 @@ def _flatten(
     roots: dict[tuple[str, ...], int],
     listed: list[Root],
 ) -> _Flat:
-    model = task.body.get("model")
+    body = task.body
+    model = body.get("model")
     tier = model if isinstance(model, str) and (model in tier_tokens or model == _AUTO) else ""
     if task.api == "completion":
         tier = ""
-        prompt = task.body.get("prompt")
+        prompt = body.get("prompt")
         text = prompt if isinstance(prompt, str) else None
         segments = [Segment("raw", text)] if text is not None else []
         # Token ids and lists of prompts are left to the gateway: each is a root of its own.
         head, head_chars = ("", 0) if text is not None else (task.custom_id, 0)
     else:
-        mark = prompt_of(task.api, task.body, fingerprint="", namespace="").marks[0]
+        mark = prompt_of(task.api, body, fingerprint="", namespace="").marks[0]
         head, head_chars = mark.digest.hex(), mark.chars
-        segments = segments_of(task.api, task.body)
+        segments = segments_of(task.api, body)
     key = (task.api, tier, head)
     root = roots.setdefault(key, len(listed))
     if root == len(listed):
@@ -219,7 +224,8 @@ def _flatten(
         starts.append(at + len(opened))
         parts += [opened, segment.text, "\3", segment.extra, "\4"]
         at += len(opened) + len(segment.text) + len(segment.extra) + 2
-    return _Flat("".join(parts), tuple(starts), tuple(segments), root, head_chars)
+    sizes = tuple((len(segment.text), len(segment.extra)) for segment in segments)
+    return _Flat("".join(parts), tuple(starts), sizes, root, head_chars, _reply_tokens(body))
 
 
 def _continued(ranked: Sequence[int], flats: Sequence[_Flat]) -> list[int | None]:
@@ -231,11 +237,11 @@ def _continued(ranked: Sequence[int], flats: Sequence[_Flat]) -> list[int | None
         while open_ and not text.startswith(flats[open_[-1]].text):
             open_.pop()
         above = open_[-1] if open_ else None
-        if above is not None and len(flats[above].segments) < len(flats[index].segments):
+        if above is not None and len(flats[above].sizes) < len(flats[index].sizes):
             out[index] = above
         elif above is not None:
             out[index] = out[above]  # the same prompt again
-        if flats[index].segments:
+        if flats[index].sizes:
             open_.append(index)
     return out
 
@@ -279,7 +285,7 @@ def _named(
     spans.sort(key=lambda span: (span[1], span[0]))
     for offset, first, behind in spans:
         flat = flats[ranked[first]]
-        if offset < (flat.starts[0] if flat.starts else 0):
+        if not flat.starts or offset < flat.starts[0]:
             continue  # only the root is common
         path = paths[ranked[first]]
         above = path[-1] if path else None
@@ -314,10 +320,10 @@ def _chars_at(flat: _Flat, offset: int) -> int:
     if offset == 0:
         return 0
     chars = flat.head_chars
-    for start, segment in zip(flat.starts, flat.segments, strict=True):
+    for start, (text_chars, extra_chars) in zip(flat.starts, flat.sizes, strict=True):
         if offset < start:
             break
-        length = len(segment.text) + len(segment.extra)
+        length = text_chars + extra_chars
         inside = min(offset - start, length)
         chars += inside + (_TURN_CHARS if inside == length else 0)
     return chars
@@ -326,18 +332,20 @@ def _chars_at(flat: _Flat, offset: int) -> int:
 def _end_at(flat: _Flat, offset: int) -> tuple[SharedEnd, int]:
     """Where a common beginning ends in a request's terms, and that place's offset."""
     index = max(i for i, start in enumerate(flat.starts) if start <= offset)
-    start, segment = flat.starts[index], flat.segments[index]
-    closing = start + len(segment.text) + len(segment.extra) + 2
+    start, (text_chars, extra_chars) = flat.starts[index], flat.sizes[index]
+    closing = start + text_chars + extra_chars + 2
     if offset >= closing:
         return SharedEnd(index + 1, 0), offset
-    cut = _word_end(segment.text, min(offset - start, len(segment.text)))
+    chars = min(offset - start, text_chars)
+    cut = _word_end(flat.text, start, chars)
     return SharedEnd(index, cut), start + cut
 
 
-def _word_end(text: str, chars: int) -> int:
-    """The last place before `chars` with a word before it and white space, common too, behind."""
+def _word_end(text: str, start: int, chars: int) -> int:
+    """The last place before `chars` (from `start`) with a word before it and white space, common
+    too, behind."""
     for cut in range(chars - 1, max(chars - _WORD_CHARS, 0), -1):
-        if text[cut].isspace() and not text[cut - 1].isspace():
+        if text[start + cut].isspace() and not text[start + cut - 1].isspace():
             return cut
     return max(chars - _UNSURE_CHARS, 0) if chars > _WORD_CHARS else 0
 

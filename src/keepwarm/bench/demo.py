@@ -25,13 +25,13 @@ from keepwarm import __version__
 from keepwarm.bench.arms import KEEPWARM, NO_CACHE, Record
 from keepwarm.bench.lineup import Lineup
 from keepwarm.bench.machine import describe_model, machine
+from keepwarm.bench.picture import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 from keepwarm.bench.report import rich_table
 from keepwarm.bench.results import Figure, Prefix, Report, Sample, select, ttfts
 from keepwarm.bench.run import prefixes_of
 from keepwarm.bench.scenarios import AFTER_KILL, HOT, Bench, Watcher
 from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.bench.stats import median, rotated, times_faster
-from keepwarm.bench.svg import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.attach import plan_launch
 from keepwarm.settings import Settings

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
+from keepwarm.bench.picture import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 from keepwarm.bench.results import Amount, Duration, Figure, Report, Sample, select, ttfts
 from keepwarm.bench.scenarios import SETTLING
 from keepwarm.bench.stats import Summary, median, summarize
-from keepwarm.bench.svg import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
 
 # What each scenario's table is headed with.
 TITLES = {

@@ -27,6 +27,7 @@ from keepwarm.bench.client import ChatClient
 from keepwarm.engine.options import EngineOptions
 from keepwarm.engine.process import EngineProcess, binary_engine, embedded_engine, free_port
 from keepwarm.errors import EngineStartError
+from keepwarm.operate.settings_file import settings_toml
 from keepwarm.settings import Settings, fields
 from keepwarm.staging import default_staging
 
@@ -311,26 +312,6 @@ def default_params(options: EngineOptions, *, port: int, plain: bool = False) ->
     same = ("model.", "hostnames", "port", "n_ctx", "cache_type", "flash_attn", "cpuparams")
     kept = {k: v for k, v in params.items() if k.startswith((*same, "chat_template", "fit_params"))}
     return {**kept, "n_parallel": 1, "cache_ram_mib": 0} if plain else {**kept, "n_parallel": -1}
-
-
-def settings_toml(settings: Settings) -> str:
-    """Settings as a `keepwarm.toml`, every key written out."""
-    lines: list[str] = []
-    for section in msgspec.structs.fields(settings):
-        lines.append(f"[{section.name}]")
-        values = getattr(settings, section.name)
-        lines += [
-            f"{field.name} = {_toml(getattr(values, field.name))}"
-            for field in msgspec.structs.fields(values)
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    """A scalar or list in TOML; JSON's strings are TOML's basic strings."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _serve_command(file: Path) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +69,7 @@ class _Wishes:
     hours: Hours
     retry: RetryRule
     sync: bool
+    retry_failed: bool = False
 
 
 class _Stop:
@@ -177,6 +178,10 @@ def run(
             "--sync/--no-sync", help="Flush each result to the disk; --no-sync: leave that to it."
         ),
     ] = True,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Run those again that failed in earlier runs."),
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Run tasks against a running Keepwarm (--base), or one of its own with `serve`'s options.
@@ -203,6 +208,7 @@ def run(
         store=store,
     )
     wishes = _wishes(config, flags, base, key_file, parallel, hours, attempts, wait, sync)
+    wishes = replace(wishes, retry_failed=retry_failed)
     report = asyncio.run(_run(wishes, Paths.beside(tasks, output)))
     if as_json:
         print_json(report)
@@ -351,6 +357,7 @@ async def _run_file(
             tokens_per_char=there.tokens_per_char,
             sync=wishes.sync,
             nodes=there.nodes,
+            retry_failed=wishes.retry_failed,
         )
     )
     try:

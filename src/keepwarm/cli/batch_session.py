@@ -9,16 +9,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.batch.senders import HttpSender, Sender, UnreachableError
+from keepwarm.batch.senders import HttpSender, RefusedError, Sender, UnreachableError
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.rates import Rates
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.batch_service import LocalSender
 from keepwarm.gateway.proxy import Proxy
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 _POLL_S = 0.5
 
@@ -62,6 +62,8 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
                 if await sender.is_up():
                     break
                 progress.status(f"waiting until {sender.base_url} is warm")
+            except RefusedError:
+                raise
             except UnreachableError:
                 if time.monotonic() > deadline_s:
                     raise

@@ -14,7 +14,7 @@ from rich.tree import Tree as RichTree
 
 from keepwarm.batch.job import Paths
 from keepwarm.batch.planner import Plan
-from keepwarm.batch.runner import Progress
+from keepwarm.batch.progress import Progress
 from keepwarm.batch.tasks import Parsed
 from keepwarm.batch.tree import PrefixTree
 from keepwarm.cli.output import err, out
@@ -185,7 +185,8 @@ def show_end(report: dict[str, Any], paths: Paths) -> None:
     )
     out.print(f"results: {paths.results}", soft_wrap=True)
     if paths.errors.exists():
-        out.print(f"errors:  {paths.errors}", soft_wrap=True)
+        again = " (--retry-failed runs those again)" if report["failed"] else ""
+        out.print(f"errors:  {paths.errors}{again}", soft_wrap=True)
     out.print(f"report:  {paths.report}, {paths.picture}", soft_wrap=True)
 
 

@@ -11,15 +11,15 @@ import typer
 from rich.status import Status
 
 from keepwarm.bench.arms import ARMS
+from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.report import markdown, svg, terminal
 from keepwarm.bench.results import Report, Sample, write_json
 from keepwarm.bench.run import BEFORE_AFTER, SCENARIOS, Scale, run_bench
-from keepwarm.bench.svg import seconds_text
 from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 
 def bench(

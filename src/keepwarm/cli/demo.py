@@ -10,14 +10,14 @@ from rich.status import Status
 
 from keepwarm.bench.arms import KEEPWARM, NO_CACHE
 from keepwarm.bench.demo import IDENTICAL, DemoScale, demo_picture, demo_tables, run_demo
+from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.results import Prefix, Sample, write_json
-from keepwarm.bench.svg import seconds_text
 from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError
 from keepwarm.settings import EngineSettings, Settings, TierSettings
-from keepwarm.tierfiles import load_tiers, packaged_configs
+from keepwarm.tiers.files import load_tiers, packaged_configs, tools_template
 
 _MODEL = Path(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 _QUICK = DemoScale(requests=3, conversations=1, kills=1)
@@ -94,8 +94,7 @@ def _model(given: Path | None) -> Path:
 
 def _template(given_model: Path | None) -> str:
     """SmolLM2's own template drops tools; other models are taken as they are."""
-    ours = packaged_configs() / "chat-templates" / "chatml-tools.jinja"
-    return "" if given_model and given_model.name != _MODEL.name else str(ours)
+    return "" if given_model and given_model.name != _MODEL.name else str(tools_template())
 
 
 class _Screen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,8 @@ from keepwarm.doctor.diagnose import diagnose
 from keepwarm.doctor.facts import Facts
 from keepwarm.doctor.finding import Finding, Severity, exit_status
 from keepwarm.errors import ConfigError
-from keepwarm.settings import Places, ServerSettings, Settings
+from keepwarm.operate.address import own_key, own_url
+from keepwarm.settings import Places, Settings
 
 _STYLES = {
     Severity.ERROR: ("error", "bold red"),
@@ -68,28 +68,13 @@ def doctor(
 
 def _asked(settings: Settings, places: Places, upstream: str | None, *, force: bool) -> Asked:
     server = settings.server
-    host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host  # noqa: S104 - compared
-    own = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+    own = own_url(server)
     url = (upstream or own).rstrip("/")
     is_own = url == own
     key = settings.engine.upstream_key or None
     if is_own:
-        key = _own_key(server)
+        key = own_key(server)
     return Asked(url=url, settings=settings, places=places, is_own=is_own, api_key=key, force=force)
-
-
-def _own_key(server: ServerSettings) -> str | None:
-    """A key that the deployment takes: the first of its own."""
-    lines = list(server.api_keys)
-    if server.api_key_file:
-        try:
-            text = Path(server.api_key_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"The API key file {server.api_key_file} can't be read: {error.strerror}."
-            ) from error
-        lines += [line.strip() for line in text.splitlines() if line.strip()[:1] not in ("", "#")]
-    return lines[0].rpartition(":")[2].strip() if lines else None
 
 
 def _report(facts: Facts | None, findings: list[Finding], *, as_json: bool) -> None:

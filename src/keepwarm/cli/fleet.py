@@ -18,7 +18,7 @@ from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError, KeepwarmError
 from keepwarm.fleet.config import FleetConfig, load_fleet
-from keepwarm.gateway.keys import is_loopback, load_keys
+from keepwarm.keys import is_loopback, load_keys
 from keepwarm.settings import gateway_key
 
 app = typer.Typer(help="Run several nodes behind one endpoint, on Ray.", no_args_is_help=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import SlotFile, SlotFileError, file_tokens, parse
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import SlotFile, SlotFileError, file_tokens, parse
 from keepwarm.store.container import MAGIC, read_container
 from keepwarm.store.disk import map_file
 

@@ -15,7 +15,19 @@ from keepwarm.errors import KeepwarmError
 
 # Each is a module of this package: a group of commands is its `app`, a single one a function.
 _COMMANDS = (
-    *("serve", "warmup", "tiers", "bench", "demo", "explain", "top", "doctor", "simulate"),
+    *(
+        "run",
+        "init",
+        "serve",
+        "warmup",
+        "tiers",
+        "bench",
+        "demo",
+        "explain",
+        "top",
+        "doctor",
+        "simulate",
+    ),
     *("batch", "fleet", "store", "route", "service"),
 )
 

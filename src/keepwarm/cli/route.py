@@ -18,9 +18,9 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError, TierError
 from keepwarm.router.catalog import ToolText
 from keepwarm.router.types import TIERS, RouteRequest
-from keepwarm.router_files import Router, load_router
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import find_tiers_directory, load_tiers
+from keepwarm.tiers.files import find_tiers_directory, load_tiers
+from keepwarm.tiers.router_files import Router, load_router
 
 #: Seconds to wait for a running gateway's word on what the tiers cost now.
 _SERVER_WAIT_S: Final = 1.5

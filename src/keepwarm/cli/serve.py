@@ -30,9 +30,19 @@ def serve(
     chat_template: opt.ChatTemplate = None,
     store: opt.StoreDir = None,
     host: Annotated[
-        str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")
+        str | None,
+        typer.Option(
+            "--host",
+            help="Address to listen on, or a path that ends in .sock. [default: 127.0.0.1]",
+        ),
     ] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port. [default: 8090]")] = None,
+    ssl_key_file: Annotated[
+        str | None, typer.Option("--ssl-key-file", metavar="FILE", help="PEM key, for TLS.")
+    ] = None,
+    ssl_cert_file: Annotated[
+        str | None, typer.Option("--ssl-cert-file", metavar="FILE", help="Its certificate.")
+    ] = None,
 ) -> None:
     """Serve a model with every tier warm before the first request.
 
@@ -56,7 +66,13 @@ def serve(
         chat_template=chat_template,
         store=store,
     )
-    flags |= {"server.host": host, "server.port": port, "engine.extra": extra or None}
+    flags |= {
+        "server.host": host,
+        "server.port": port,
+        "server.ssl_key_file": ssl_key_file,
+        "server.ssl_cert_file": ssl_cert_file,
+        "engine.extra": extra or None,
+    }
     settings, places = opt.settings_from(config, flags)
     set_up_logging(settings.log)
     asyncio.run(_begin_and_run(settings, places))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
-import logging
 import signal
 import sys
 from contextlib import suppress
 
-from aiohttp import web
-
 from keepwarm.cli.output import err
 from keepwarm.cli.progress import WarmProgress
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.early import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.keys import is_loopback
-from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.listening import Runner, is_unix, listen
+from keepwarm.keys import is_loopback
 from keepwarm.sdnotify import Notifier
 from keepwarm.service.presence import Presence, stop_timeout_s
 from keepwarm.settings import Places, Settings, service_manager
@@ -52,10 +49,10 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
         )
         _refuse_open_door(settings, has_keys=bool(runtime.keys))
         app = make_app(runtime)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = Runner(app)
         await runner.setup()
         try:
-            address = await _listen(runner, settings)
+            address = await listen(runner, settings.server)
             starting = asyncio.create_task(runtime.start())
             pinging = asyncio.create_task(presence.ping(lambda: runtime.is_alive))
             stopping = asyncio.create_task(stop.wait())
@@ -101,28 +98,9 @@ def _presence(settings: Settings) -> Presence:
     )
 
 
-async def _listen(runner: web.AppRunner, settings: Settings) -> str:
-    server = settings.server
-    site = web.TCPSite(runner, server.host, server.port, backlog=1024)
-    try:
-        await site.start()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {server.port} on {server.host} is in use by another program. Stop it, or "
-                "choose another port with --port."
-            ) from error
-        raise ConfigError(
-            f"Can't listen on {server.host}:{server.port}: {error.strerror}."
-        ) from error
-    host, port = runner.addresses[0][:2]
-    logging.getLogger("keepwarm").debug("listening on %s:%s", host, port)
-    return f"http://{host}:{port}"
-
-
 def _refuse_open_door(settings: Settings, *, has_keys: bool) -> None:
     host = settings.server.host
-    if not is_loopback(host) and not has_keys:
+    if not is_unix(host) and not is_loopback(host) and not has_keys:
         raise ConfigError(
             f"Listening on {host} would let everyone on the network use this model and see by "
             "timing what others asked it. Set an API key (server.api_keys or "

@@ -23,7 +23,7 @@ from keepwarm.simulate import (
     read_trace,
     simulate,
 )
-from keepwarm.simulate.plots import picture
+from keepwarm.simulate.picture import picture
 from keepwarm.simulate.trace import BLOCK_TOKENS
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,8 +20,8 @@ from rich.tree import Tree
 from keepwarm.cli import options as opt
 from keepwarm.cli.inspect import describe
 from keepwarm.cli.output import err, out, print_json
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store import checks
 from keepwarm.store.container import read_container
 from keepwarm.store.shelf import StoreSettings
@@ -151,28 +152,31 @@ def prune(
     quota: _QUOTA = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Evict what is worth least until the store is within its quota; empty the quarantine.
+    """Remove what isn't needed, and evict what is worth least until all is within the quota.
 
-    Pinned prefixes stay. A running gateway keeps its quota itself; this is for one that is stopped.
+    Also when the disk is full. What was set aside or quarantined, and files that no index names, go
+    in any case; then what other models and engines left, the longest unused first. Pinned prefixes
+    of the store used last stay. A running gateway keeps its quota itself and is left alone.
     """
     root, quota_bytes = _root(config, store)
-    removed = [
-        {
-            "fingerprint": one.fingerprint,
-            **msgspec.to_builtins(
-                checks.prune_offline(root, one.name, quota if quota is not None else quota_bytes)
-            ),
-        }
-        for one in checks.stores(root)
-    ]
+    try:
+        pruned = checks.prune_root(root, quota if quota is not None else quota_bytes)
+    except SnapshotError as error:
+        raise ConfigError(f"It can't be done: {error}.") from error
     if as_json:
-        print_json({"directory": str(root), "stores": removed})
+        print_json({"directory": str(root), "stores": msgspec.to_builtins(pruned)})
         return
-    for one in removed:
-        out.print(
-            f"{one['fingerprint'][:12]}: removed {len(one['extents'])} extents, "
-            f"{one['size_bytes'] / 1e6:,.1f} MB"
-        )
+    for one in pruned:
+        name = (one.fingerprint or one.name)[:12]
+        if one.owner:
+            out.print(f"{name}: left alone, {one.owner} has it open")
+        elif one.why_not:
+            out.print(f"{name}: left alone, {one.why_not}")
+        else:
+            what = "all of it" if one.is_gone else f"{one.extents} extents"
+            out.print(f"{name}: removed {what}, {one.size_bytes / 1e6:,.1f} MB")
+    if not pruned:
+        out.print(f"{root} holds no snapshots.")
 
 
 @app.command()
@@ -185,7 +189,7 @@ def export(
     store: opt.StoreDir = None,
 ) -> None:
     """Write one warm prefix to a file, for another machine with the same model and engine."""
-    root, _ = _root(config, store)
+    root, quota_bytes = _root(config, store)
     name = what if ":" in what else f"tier:{what}"
     holders = [
         one
@@ -201,7 +205,7 @@ def export(
     async def write(opened: Store) -> int:
         return await opened.export(name, output)
 
-    size = _with_store(root, newest.fingerprint, layout, write)
+    size = _with_store(root, newest.fingerprint, layout, write, quota_bytes=quota_bytes)
     out.print(f"{name}: {size / 1e6:.1f} MB written to {output}")
 
 
@@ -224,38 +228,51 @@ def import_file(
         imported = await opened.import_(file)
         return len(imported.tokens)
 
-    tokens = _with_store(root, header.fingerprint, layout, read)
+    quota_bytes = settings.store.quota_bytes
+    tokens = _with_store(root, header.fingerprint, layout, read, quota_bytes=quota_bytes)
     out.print(f"{header.pin or 'a prefix'}: {tokens:,} tokens imported into {root}")
 
 
 def _with_store(
-    root: Path, fingerprint: str, layout: Layout | None, work: Callable[[Store], Any]
+    root: Path,
+    fingerprint: str,
+    layout: Layout | None,
+    work: Callable[[Store], Any],
+    *,
+    quota_bytes: int,
 ) -> Any:
     """Open a store that no gateway has open, for one piece of work."""
 
     async def run() -> Any:
-        with tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
+        with _refusals(), tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
             opened = await Store.open(
                 StoreSettings(
                     root=root,
                     fingerprint=fingerprint,
                     layout=layout,
-                    quota_bytes=1 << 50,
+                    quota_bytes=quota_bytes,
                     staging=Path(scratch),
                     staging_bytes=0,
                     streams=1,
                     max_tokens=1 << 30,
                     owner=f"keepwarm store, process {os.getpid()}",
-                )
+                ),
+                must_last=True,
             )
             try:
                 return await work(opened)
-            except SnapshotError as error:
-                raise ConfigError(f"It can't be done: {error}.") from error
             finally:
                 await opened.close()
 
     return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except SnapshotError as error:
+        raise ConfigError(f"It can't be done: {error}.") from error
 
 
 @app.command()

@@ -12,13 +12,14 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.core.volatile import find_volatile
+from keepwarm.deployment.warm import Target, tier_targets
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.launch import Launch
 from keepwarm.engine.session import engine_session
 from keepwarm.engine.static_end import common_length
-from keepwarm.gateway.warm import Target, tier_targets
 from keepwarm.settings import Settings
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 
 def tiers_command(
@@ -56,7 +57,7 @@ def tiers_command(
 
 async def _report(settings: Settings, tiers: TierSet) -> dict[str, Any]:
     async with engine_session(settings.engine) as (client, launch):
-        targets = await tier_targets(tiers, client, fingerprint="")
+        targets = await tier_targets(tiers, PromptCounter(client), fingerprint="")
         rows = []
         for index, (tier, target) in enumerate(zip(tiers, targets, strict=True)):
             rows.append(

@@ -18,11 +18,11 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.reply import counts_of
 from keepwarm.core.tiers import Tier, compose
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.settings import Places, Settings
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 _DEFAULT_KEEPWARM = "http://127.0.0.1:8090"
 

@@ -1,7 +1,7 @@
 """What a slot holds after a fill, a restore, a reply, or half of one.
 
 Each function tells only what is known for certain to be exact as exact: a later plan promises it,
-and a broken promise quarantines the snapshot it was made for.
+and a broken promise says that identity and tokens disagree.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from keepwarm.core.prompt import Mark
 from keepwarm.core.reply import Counts
 from keepwarm.core.returns import Chance
 from keepwarm.core.slots import Content, Position, positions
+from keepwarm.core.tree import Tokens, common_tokens
+
+# The engine keeps a checkpoint so many tokens before a prompt's end (llama.cpp b11549: a prompt
+# asked again evaluates 4 tokens of a model that can't be cut).
+_PROMPT_END_TOKENS = 4
 
 
-def after_fill(job: Job, before: Content | None, tokens: int) -> Content:
+def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None) -> Content:
     """A slot that was filled to the exact end of a job's static part."""
     static = job.prompt.static
     assert static
@@ -25,26 +30,37 @@ def after_fill(job: Job, before: Content | None, tokens: int) -> Content:
     known[static.digest] = Position(tokens, exact=True)
     upto = job.prompt.marks[: job.prompt.static_index + 1]
     marks = positions(upto, known=known, total_tokens=tokens)
-    return Content("" if job.static_shared else job.namespace, marks, tokens)
+    content = Content("" if job.static_shared else job.namespace, marks, tokens)
+    content.ids, content.states, content.end = ids, (tokens,), static.digest
+    return content
 
 
-def after_restore(job: Job, stored: Stored, tokens: int) -> Content:
+def after_restore(job: Job, stored: Stored, tokens: int, ids: Tokens | None) -> Content:
     """A slot that a snapshot was restored into."""
     marks: dict[bytes, Position] = {}
     prompt = job.prompt
     static = prompt.static
     matched = prompt.marks[: stored.mark_index + 1]
-    exact = stored.promise_tokens == stored.tokens
-    if static and stored.mark_index >= prompt.static_index and stored.promise_tokens:
-        # The promise is of the matched mark if that is exact, else of the static end.
-        own = job.static_tokens if exact else stored.promise_tokens
-        if own:
-            marks[static.digest] = Position(own, exact=True)
-    if matched and exact:
+    static_tokens = job.static_tokens or 0
+    if (
+        static
+        and static_tokens
+        and (
+            stored.mark_index >= prompt.static_index
+            or (job.ids is not None and stored.tokens >= static_tokens)
+        )
+    ):
+        marks[static.digest] = Position(static_tokens, exact=True)
+    if matched:
         marks[matched[-1].digest] = Position(stored.tokens, exact=True)
     marks |= positions(matched, known=marks, total_tokens=stored.tokens)
-    shared = job.static_shared and stored.mark_index <= prompt.static_index
-    return Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens)
+    by_mark = 0 <= stored.mark_index <= prompt.static_index
+    shared = job.static_shared and (by_mark or stored.tokens <= static_tokens)
+    content = Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens, ids=ids)
+    # The checkpoints that the engine had in this slot are of what stood here before.
+    content.states = (tokens,)
+    content.end = matched[-1].digest if matched else None
+    return content
 
 
 def after_reply(
@@ -64,25 +80,82 @@ def after_reply(
     total = counts.prompt + max(counts.decoded - 1, 0)
     if said is not None:
         marks[said.digest] = Position(total, exact=False)
-    return Content(
+    content = Content(
         *(job.namespace, marks, total, saved, prompt.turns, returns, job.is_final),
         is_savable=job.is_savable,
     )
+    content.ids = job.ids if job.ids is not None else _kept(before, counts.cached)
+    content.chat = job.chat
+    content.end = (said or prompt.marks[-1]).digest
+    content.states = _states(job, before, marks, cached=counts.cached, prompt_tokens=counts.prompt)
+    content.states = (*content.states, total)
+    return content
 
 
-def after_silence(before: Content, reused_tokens: int) -> Content | None:
-    """A slot whose reply ended without counts (a hang-up, an error): what was there before.
+def _kept(before: Content | None, cached: int) -> Tokens | None:
+    """The ids of what the engine went on from: it compares tokens, so those are the prompt's."""
+    if before is None or before.ids is None or cached <= 0:
+        return None
+    return before.ids[:cached]
 
-    The engine may have cut the slot or gone on from it; what the plan reused is still its
-    beginning. Nothing in it is promised.
+
+def _states(
+    job: Job,
+    before: Content | None,
+    marks: dict[bytes, Position],
+    *,
+    cached: int,
+    prompt_tokens: int,
+) -> tuple[int, ...]:
+    """Where a model that can't be cut can go on: the engine drops what lies behind a parting."""
+    kept = [at for at in before.states if at <= cached] if before else []
+    asked_at = marks.get(job.prompt.asked.digest) if job.prompt.asked else None
+    made = [asked_at.tokens] if asked_at and asked_at.tokens > cached else []
+    return tuple(sorted({*kept, *made, max(prompt_tokens - _PROMPT_END_TOKENS, 1)}))
+
+
+def while_unsure(job: Job, before: Content | None) -> Content | None:
+    """A slot whose request or fill ended in the middle: what it may hold of the prompt.
+
+    The engine goes on for a batch at most. How far it came is looked up (`after_look`); until then
+    nothing of it is promised, and nobody is planned into it.
     """
+    if not job.is_savable:
+        return None
+    total = before.tokens if before else 0
+    prompt = job.prompt
+    whole = max(job.plan.prompt_tokens if job.plan else total, total, 1)
+    known = before.marks if before else {}
     marks = {
         digest: Position(position.tokens, exact=False)
-        for digest, position in before.marks.items()
-        if position.tokens <= reused_tokens
+        for digest, position in positions(prompt.marks, known=known, total_tokens=whole).items()
     }
-    if not marks:
+    content = Content(job.namespace, marks, whole, is_savable=True, chat=job.chat)
+    content.turns = prompt.turns
+    content.ids = job.ids if job.ids is not None else job.static_ids
+    reused = job.plan.reuse_tokens if job.plan else 0
+    content.states = _states(job, before, marks, cached=reused, prompt_tokens=whole)
+    return content
+
+
+def after_look(content: Content, tokens: int) -> Content | None:
+    """What `while_unsure` told, cut to what the engine says that the slot holds."""
+    if tokens <= 0:
         return None
-    tokens = max(position.tokens for position in marks.values())
-    saved = min(before.saved_tokens, tokens)
-    return replace(before, marks=marks, tokens=tokens, saved_tokens=saved, save_failed=False)
+    ids = content.ids
+    if ids is not None:
+        ids = ids[:tokens]
+    marks = {d: p for d, p in content.marks.items() if p.tokens <= tokens}
+    states = (*(at for at in content.states if at < tokens), tokens)
+    return replace(content, marks=marks, tokens=tokens, ids=ids, states=states, end=None)
+
+
+def after_count(content: Content, ids: Tokens, states: tuple[int, ...] | None) -> None:
+    """Take over a count of what a slot holds: one scale, the last one wins."""
+    if content.ids is not None and content.counted_tokens > ids.size:
+        common = common_tokens(content.ids, ids)
+        if common == ids.size:
+            return  # known already, and more
+    content.ids = ids
+    if states is not None:
+        content.states = states

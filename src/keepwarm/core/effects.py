@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from keepwarm.core.plan import Plan, Stored
-from keepwarm.core.slots import Position
+from keepwarm.core.slots import Content, Position
+from keepwarm.core.tree import Tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +48,21 @@ class EraseSlot:
     slot: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LookSlot:
+    """Wait until the engine is through with a slot, and see how many tokens it holds."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CountPrompt:
+    """Render and tokenise a job's prompt, and what these contents were rendered from."""
+
+    job: str
+    contents: tuple[Content, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Interrupt:
     """Nobody wants a running step's result any more: end it early; its `step_done` still comes."""
@@ -70,8 +86,8 @@ class Fail:
     reason: str
 
 
-Step = SaveSlot | RestoreSlot | FillSlot | EraseSlot
-Effect = Step | Interrupt | Start | Fail
+Step = SaveSlot | RestoreSlot | FillSlot | EraseSlot | LookSlot
+Effect = Step | CountPrompt | Interrupt | Start | Fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +101,22 @@ class SavedSlot:
 
 @dataclass(frozen=True, slots=True)
 class RestoredSlot:
-    """A restore succeeded."""
+    """A restore succeeded. `ids` are the restored tokens, None if the store has forgotten them."""
 
     tokens: int
+    ids: Tokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FilledSlot:
     """A fill succeeded: the static part is exactly `tokens` long."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookedSlot:
+    """The engine has let go of a slot, which holds so many tokens."""
 
     tokens: int
 
@@ -104,4 +128,4 @@ class StepFailed:
     emptied: bool
 
 
-Outcome = SavedSlot | RestoredSlot | FilledSlot | StepFailed | None
+Outcome = SavedSlot | RestoredSlot | FilledSlot | LookedSlot | StepFailed | None

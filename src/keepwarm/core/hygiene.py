@@ -11,6 +11,8 @@ in silence. A body that no rule applies to is returned as it came: the same obje
   it stands still while the conversation grows. What may be new with each request goes behind the
   *last* one; the next request has that message without it, so what comes behind is prefilled again
   then, and nothing before it.
+- `move-known`: the blocks of coding agents' prompts that tell the directory, the repository's
+  status and the day go before the question in the first message of the user (`moved_blocks`).
 - `sort-tools`: tools are listed by name and their keys stand in one order. The JSON values are the
   same, and no API gives a meaning to either order.
 
@@ -29,10 +31,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from keepwarm.core.moved_blocks import is_agent, take_blocks
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
-RULES = ("sort-tools", "move-volatile", "drop-billing")
+RULES = ("sort-tools", "move-volatile", "drop-billing", "move-known")
 MOST_EXPRESSIONS = 16
 MOST_EXPRESSION_CHARS = 200
 
@@ -111,6 +114,8 @@ class Hygiene:
         rewrites: dict[str, int] = {}
         if "drop-billing" in self.rules and not keeps_text:
             body, rewrites["drop-billing"] = _drop(kind, body, self.drop_lines)
+        if "move-known" in self.rules and not keeps_text:
+            body, rewrites["move-known"] = _move_known(kind, body)
         if "move-volatile" in self.rules and not keeps_text:
             body, rewrites["move-volatile"] = _move(kind, body)
         if "sort-tools" in self.rules:
@@ -216,6 +221,51 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         if lines := [line for line in moved if _tells(line) == what]:
             messages[index] = _with_lines(messages[index], lines, kind)
     return {**out, place: messages[0]["content"] if is_text else messages}, len(moved)
+
+
+def _move_known(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """An agent's changing blocks in front of the first question; how many there were."""
+    tools = body.get("tools")
+    items = body.get(_LIST[kind])
+    if not isinstance(tools, list) or not isinstance(items, list):
+        return body, 0
+    first = next((i for i, message in enumerate(items) if _is_question(message)), None)
+    if first is None or not is_agent({_tool_name(t) for t in tools if isinstance(t, Mapping)}):
+        return body, 0
+    texts: list[str] = []
+
+    def gather(text: str) -> str:
+        texts.append(text)
+        return text
+
+    _over_system(kind, body, gather)
+    taken = take_blocks(texts)
+    if not taken.blocks:
+        return body, 0
+    rest = iter(taken.texts)
+    out = _over_system(kind, body, lambda _: next(rest))
+    messages = list(out[_LIST[kind]])
+    messages[first] = _before_question(messages[first], "\n\n".join(taken.blocks))
+    return {**out, _LIST[kind]: messages}, len(taken.blocks)
+
+
+def _before_question(message: Mapping[str, Any], added: str) -> dict[str, Any]:
+    """A user's message with a text in front of its last text, which is what the user asks.
+
+    What a client puts before the question (its reminders) is the same in the next session.
+    """
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": f"{added}\n\n{content}"}
+    parts = list(content)
+    for index in range(len(parts) - 1, -1, -1):
+        part = parts[index]
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts[index] = {**part, "text": f"{added}\n\n{part['text']}"}
+            break
+    else:
+        parts.insert(0, {"type": "text", "text": added})
+    return {**message, "content": parts}
 
 
 def _volatile_lines(lines: Sequence[str]) -> dict[int, str]:

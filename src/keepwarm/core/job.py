@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from keepwarm.core.plan import Demand, Plan
 from keepwarm.core.prompt import Prompt
+from keepwarm.core.tree import Tokens
 
 
 @dataclass(slots=True)
@@ -18,7 +21,12 @@ class Job:
     reason why its restore failed, if it did. `gone`: its client has left. `is_alone`: the engine
     computes several replies to it at once (`n`), in other slots of its own choice, so that those
     must be idle, and what they hold is lost. `is_savable`: its state is the model's
-    own, so that the store may have it.
+    own, so that the store may have it. `chat` is what the engine renders it from (None: it can't be
+    counted), `ids` its tokens once they were counted, which took `counted_s`; `is_refused`: the
+    engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
+    False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
+    among the tenants' jobs, lower first.
+    `reply_tokens` is what each of its `replies` may come to.
     """
 
     id: str
@@ -36,10 +44,20 @@ class Job:
     must_save: bool = False
     is_alone: bool = False
     is_savable: bool = True
+    turn: int = 0
+    replies: int = 1
     filled_tokens: int = 0
     failed_restore: str | None = None
     gone: bool = False
     plan: Plan | None = None
+    chat: Mapping[str, Any] | str | None = None
+    ids: Tokens | None = None
+    static_ids: Tokens | None = None
+    is_counting: bool = False
+    is_counted: bool = False
+    is_refused: bool = False
+    counted_s: float = 0.0
+    reuses: bool = True
 
     def demand(self) -> Demand:
         """What the plan needs to know of it."""
@@ -51,4 +69,9 @@ class Job:
             self.static_tokens,
             self.waited_for_fill,
             self.is_alone,
+            self.ids,
+            self.static_ids,
+            self.reuses,
+            self.is_refused,
+            self.replies,
         )

@@ -11,6 +11,11 @@ Pure: `choose` gets all it looks at and only decides. Four sources, as a client 
 
 Each candidate is charged with what its slot loses (see `slots.loss`): what nobody else holds and is
 dearer to prefill than to save is saved first, on the request's own time.
+
+A prompt is matched by tokens where they were counted, in slots and in the store alike, and by the
+marks of its digest chain otherwise. `doubt_tokens` says how much is at stake: what would be
+prefilled by the marks' account, though a count might find it. Where that is dearer than to count,
+the scheduler has the prompt counted before it plans.
 """
 
 from __future__ import annotations
@@ -21,13 +26,22 @@ from enum import StrEnum
 
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.rates import Rates
-from keepwarm.core.slots import Loss, Position, Slot, loss
+from keepwarm.core.slots import NOTHING, Loss, Reuse, Slot, loss
+from keepwarm.core.tree import Tokens
 
 # A static part that is shorter than this isn't worth a fill of its own (render, tokenize, save:
 # about 30 ms) on any machine that needs Keepwarm; a tenth of a second at 1 ms a token.
 FILL_MIN_TOKENS = 96
 # Turn tokens of a template that follow the last message, and the one token always evaluated again.
 _TURN_TOKENS = 6
+# A new message of fewer tokens isn't worth looking for: to count a prompt of 2,000 tokens costs as
+# much as to prefill 40 of them.
+_LONG_NEW_TOKENS = 256
+# A reply for which so much of a shared pool is left needn't wait for more, and no reply takes more
+# than half of what is left beyond it: agents' replies are shorter, and others come meanwhile.
+AMPLE_TOKENS = 4096
+# Of the tokens that were estimated and not counted, one in so many may be missing.
+_ESTIMATE_MARGIN = 4
 
 
 class Source(StrEnum):
@@ -79,7 +93,9 @@ class Plan:
     `save_first`: the slot's content is saved before it is overwritten. `fill`: the static part is
     prefilled and saved on its own. `evict`: other slots to empty, so that a shared pool suffices;
     True where their content is saved first. `discard`: the engine must not compare the prompt with
-    what the slot holds, since that may be another tenant's and couldn't be erased.
+    what the slot holds, since that may be another tenant's and couldn't be erased. `reply_tokens`
+    is what each reply may come to in a shared pool (0: it has the context to itself),
+    `granted_tokens` what the slots come to with it at most.
     """
 
     source: Source
@@ -94,6 +110,8 @@ class Plan:
     evict: tuple[tuple[int, bool], ...]
     considered: tuple[Option, ...]
     discard: bool = False
+    reply_tokens: int = 0
+    granted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +120,8 @@ class Machine:
 
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
-    each has its own part. `slack_tokens` of a restored prefix may be computed again.
+    each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
+    is what a slot may hold, 0 if that isn't known.
     """
 
     row_bytes: int
@@ -110,13 +129,16 @@ class Machine:
     can_save: bool
     pool_tokens: int | None
     slack_tokens: int = 0
+    slot_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What one request asks for. `static_tokens` is known once its static part was tokenized.
 
-    `is_alone`: every other slot must be idle, and is emptied; see `Job`.
+    `is_alone`: every other slot must be idle, and is emptied; `ids`, `static_ids`: its tokens and
+    its static part's where they are known; `reuses`, `is_refused`: see `Job`. `replies` are
+    computed at once.
     """
 
     prompt: Prompt
@@ -126,12 +148,19 @@ class Demand:
     static_tokens: int | None = None
     waited_for_fill: bool = False
     is_alone: bool = False
+    ids: Tokens | None = None
+    static_ids: Tokens | None = None
+    reuses: bool = True
+    is_refused: bool = False
+    replies: int = 1
 
 
 def prompt_tokens(demand: Demand, rates: Rates) -> int:
-    """An estimate of a prompt's length."""
+    """A prompt's length: counted, or else an estimate."""
     per_char = rates.tokens_per_char.value
     prompt = demand.prompt
+    if demand.ids is not None:
+        return int(demand.ids.size)
     if prompt.marks[-1].tokens is not None:
         return prompt.marks[-1].tokens
     if demand.static_tokens is not None and prompt.static is not None:
@@ -148,6 +177,31 @@ def static_tokens(demand: Demand, rates: Rates) -> int:
     return int(static.chars * rates.tokens_per_char.value) if static else 0
 
 
+def doubt_tokens(
+    demand: Demand, slots: Sequence[Slot], stored: Stored | None, *, machine: Machine, rates: Rates
+) -> int:
+    """How many tokens would be prefilled by the marks' account that a count might find somewhere.
+
+    0 where the marks decide: the prompt is counted already, or goes on from a slot's end (what is
+    behind that is new). In doubt is what was said before, up to the model's last message; what is
+    behind that is new, and in doubt only if it is long.
+    """
+    if demand.ids is not None or not demand.reuses or demand.is_refused:
+        return 0
+    contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
+    if any(content.goes_on(demand.prompt) for content in contents):
+        return 0
+    reuses = [c.reuse(demand.prompt, None, cuttable=machine.cuttable).tokens for c in contents]
+    known = max([*reuses, stored.tokens if stored else 0])
+    prompt = demand.prompt
+    before = max(prompt.answered_index, prompt.static_index, 0)
+    new = int((prompt.chars - prompt.marks[before].chars) * rates.tokens_per_char.value)
+    total = prompt_tokens(demand, rates)
+    if new < _LONG_NEW_TOKENS:
+        total -= new + _TURN_TOKENS
+    return max(total - known, 0)
+
+
 def choose(
     demand: Demand,
     slots: Sequence[Slot],
@@ -159,16 +213,18 @@ def choose(
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
     idle = [
-        (slot, _reusable(demand, slot, cuttable=machine.cuttable))
+        (slot, _reuse(demand, slot, cuttable=machine.cuttable))
         for slot in slots
         if slot.state == "idle"
     ]
-    total = _total_tokens(demand, [reusable for _, reusable in idle], stored, rates)
+    if not demand.reuses or demand.is_refused:
+        stored = None
+    total = _total_tokens(demand, [reuse for _, reuse in idle], stored, rates)
     best: tuple[float, Option, Loss, int] | None = None
     considered: list[Option] = []
-    for slot, reusable in idle:
+    for slot, reuse in idle:
         for option, lost, promise in _options(
-            demand, slot, reusable, stored, total, machine=machine, rates=rates, now_s=now_s
+            demand, slot, reuse, stored, total, machine=machine, rates=rates, now_s=now_s
         ):
             considered.append(option)
             cost = option.ttft_s + option.loss_s
@@ -181,16 +237,15 @@ def choose(
     if best is None:
         return None
     _, option, lost, promise = best
-    evict = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
-    if evict is None:
+    room: _Room | None = _Room((), 0, total)
+    if not demand.is_refused:
+        room = _make_room(demand, slots, option, total, machine=machine, rates=rates, now_s=now_s)
+    if room is None:
         return None
     restored = stored if option.source is Source.SNAPSHOT else None
     source = option.source
     if restored and demand.waited_for_fill:
         source = Source.SHARED
-    lacking = 0
-    if demand.can_fill and option.mark_index < demand.prompt.static_index:
-        lacking = static_tokens(demand, rates) - option.reuse_tokens
     return Plan(
         source=source,
         slot=option.slot,
@@ -198,26 +253,37 @@ def choose(
         promise_tokens=promise,
         prompt_tokens=total,
         estimate_s=option.ttft_s + (lost.seconds if lost.save else 0.0),
-        save_first=lost.save,
-        fill=lacking >= FILL_MIN_TOKENS,
+        save_first=lost.save and not demand.is_refused,
+        fill=_lacking_tokens(demand, option, rates) >= FILL_MIN_TOKENS,
         restore=restored,
-        evict=evict,
+        evict=room.evict,
         considered=tuple(considered),
+        discard=not demand.reuses,
+        reply_tokens=room.reply_tokens,
+        granted_tokens=room.granted_tokens,
     )
 
 
-def _reusable(demand: Demand, slot: Slot, *, cuttable: bool) -> tuple[int, Position]:
-    """The last of the prompt's marks up to which a slot spares it, and where that lies there."""
-    if slot.content is None or slot.is_foreign(demand.namespace):
-        return -1, Position(0, exact=True)
-    return slot.content.reusable(demand.prompt, cuttable=cuttable)
+def _lacking_tokens(demand: Demand, option: Option, rates: Rates) -> int:
+    """Tokens of the static part that a fill would bring."""
+    if not demand.can_fill or not demand.reuses or demand.is_refused:
+        return 0
+    if demand.ids is None and option.mark_index >= demand.prompt.static_index:
+        return 0
+    return static_tokens(demand, rates) - option.reuse_tokens
+
+
+def _reuse(demand: Demand, slot: Slot, *, cuttable: bool) -> Reuse:
+    """What of a prompt a slot spares."""
+    if slot.content is None or slot.is_foreign(demand.namespace) or not demand.reuses:
+        return NOTHING
+    is_whole = demand.ids is not None
+    ids = demand.ids if is_whole else demand.static_ids
+    return slot.content.reuse(demand.prompt, ids, is_whole=is_whole, cuttable=cuttable)
 
 
 def _total_tokens(
-    demand: Demand,
-    reusables: Sequence[tuple[int, Position]],
-    stored: Stored | None,
-    rates: Rates,
+    demand: Demand, reuses: Sequence[Reuse], stored: Stored | None, rates: Rates
 ) -> int:
     """A prompt's length, from the longest part of it whose tokens were counted once.
 
@@ -225,11 +291,11 @@ def _total_tokens(
     slot that holds more would look no better than one that holds less.
     """
     prompt = demand.prompt
-    known = [(position.tokens, index) for index, position in reusables]
+    known = [(reuse.tokens, reuse.mark_index) for reuse in reuses]
     if stored:
         known.append((stored.tokens, stored.mark_index))
     tokens, index = max(known, default=(0, -1))
-    if index < 0 or prompt.marks[-1].tokens is not None:
+    if index < 0 or demand.ids is not None or prompt.marks[-1].tokens is not None:
         return prompt_tokens(demand, rates)
     rest = prompt.chars - prompt.marks[index].chars
     return tokens + int(rest * rates.tokens_per_char.value) + _TURN_TOKENS
@@ -238,7 +304,7 @@ def _total_tokens(
 def _options(
     demand: Demand,
     slot: Slot,
-    reusable: tuple[int, Position],
+    reuse: Reuse,
     stored: Stored | None,
     total: int,
     *,
@@ -247,9 +313,9 @@ def _options(
     now_s: float,
 ) -> list[tuple[Option, Loss, int]]:
     """The ways one idle slot could serve a prompt of `total` tokens."""
-    content = slot.content
-    index, position = reusable
-    kept = min(position.tokens, total - 1)
+    kept = min(reuse.tokens, total - 1)
+    # What stands behind the place from which the same conversation goes on is of no more use.
+    goes_on = slot.content is not None and slot.content.goes_on(demand.prompt)
 
     def lose(tokens: int) -> Loss:
         return loss(
@@ -262,22 +328,28 @@ def _options(
         )
 
     out: list[tuple[Option, Loss, int]] = []
-    lost = lose(kept)
+    lost = Loss(0.0, save=False) if goes_on and kept else lose(kept)
     source = Source.SLOT if kept else Source.COLD
-    promise = content.promise(demand.prompt, index) if content and kept else 0
-    if not machine.cuttable and not position.exact:
-        # All of it is reused or nothing, and where it ends is an estimate.
-        promise = 0
     ttft = rates.prefill_s(total - kept)
-    out.append((Option(source, slot.id, kept, ttft, lost.seconds, index), lost, promise))
-    if stored and stored.tokens > kept:
-        reuse = min(stored.tokens, total - 1)
+    option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
+    out.append((option, lost, min(reuse.certain, kept)))
+    if stored and stored.tokens > kept and not (goes_on and kept and demand.ids is None):
+        restored = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)
-        ttft += rates.prefill_s(total - reuse)
+        ttft += rates.prefill_s(total - restored)
         lost = lose(0)
-        option = Option(Source.SNAPSHOT, slot.id, reuse, ttft, lost.seconds, stored.mark_index)
+        option = Option(Source.SNAPSHOT, slot.id, restored, ttft, lost.seconds, stored.mark_index)
         out.append((option, lost, stored.promise_tokens))
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """As `Plan` has it."""
+
+    evict: tuple[tuple[int, bool], ...]
+    reply_tokens: int
+    granted_tokens: int
 
 
 def _make_room(
@@ -289,40 +361,65 @@ def _make_room(
     machine: Machine,
     rates: Rates,
     now_s: float,
-) -> tuple[tuple[int, bool], ...] | None:
-    """Idle slots to empty so that the prompt and its reply fit into a shared pool, or are alone.
+) -> _Room | None:
+    """Idle slots to empty so that a prompt and its reply fit into a shared pool, or are alone.
 
-    None: no room until a busy slot is free. When the pool overflows, llama-server purges idle
-    slots by itself, unsaved and unasked, so the sum is kept here.
+    When the pool overflows while requests run, llama-server fails all of them; when idle slots
+    fill it, it purges them unsaved and unasked. So the sum is kept here, with what each reply may
+    come to. None: no room until a busy slot is free.
     """
     others = [s for s in slots if s.id != option.slot]
-
-    def lose(slot: Slot) -> Loss:
-        return loss(
-            slot,
+    is_beside = any(s.state != "idle" for s in others)
+    lost = {
+        s.id: loss(
+            s,
             kept_tokens=0,
             row_bytes=machine.row_bytes,
             rates=rates,
-            returns=slot.returns(now_s),
+            returns=s.returns(now_s),
             can_save=machine.can_save,
         )
-
-    if demand.is_alone:
-        if any(s.state != "idle" for s in others):
-            return None
-        return tuple((s.id, lose(s).save) for s in others if s.most_tokens)
+        for s in others
+        if s.state == "idle" and s.most_tokens
+    }
+    if demand.is_alone and is_beside:
+        return None
+    everybody = tuple((slot_id, lose.save) for slot_id, lose in lost.items())
     if machine.pool_tokens is None:
-        return ()
-    need = total + demand.reply_tokens + sum(s.most_tokens for s in others)
-    over = need - machine.pool_tokens
-    if over <= 0:
-        return ()
-    idle = [(s, lose(s)) for s in others if s.state == "idle" and s.most_tokens]
+        evict = everybody if demand.is_alone else ()
+        return _Room(evict, 0, total + demand.reply_tokens)
+    margin = (total - option.reuse_tokens) // _ESTIMATE_MARGIN
+    need = total if demand.ids is not None else total + margin
+    reply = _reply_tokens(demand, slots, option, need, machine.pool_tokens)
+    if reply is None:
+        return None
+    granted = need + reply * demand.replies
+    if total >= machine.pool_tokens:
+        # The engine refuses it, before it touches anything.
+        return _Room((), reply, granted)
+    if demand.is_alone:
+        return _Room(everybody, reply, granted)
+    over = granted + sum(s.most_tokens for s in others) - machine.pool_tokens
     out: list[tuple[int, bool]] = []
-    for slot, lost in sorted(idle, key=lambda pair: pair[1].seconds):
-        out.append((slot.id, lost.save))
-        over -= slot.most_tokens
+    for slot_id, lose in sorted(lost.items(), key=lambda pair: pair[1].seconds):
         if over <= 0:
-            return tuple(out)
-    # With nothing left to empty the engine itself says that the prompt is too long.
-    return None if any(s.state != "idle" for s in others) else tuple(out)
+            break
+        out.append((slot_id, lose.save))
+        over -= slots[slot_id].most_tokens
+    return _Room(tuple(out), reply, granted)
+
+
+def _reply_tokens(
+    demand: Demand, slots: Sequence[Slot], option: Option, need: int, pool_tokens: int
+) -> int | None:
+    """What each reply may come to beside the requests that run.
+
+    None: too little is left; a request that ends makes room. With nobody there to wait for it is
+    all that is left, and the reply ends with `length` there, as it would on an engine of its own.
+    """
+    taken = sum(s.most_tokens for s in slots if s.id != option.slot and s.state != "idle")
+    left = max(pool_tokens - taken - need, 0) // demand.replies
+    wanted = min(demand.reply_tokens, AMPLE_TOKENS)
+    if left < wanted:
+        return None if taken else max(left, 1)
+    return min(demand.reply_tokens, max(wanted, left // 2))

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from keepwarm.core.roles import ANSWER_ROLES, SYSTEM_ROLES
+from keepwarm.core.tree import Tokens, as_tokens
 
 # 256 characters are about 64 tokens: the finest prefill worth distinguishing (a third of a second
 # on a slow CPU), and about one digest a microsecond of hashing.
@@ -91,6 +92,8 @@ class Prompt:
     `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
     if there is nothing static; `turns` counts how often the model is asked in it: by a user, or
     by a tool's result; `is_static_shared`: the static part is a tier's and nothing else.
+    `asked_index` is the mark before its last user message, `answered_index` the one behind the
+    last message of the model's (-1: there is none); `ids` are the tokens of a prompt given as such.
     """
 
     api: Api
@@ -98,6 +101,14 @@ class Prompt:
     static_index: int
     turns: int
     is_static_shared: bool = False
+    asked_index: int = -1
+    answered_index: int = -1
+    ids: Tokens | None = None
+
+    @property
+    def asked(self) -> Mark | None:
+        """The mark before the last user message: engines keep a checkpoint there."""
+        return self.marks[self.asked_index] if self.asked_index >= 0 else None
 
     @property
     def chars(self) -> int:
@@ -147,20 +158,29 @@ def prompt_of(
     segments = segments_of(api, body)
     statics = _leading(segments, shared_segments)
     has_static = bool(statics or head.get("tools")) and _asks_at(segments, statics)
-    static_index = -1
+    static_index = asked_index = answered_index = -1
+    asked = max((i for i, s in enumerate(segments) if s.role == "user"), default=-1)
     for count in range(len(segments) + 1):
         if has_static and count == statics:
             static_index = len(marks)
             marks.append(Mark(_digest(marks[-1].digest, b"and then a user"), marks[-1].chars))
         if count == len(segments):
             break
+        if count == asked:
+            asked_index = len(marks) - 1
         before = marks[-1]
         if shared_segments and count == shared_segments:
             before = Mark(_digest(before.digest, own), before.chars)
         cuts = [e.chars for e in ends if e.segment == count]
         marks += _segment_marks(before, segments[count], cuts)
+        if segments[count].role in ANSWER_ROLES:
+            answered_index = len(marks) - 1
     static_shared = has_static and 0 < statics == shared_segments
-    return Prompt(api, tuple(marks), static_index, _turns(segments), static_shared)
+    return Prompt(
+        *(api, tuple(marks), static_index, _turns(segments), static_shared),
+        asked_index=asked_index,
+        answered_index=answered_index,
+    )
 
 
 def _leading(segments: Sequence[Segment], shared_segments: int) -> int:
@@ -352,7 +372,8 @@ def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
         return Prompt("completion", marks, -1, 1)
     if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
-        return Prompt("completion", token_marks(prompt, key), -1, 1)
+        ids = as_tokens(prompt)
+        return Prompt("completion", token_marks(prompt, key), -1, 1, ids=ids)
     opaque = _digest(key, _bytes(_dump(prompt)))
     return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
 

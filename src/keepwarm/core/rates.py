@@ -20,6 +20,8 @@ _LEAST_TOKENS = 4
 # cores, docs/benchmark.md): a token costs twice as much behind some four thousand as behind none.
 _DECODE_S = 0.0145
 _DECODE_DOUBLES_TOKENS = 4000.0
+# A count of fewer characters measures its round trips.
+_COUNTED_CHARS = 2000
 # Weight of a new observation. 0.2 forgets nine tenths of the past in ten observations.
 _ALPHA = 0.2
 
@@ -89,6 +91,8 @@ class Rates:
     save_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))
     assemble_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))
     tokens_per_char: Mean = field(default_factory=lambda: Mean(0.26))
+    # Rendering and tokenising over HTTP: 9 ms a thousand tokens on a slow two-core machine.
+    count_s_per_char: Mean = field(default_factory=lambda: Mean(2.4e-6))
     # A save or restore costs a round trip and a pass of the engine's loop even when it is empty.
     call_s: float = 0.002
 
@@ -109,6 +113,15 @@ class Rates:
     def save_s(self, size_bytes: float) -> float:
         """Seconds during which a save keeps the engine's loop busy."""
         return self.call_s + size_bytes * self.save_s_per_byte.value
+
+    def count_s(self, chars: float) -> float:
+        """Seconds to render and tokenise a prompt of so many characters."""
+        return self.call_s + chars * self.count_s_per_char.value
+
+    def observe_count(self, *, chars: int, seconds: float) -> None:
+        """Learn what counting costs; short prompts measure the round trip instead."""
+        if chars >= _COUNTED_CHARS:
+            self.count_s_per_char.learn(max(seconds - self.call_s, 1e-6) / chars)
 
     def observe_prefill(self, *, tokens: int, seconds: float) -> None:
         """Learn from a reply's own count."""

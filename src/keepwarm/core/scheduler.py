@@ -22,17 +22,27 @@ Invariants (tested as a Hypothesis state machine):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from keepwarm.core.contents import after_fill, after_reply, after_restore, after_silence
+from keepwarm.core.contents import (
+    after_count,
+    after_fill,
+    after_look,
+    after_reply,
+    after_restore,
+    while_unsure,
+)
 from keepwarm.core.effects import (
+    CountPrompt,
     Effect,
     EraseSlot,
     Fail,
     FilledSlot,
     FillSlot,
     Interrupt,
+    LookedSlot,
+    LookSlot,
     Outcome,
     RestoredSlot,
     RestoreSlot,
@@ -50,6 +60,7 @@ from keepwarm.core.plan import (
     Source,
     Stored,
     choose,
+    doubt_tokens,
     static_tokens,
 )
 from keepwarm.core.prompt import Mark, Prompt, Segment
@@ -57,6 +68,7 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.returns import Returns, first_turn
 from keepwarm.core.slots import Content, Slot, SlotState, loss
+from keepwarm.core.tree import Tokens
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
@@ -65,16 +77,28 @@ SAVE_AFTER_IDLE_S = 0.3
 # a loop of short turns is then slowed by a fiftieth at most.
 SAVE_AT_ONCE = 50.0
 # In a shared pool every token in it slows every other slot's prefill and decode down (1 us a token
-# and step, SmolLM2-135M on two cores), so what is saved and not in use leaves it: a restore costs
-# ten milliseconds. Slots in use by turns stay.
+# and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
+# compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
+# The opening of a turn and a first word are in any two prompts: nothing to wait for.
+_COMMON_OPENING_TOKENS = 8
 # What the store needs to take a saved file in, in times that the engine needs to save it: it
 # compares, writes and flushes (46 MB: some 60 ms after 15).
 _TAKING_IN = 4.0
 
 
-# Finds the longest restorable prefix: marks' digests in order -> what is stored.
-Lookup = Callable[[Prompt, str], Stored | None]
+# Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
+_NOBODY = "\0"
+# A prompt is counted where what is in doubt costs so many times the count to prefill.
+COUNT_IF_TIMES = 1.0
+
+# Finds the longest restorable prefix of a prompt: by its tokens where they are given, else by its
+# marks. A model that can't be cut must be left a token to evaluate.
+Lookup = Callable[[Prompt, str, Tokens | None], Stored | None]
+
+
+# Steps that are taken for the slot's sake, also when the client has left.
+_ALWAYS = (SaveSlot, LookSlot)
 
 
 @dataclass(slots=True)
@@ -97,7 +121,9 @@ class Scheduler:
     machine: Machine
     rates: Rates
     lookup: Lookup
+    knows: Callable[[bytes, str], bool] = lambda _digest, _namespace: False
     queue_limit: int = 256
+    tenants: int = 1
     up: bool = True
     jobs: dict[str, Job] = field(default_factory=dict)
     _queue: list[str] = field(default_factory=list)
@@ -108,11 +134,15 @@ class Scheduler:
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
     _absorbing: dict[str, Content] = field(default_factory=dict)
     _returns: Returns = field(default_factory=Returns)
+    # The last turn that was given to a tenant's jobs, and the last one that was served.
+    _turns: dict[tuple[str, int], int] = field(default_factory=dict)
+    _served: dict[int, int] = field(default_factory=dict)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
-        if len(self._queue) >= self.queue_limit:
+        if self._is_full(job):
             return [Fail(job.id, "queue_full")]
+        self._take_turn(job)
         self.jobs[job.id] = job
         self._queue.append(job.id)
         return self._dispatch(now_s)
@@ -151,17 +181,48 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None:
+        if counts is not None and self.is_shifted(counts):
+            slot.content, slot.held_tokens = None, self.machine.slot_tokens
+        elif counts is not None:
             self._learn(job, slot, counts, reply)
-        elif touched:
-            self._unsure(job, slot)
         if counts is not None or touched:
             slot.owner = job.namespace
-        self._free(slot, now_s)
+        if counts is not None and self.is_shifted(counts):
+            slot.owner = _NOBODY
         effects: list[Effect] = []
+        if counts is None and touched:
+            effects += self._look(slot, job, now_s)
+            return [*effects, *self._dispatch(now_s)]
+        self._free(slot, now_s)
         if slot.content and self._is_cheap_to_keep(slot.content):
             effects += self._save_if_worth(slot, now_s)
         return [*effects, *self._dispatch(now_s)]
+
+    def counted(
+        self,
+        job_id: str,
+        now_s: float,
+        *,
+        contents: Sequence[tuple[Content, Tokens]] = (),
+    ) -> list[Effect]:
+        """A job's prompt was counted, or couldn't be: its `ids` and `is_refused` are set.
+
+        Args:
+            job_id: whose.
+            now_s: when.
+            contents: what was counted of slots beside it.
+        """
+        held = [slot.content for slot in self.slots]
+        for content, counted in contents:
+            if any(content is one for one in held):
+                after_count(content, counted, None)
+        job = self.jobs.get(job_id)
+        if job is None:
+            return self._dispatch(now_s)
+        job.is_counting, job.is_counted = False, True
+        if job.ids is not None:
+            self.rates.observe_count(chars=job.prompt.chars, seconds=job.counted_s)
+        return self._dispatch(now_s)
 
     def cancelled(self, job_id: str, now_s: float) -> list[Effect]:
         """The client has gone before its request was forwarded."""
@@ -221,9 +282,21 @@ class Scheduler:
         self.up = True
         return self._dispatch(now_s)
 
-    def absorbed(self, staged_name: str, now_s: float) -> list[Effect]:
-        """The store has taken a staged file in (or refused it): look-ups answer from now on."""
-        self._absorbing.pop(staged_name, None)
+    def absorbed(
+        self,
+        staged_name: str,
+        now_s: float,
+        *,
+        ids: Tokens | None = None,
+        states: tuple[int, ...] = (),
+    ) -> list[Effect]:
+        """The store has taken a staged file in (or refused it): look-ups answer from now on.
+
+        `ids` and `states` are the file's: what the slot held, counted.
+        """
+        content = self._absorbing.pop(staged_name, None)
+        if content is not None and ids is not None:
+            after_count(content, ids, states)
         for digest, fresh in list(self._fresh.items()):
             if fresh.staged_name == staged_name:
                 del self._fresh[digest]
@@ -240,12 +313,33 @@ class Scheduler:
             for slot in self.slots:
                 if now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S:
                     effects += self._save_if_worth(slot, now_s)
+        if self.up:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
+
+    def is_shifted(self, counts: Counts) -> bool:
+        """Whether a reply went on beyond its slot's end: text was dropped from under its rows.
+
+        They were computed behind what is gone (`--context-shift`), so they are nobody's prefix.
+        """
+        limit = self.machine.slot_tokens
+        return bool(limit) and counts.prompt + counts.decoded > limit
+
+    def engine_slept(self) -> int:
+        """The engine unloaded its model by itself and is up still; returns how many slots it cost.
+
+        A request that runs keeps it awake, so all slots are idle.
+        """
+        held = 0
+        for slot in self.slots:
+            if slot.state is SlotState.IDLE:
+                held += slot.content is not None
+                slot.content, slot.held_tokens, slot.owner = None, 0, ""
+        return held
 
     def set_content(self, slot_id: int, content: Content | None, now_s: float) -> None:
         """Tell what a slot holds; only for an idle slot, by who warmed it."""
@@ -265,23 +359,68 @@ class Scheduler:
         """Requests without a slot."""
         return len(self._queue)
 
+    def queued_of(self, namespace: str) -> int:
+        """Those of them that one tenant sent."""
+        return sum(self.jobs[job_id].namespace == namespace for job_id in self._queue)
+
+    @property
+    def serving(self) -> frozenset[str]:
+        """The requests that the engine computes now."""
+        return frozenset(
+            slot.job for slot in self.slots if slot.state is SlotState.SERVING and slot.job
+        )
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether a slot is being saved, restored, filled or emptied."""
+        return any(slot.state is SlotState.PREPARING for slot in self.slots)
+
     @property
     def busy(self) -> bool:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)
 
+    def _is_full(self, job: Job) -> bool:
+        """Whether no more of a job's kind may wait, or no more of its tenant's.
+
+        A batch's jobs are counted apart: many that can wait must not keep out one that can't. And
+        where there are several tenants, one of them can't fill the queue for all.
+        """
+        alike = [self.jobs[j] for j in self._queue]
+        alike = [other for other in alike if (other.priority > 0) == (job.priority > 0)]
+        share = self.queue_limit if self.tenants == 1 else max(self.queue_limit // 2, 1)
+        own = sum(other.namespace == job.namespace for other in alike)
+        return len(alike) >= self.queue_limit or own >= share
+
+    def _take_turn(self, job: Job) -> None:
+        """Where a new job stands among the tenants' (start-time fair queueing).
+
+        Each tenant's jobs stand one turn apart, from the turn that is served now on: who sends many
+        at once has them served between the few of the others. One tenant's are first come, first
+        served.
+        """
+        last = self._turns.get((job.namespace, job.priority), 0)
+        job.turn = max(last, self._served.get(job.priority, 0)) + 1
+        self._turns[job.namespace, job.priority] = job.turn
+
     def _dispatch(self, now_s: float) -> list[Effect]:
-        """Give idle slots to waiting requests, first come first served within a priority."""
+        """Give idle slots to waiting requests, in turn."""
         effects: list[Effect] = []
         if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):
             return effects
-        for job_id in sorted(self._queue, key=lambda j: self.jobs[j].priority):
+        for job_id in sorted(self._queue, key=lambda j: (self.jobs[j].priority, self.jobs[j].turn)):
             job = self.jobs[job_id]
+            if job.is_counting:
+                continue
             stored = self._stored(job)
             if self._waits_for_fill(job, stored):
                 job.waited_for_fill = True
                 continue
             if self._waits_for_save(job, stored):
+                continue
+            if self._must_count(job, stored):
+                job.is_counting = True
+                effects.append(CountPrompt(job.id, self._uncounted(job)))
                 continue
             plan = choose(
                 job.demand(),
@@ -294,6 +433,7 @@ class Scheduler:
             if plan is None:
                 break
             self._queue.remove(job_id)
+            self._served[job.priority] = max(self._served.get(job.priority, 0), job.turn)
             effects += self._begin(job, plan, now_s)
             if job.is_alone:
                 break
@@ -301,7 +441,7 @@ class Scheduler:
 
     def _stored(self, job: Job) -> Stored | None:
         """The longest of what the store holds and what is on its way into it."""
-        stored = self.lookup(job.prompt, job.namespace)
+        stored = self.lookup(job.prompt, job.namespace, job.ids)
         if not self._fresh:
             return stored
         marks = job.prompt.marks
@@ -317,6 +457,28 @@ class Scheduler:
                 staged_name=fresh.staged_name,
             )
         return stored
+
+    def _must_count(self, job: Job, stored: Stored | None) -> bool:
+        """Whether what the marks leave in doubt is dearer to prefill than to count."""
+        if job.chat is None or job.is_counted or not any(s.state == "idle" for s in self.slots):
+            return False
+        idle = [slot for slot in self.slots if slot.state is SlotState.IDLE]
+        doubt = doubt_tokens(job.demand(), idle, stored, machine=self.machine, rates=self.rates)
+        return self.rates.prefill_s(doubt) > COUNT_IF_TIMES * self.rates.count_s(job.prompt.chars)
+
+    def _uncounted(self, job: Job) -> tuple[Content, ...]:
+        """What slots hold that this job might start from and that was never counted."""
+        held = [
+            slot.content
+            for slot in self.slots
+            if slot.state is SlotState.IDLE and slot.content and not slot.is_foreign(job.namespace)
+        ]
+        return tuple(
+            content
+            for content in held
+            if content.chat is not None
+            and content.tokens - content.counted_tokens >= FILL_MIN_TOKENS
+        )
 
     def _waits_for_fill(self, job: Job, stored: Stored | None) -> bool:
         """Whether another request is prefilling this one's static part right now.
@@ -343,7 +505,7 @@ class Scheduler:
         soon += [
             (slot.content, 1.0 if slot.job is None else 1.0 + _TAKING_IN)
             for slot in self.slots
-            if isinstance(self._running.get(slot.id), SaveSlot) and slot.content
+            if isinstance(self._running.get(slot.id), SaveSlot | LookSlot) and slot.content
         ]
         if not soon:
             return False
@@ -353,7 +515,7 @@ class Scheduler:
         for content, saves in soon:
             lacking = self._reusable(job, content) - known
             wait_s = saves * self.rates.save_s(content.tokens * self.machine.row_bytes)
-            if lacking > 0 and wait_s < self.rates.prefill_s(lacking):
+            if lacking > _COMMON_OPENING_TOKENS and wait_s < self.rates.prefill_s(lacking):
                 return True
         return False
 
@@ -361,13 +523,13 @@ class Scheduler:
         """Tokens of a job's prompt that some content spares."""
         if content.namespace not in ("", job.namespace):
             return 0
-        return content.reusable(job.prompt, cuttable=self.machine.cuttable)[1].tokens
+        return content.reuse(job.prompt, job.ids, cuttable=self.machine.cuttable).tokens
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]
         job.plan = plan
         slot.state, slot.job = SlotState.PREPARING, job.id
-        slot.granted_tokens = plan.prompt_tokens + job.reply_tokens
+        slot.granted_tokens = plan.granted_tokens
         script: deque[Step] = deque()
         effects: list[Effect] = []
         for other_id, save in plan.evict:
@@ -410,7 +572,7 @@ class Scheduler:
         job = self.jobs.get(slot.job) if slot.job else None
         script = self._scripts.get(slot.id)
         helped = self._helping.get(slot.id)
-        if script and (job is None or not job.gone or isinstance(script[0], SaveSlot)):
+        if script and (job is None or not job.gone or isinstance(script[0], _ALWAYS)):
             step = script.popleft()
             self._running[slot.id] = step
             return [step]
@@ -455,17 +617,26 @@ class Scheduler:
                     outcome.staged_name, outcome.tokens, outcome.size_bytes
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
-            slot.content = after_restore(job, step.stored, outcome.tokens)
+            slot.content = after_restore(job, step.stored, outcome.tokens, outcome.ids)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
+        elif isinstance(step, LookSlot) and isinstance(outcome, LookedSlot) and slot.content:
+            slot.content = after_look(slot.content, outcome.tokens)
+            slot.held_tokens = outcome.tokens
 
     def _failed(self, slot: Slot, step: Step, job: Job | None, *, emptied: bool) -> None:
         """A step failed: the slot's content is as before, or else unknown."""
         if isinstance(step, SaveSlot) and slot.content:
             slot.content.save_failed = True
+        if isinstance(step, LookSlot):
+            slot.content = None
         if isinstance(step, FillSlot) and job:
             slot.owner, slot.held_tokens = job.namespace, slot.most_tokens
+            if not emptied:
+                # It was broken off: what was computed is as good as any.
+                slot.content = while_unsure(job, slot.content)
+                self._scripts.setdefault(slot.id, deque()).appendleft(LookSlot(slot.id))
         if emptied:
             slot.content = None
         if job is None or job.plan is None or job.plan.slot != slot.id:
@@ -484,7 +655,7 @@ class Scheduler:
 
     def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
         job.static_tokens = tokens
-        slot.content = after_fill(job, slot.content, tokens)
+        slot.content = after_fill(job, slot.content, tokens, job.static_ids)
         slot.held_tokens, slot.owner = tokens, slot.content.namespace
         if job.plan:
             job.plan = replace(job.plan, promise_tokens=tokens)
@@ -515,14 +686,18 @@ class Scheduler:
         """Whether the store has a prompt with this very reply, or is to have it in a moment."""
         if any(said.digest in content.marks for content in self._absorbing.values()):
             return True
-        whole = replace(job.prompt, marks=(said,), static_index=-1)
-        return self.lookup(whole, job.namespace) is not None
+        return self.knows(said.digest, job.namespace)
 
-    def _unsure(self, job: Job, slot: Slot) -> None:
-        """A reply ended without counts: the slot may hold all that was granted."""
+    def _look(self, slot: Slot, job: Job, now_s: float) -> list[Effect]:
+        """A reply ended without counts: see what the slot holds of it before anybody gets it."""
         slot.held_tokens = slot.most_tokens
-        if slot.content and job.plan:
-            slot.content = after_silence(slot.content, job.plan.reuse_tokens)
+        slot.content = while_unsure(job, slot.content)
+        self._free(slot, now_s)
+        if slot.content is None or not self.up:
+            return []
+        slot.state = SlotState.PREPARING
+        self._scripts[slot.id] = deque([LookSlot(slot.id)])
+        return self._advance(slot, now_s)
 
     def _worth_saving(self, slot: Slot, now_s: float) -> bool:
         content = slot.content
@@ -550,18 +725,23 @@ class Scheduler:
         return content.turns > 1 and unsaved_s >= SAVE_AT_ONCE * save_s
 
     def _thin_out(self, now_s: float) -> list[Effect]:
-        """Empty slots of a shared pool that have been idle, but for the one used last."""
-        if self.machine.pool_tokens is None:
+        """Empty slots of a shared pool that are idle, while others compute.
+
+        At once what the store has; after a while what isn't worth a save, and what can be continued
+        from more places in its slot than from the store.
+        """
+        if self.machine.pool_tokens is None or not self.busy:
             return []
-        last = max(self.slots, key=lambda slot: slot.idle_since_s)
         effects: list[Effect] = []
         for slot in self.slots:
-            idle = slot.state is SlotState.IDLE and slot is not last
-            if not idle or slot.content is None or slot.held_tokens == 0:
+            content = slot.content
+            if slot.state is not SlotState.IDLE or content is None or slot.held_tokens == 0:
                 continue
-            if now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S and not self._worth_saving(
-                slot, now_s
-            ):
+            if any(content is absorbing for absorbing in self._absorbing.values()):
+                continue
+            is_kept = content.saved_tokens >= content.tokens and self.machine.cuttable
+            is_old = now_s - slot.idle_since_s >= ERASE_AFTER_IDLE_S
+            if is_kept or (is_old and not self._worth_saving(slot, now_s)):
                 slot.state = SlotState.PREPARING
                 self._scripts[slot.id] = deque([EraseSlot(slot.id)])
                 effects += self._advance(slot, now_s)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.rates import Rates
 from keepwarm.core.returns import Chance, first_turn
+from keepwarm.core.tree import Tokens, common_tokens
 
+# Estimated places of states and of a prompt's parting may differ by the opening of a turn.
+_STATE_SLACK_TOKENS = 8
 # The chance that a conversation comes back halves with every ten minutes of silence.
 _RETURN_HALF_LIFE_S = 600.0
 
@@ -33,14 +37,36 @@ class Position:
     exact: bool
 
 
+class Reuse(NamedTuple):
+    """What a slot spares a prompt.
+
+    `mark_index` is the last of the prompt's marks that the slot holds (-1: none), `tokens` how many
+    the engine is expected to reuse, `certain` how many of them are known by their ids.
+    """
+
+    mark_index: int
+    tokens: int
+    certain: int
+
+
+NOTHING = Reuse(-1, 0, 0)
+
+
 @dataclass(slots=True)
 class Content:
     """The prefix a slot holds.
 
-    `tokens` is its length, `saved_tokens` how much of it the store holds too, `turns` as its
-    prompt's (0: nobody has asked yet), `returns` the chance that it goes on; `namespace` whose it
-    is ('' for a tier alone); `is_final`: nobody is expected to go on from its end; `save_failed`:
-    it couldn't be saved, and isn't tried again unchanged; `is_savable`: as its job's.
+    `tokens` is its length; `ids` are the first of them, as far as they were counted (from a
+    rendering, a fill or a slot file), None if none was; `marks` says where the prompt's marks are,
+    for the ordinary step that needs no count. `states` are the ends at which a model that can't be
+    cut can go on: its own end, and the engine's checkpoints (message starts and prompt ends), exact
+    where a slot file has told them and estimated otherwise.
+
+    `saved_tokens` is how much of it the store holds too, `turns` as its prompt's (0: nobody has
+    asked yet), `returns` the chance that it goes on; `namespace` whose it is ('' for a tier alone);
+    `is_final`: nobody is expected to go on from its end; `save_failed`: it couldn't be saved, and
+    isn't tried again unchanged; `is_savable`: as its job's. `end` is the mark of its end: a prompt
+    that has it goes on from here. `chat`: what its last prompt is rendered from, to be counted.
     """
 
     namespace: str
@@ -52,6 +78,15 @@ class Content:
     is_final: bool = False
     save_failed: bool = False
     is_savable: bool = True
+    ids: Tokens | None = None
+    states: tuple[int, ...] = ()
+    end: bytes | None = None
+    chat: Mapping[str, Any] | str | None = None
+
+    @property
+    def counted_tokens(self) -> int:
+        """How many of its tokens are known by their ids."""
+        return 0 if self.ids is None else int(self.ids.size)
 
     def match(self, prompt: Prompt) -> tuple[int, Position]:
         """The last of a prompt's marks that this holds: its index (-1: none) and position."""
@@ -61,16 +96,40 @@ class Content:
                 return index, position
         return -1, Position(0, exact=True)
 
-    def reusable(self, prompt: Prompt, *, cuttable: bool) -> tuple[int, Position]:
-        """As `match`; nothing where it ends inside a state that can't be cut there."""
-        index, position = self.match(prompt)
-        if not cuttable and position.tokens != self.tokens:
-            return -1, Position(0, exact=True)
-        return index, position
+    def goes_on(self, prompt: Prompt) -> bool:
+        """Whether a prompt goes on from this slot's end: an agent's ordinary step."""
+        return self.end is not None and any(m.digest == self.end for m in reversed(prompt.marks))
 
-    def promise(self, prompt: Prompt, index: int) -> int:
-        """Tokens certain to be reused by a prompt that matches up to mark `index`."""
-        positions = (self.marks.get(m.digest) for m in prompt.marks[: index + 1])
+    def reuse(
+        self, prompt: Prompt, ids: Tokens | None, *, is_whole: bool = True, cuttable: bool
+    ) -> Reuse:
+        """What of this content a prompt, counted or not, can start from.
+
+        Ids decide as far as both are known; behind them, and without them, the marks do. A model
+        that can't be cut goes on from the last state before that place. Not `is_whole`: `ids` are
+        those of the prompt's static part.
+        """
+        index, position = self.match(prompt)
+        place, certain = position.tokens, self._promised(prompt, index)
+        if ids is not None and self.ids is not None:
+            place = certain = common_tokens(self.ids, ids)
+            if certain == self.counted_tokens or (certain == ids.size and not is_whole):
+                place = max(certain, position.tokens)
+            if is_whole:
+                place = min(place, int(ids.size))
+        place = min(place, self.tokens)
+        if cuttable:
+            return Reuse(index, place, min(certain, place))
+        state = max((at for at in self.states if at <= place + _STATE_SLACK_TOKENS), default=0)
+        # Where an estimate is off by a token or two nothing is promised, so nothing is broken.
+        return Reuse(index if state else -1, min(state, place), 0)
+
+    def _promised(self, prompt: Prompt, index: int) -> int:
+        """Tokens certain to be reused by an uncounted prompt that matches up to mark `index`."""
+        static = prompt.static_index
+        if not 0 <= static <= index:
+            static = index
+        positions = (self.marks.get(m.digest) for m in prompt.marks[: static + 1])
         return max((p.tokens for p in positions if p and p.exact), default=0)
 
 

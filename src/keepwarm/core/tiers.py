@@ -12,7 +12,7 @@ open standard's prompt, and those of standard open full's:
 
 Not every template takes a second system message, so the place of an extending tier's text is a
 setting (`ContextRole`). Everything here is a function of values; reading the directory is
-`keepwarm.tierfiles`.
+`keepwarm.tiers.files`.
 """
 
 from __future__ import annotations

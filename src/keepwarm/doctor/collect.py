@@ -18,14 +18,15 @@ from keepwarm.doctor.experiment import Tried, try_idle_slot
 from keepwarm.doctor.facts import DiskFacts, Facts, ProcessFacts, StoreFacts, TierFacts
 from keepwarm.doctor.flags import ServerFlags, is_llama_server, read_flags
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.static_end import static_tokens
 from keepwarm.errors import EngineError, EngineRefusedError, ModelError, TierError
-from keepwarm.gateway.keys import is_loopback
+from keepwarm.keys import is_loopback
 from keepwarm.settings import Places, Settings
 from keepwarm.staging import default_staging
 from keepwarm.store.checks import stores
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 _HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
 _ANSWER_S = 10.0
@@ -260,7 +261,7 @@ async def _rendered(facts: Facts, asked: Asked, client: EngineClient) -> Facts:
 async def _render_tier(client: EngineClient, tier: Tier, known: TierFacts) -> TierFacts:
     static = compose(tier, {"messages": []})
     try:
-        tokens = await static_tokens(client, static)
+        tokens = await static_tokens(PromptCounter(client), static)
         rendered = await client.render({**static, "messages": [*static["messages"], _HELLO[1]]})
     except EngineRefusedError as error:
         return replace(known, failure=str(error))

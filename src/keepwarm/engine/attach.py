@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineIdentity
+from keepwarm.engine.tuning import refuse_tuned
 from keepwarm.errors import (
     ConfigError,
     EngineDownError,
@@ -46,6 +48,7 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
             "--upstream attaches to a server that runs already, so --model and --engine say "
             "nothing. Leave them out, or leave out --upstream."
         )
+    refuse_tuned(settings)
     if not settings.slot_dir and unused_dir is None:
         raise ConfigError(
             "--upstream needs --slot-dir DIR: the directory that server was given as "
@@ -54,6 +57,12 @@ async def _plan_attached(settings: EngineSettings, unused_dir: Path | None) -> L
     slot_dir = unused_dir or Path(settings.slot_dir).expanduser()
     if not slot_dir.is_dir():
         raise ConfigError(f"The slot directory {slot_dir} doesn't exist (--slot-dir).")
+    if unused_dir is None and not os.access(slot_dir, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"Keepwarm (user {os.getuid()}) can't write to the slot directory {slot_dir}, which "
+            f"belongs to user {slot_dir.stat().st_uid}. Run the llama-server as the same user "
+            "(`--user` of a container), or give the directory to both."
+        )
     client = EngineClient(settings.upstream, api_key=settings.upstream_key or None)
     try:
         props = await client.props()

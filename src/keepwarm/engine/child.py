@@ -13,6 +13,14 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+# Enumerations by the parameter that takes them, and what their members' names begin with.
+_WORDS = {
+    "split_mode": ("llama_split_mode", "LLAMA_SPLIT_MODE_"),
+    "rope_scaling_type": ("llama_rope_scaling_type", "LLAMA_ROPE_SCALING_TYPE_"),
+    "load_mode": ("llama_load_mode", "LLAMA_LOAD_MODE_"),
+    "numa": ("ggml_numa_strategy", "GGML_NUMA_STRATEGY_"),
+}
+
 
 def main() -> NoReturn:
     """Serve one model until standard input closes or a signal comes."""
@@ -36,7 +44,10 @@ def _start(params: dict[str, Any]) -> object:
         *parents, name = path.split(".")
         for parent in parents:
             target = getattr(target, parent)
-        setattr(target, name, _native(xllamacpp, name, value))
+        native = _native(xllamacpp, name, value)
+        if name == "tensor_split":
+            native = native + [0.0] * (len(target.tensor_split) - len(native))
+        setattr(target, name, native)
     return xllamacpp.Server(common)
 
 
@@ -47,6 +58,13 @@ def _native(xllamacpp: Any, name: str, value: Any) -> Any:
     if name == "flash_attn_type":
         words = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}
         return getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{words[value]}")
+    if name in _WORDS:
+        kind, prefix = _WORDS[name]
+        return getattr(getattr(xllamacpp, kind), prefix + value.upper())
+    if name == "types":
+        return [getattr(xllamacpp.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{value}")]
+    if name == "lora_adapters":
+        return [xllamacpp.CommonAdapterLoraInfo(path, scale) for path, scale in value]
     return value
 
 

@@ -43,6 +43,7 @@ class EngineClient:
         self.base_url = base_url.rstrip("/")
         # For what is passed through as it is.
         self.http = EngineHttp(base_url, api_key=api_key, opens_ahead=opens_ahead)
+        self._erases_first = False
 
     async def health(self) -> bool:
         """Whether the engine is up and its model loaded."""
@@ -66,13 +67,31 @@ class EngineClient:
         value = await self._call("GET", "/slots")
         return value if isinstance(value, list) else []
 
+    async def notice_drafts(self) -> None:
+        """Ask whether the engine speculates, and restore with that in mind from now on.
+
+        Behind a restore of a longer prefix over a shorter one its draft model lacks what lies
+        between: the next request fails ("failed to process speculative batch"). An empty slot's
+        doesn't.
+        """
+        try:
+            slots = await self.slots()
+        except EngineDownError:
+            raise
+        except EngineError:
+            slots = []  # that page can be turned off
+        self._erases_first = any(slot.get("speculative") for slot in slots)
+
     async def render(self, body: Mapping[str, Any]) -> str:
         """The rendered prompt of a chat body (`/apply-template`)."""
         return str((await self._call("POST", "/apply-template", body)).get("prompt", ""))
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of rendered text, special tokens parsed, as the engine does for a prompt."""
-        body = {"content": text, "add_special": True, "parse_special": True}
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of rendered text, special tokens parsed, as the engine does for a prompt.
+
+        Not `add_special`: of a text that stands behind another one.
+        """
+        body = {"content": text, "add_special": add_special, "parse_special": True}
         return list((await self._call("POST", "/tokenize", body))["tokens"])
 
     async def fill(
@@ -148,6 +167,8 @@ class EngineClient:
 
     async def restore(self, slot: int, filename: str) -> SlotFileInfo:
         """Restore a slot from a name in the slot directory. A refused restore clears the slot."""
+        if self._erases_first:
+            await self.erase(slot)
         reply = await self._slot(slot, "restore", {"filename": filename})
         timings = reply.get("timings") or {}
         return SlotFileInfo(

@@ -14,9 +14,10 @@ from pathlib import Path
 from keepwarm.core.tiers import TierSet
 from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineProcess
+from keepwarm.errors import EngineStartError
 from keepwarm.settings import Places, Settings
 from keepwarm.staging import default_staging
-from keepwarm.tierfiles import deployed_tiers
+from keepwarm.tiers.files import deployed_tiers
 
 log = logging.getLogger("keepwarm")
 
@@ -78,11 +79,17 @@ async def start_process(launch: Launch) -> EngineProcess | None:
     """Start an engine of ours, which loads its model from then on; None for an attached one.
 
     Raises:
-        EngineStartError: it can't be executed.
+        EngineStartError: it can't be executed, or there is no place for its slot files.
     """
     process = launch.process()
     if process is None:
         return None
-    launch.slot_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        launch.slot_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineStartError(
+            f"The directory {launch.slot_dir} for slot files can't be made ({error.strerror}). "
+            "Choose another with store.staging_dir."
+        ) from error
     await process.start(lambda line: log.debug("engine: %s", line))
     return process

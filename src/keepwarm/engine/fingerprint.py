@@ -8,6 +8,7 @@ import xxhash
 
 from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.launch import Launch
+from keepwarm.engine.tuning import without_rows
 
 
 def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
@@ -30,6 +31,7 @@ def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
     if options:
         parts += [options.kv_type_k, options.kv_type_v, options.flash_attention]
         parts += [str(options.swa_full), *_adapters(options.extra)]
+        parts += options.tuning.rows_identity
     for part in parts:
         raw = part.encode()
         h.update(len(raw).to_bytes(4, "little"))
@@ -45,10 +47,13 @@ def _described(props: dict[str, Any]) -> str:
 
 def _adapters(extra: tuple[str, ...]) -> list[str]:
     """Arguments of a binary that change what it computes; ports and the like don't matter."""
-    harmless = {"-ngl", "--gpu-layers", "--n-gpu-layers", "-t", "--threads", "-lv", "--verbosity"}
+    harmless = {"-t", "--threads", "-lv", "--verbosity"}
     out: list[str] = []
     skip = False
-    for argument in extra:
+    without = without_rows(extra)
+    for index, argument in enumerate(extra):
+        if index in without:
+            continue
         if skip:
             skip = False
         elif argument in harmless:

@@ -59,8 +59,9 @@ class ModelHeader:
     """What a model file says of itself.
 
     `window_tokens` is the sliding window, 0 where there is none; `train_context_tokens` what the
-    model was trained for; `file_id` a hash of size, header and sampled blocks, so that two
-    fine-tunes of one shape differ.
+    model was trained for; `layers` how many it has; `row_bytes` what one token's keys and values
+    take at most as f16 (0 where the header doesn't tell); `file_id` a hash of size, header and
+    sampled blocks, so that two fine-tunes of one shape differ.
     """
 
     path: Path
@@ -72,6 +73,8 @@ class ModelHeader:
     chat_template: str
     size_bytes: int
     file_id: str
+    layers: int = 0
+    row_bytes: int = 0
 
 
 def read_model(path: Path) -> ModelHeader:
@@ -210,4 +213,20 @@ def _header(path: Path, fields: dict[str, Any], size: int, file_id: str) -> Mode
         chat_template=str(fields.get("tokenizer.chat_template") or ""),
         size_bytes=size,
         file_id=file_id,
+        layers=int(fields.get(f"{arch}.block_count") or 0),
+        row_bytes=_row_bytes(arch, fields),
     )
+
+
+def _row_bytes(arch: str, fields: dict[str, Any]) -> int:
+    """Keys and values of one token in every layer, two bytes an element."""
+    layers = int(fields.get(f"{arch}.block_count") or 0)
+    heads = fields.get(f"{arch}.attention.head_count") or 0
+    each = fields.get(f"{arch}.attention.head_count_kv") or heads
+    kv_heads = sum(each) if isinstance(each, list) else layers * int(each)
+    most_heads = max(heads, default=0) if isinstance(heads, list) else int(heads)
+    embedding = int(fields.get(f"{arch}.embedding_length") or 0)
+    usual = embedding // most_heads if most_heads else 0
+    keys = int(fields.get(f"{arch}.attention.key_length") or usual)
+    values = int(fields.get(f"{arch}.attention.value_length") or usual)
+    return kv_heads * (keys + values) * 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import cast
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import httptools
 from multidict import CIMultiDict
 
-from keepwarm.errors import ConfigError, EngineDownError
+from keepwarm.errors import ConfigError, EngineDownError, EngineUnreachableError
 
 _CONNECT_S = 5.0
 # llama-server closes a connection on which nothing comes after five seconds (cpp-httplib's
@@ -37,7 +38,7 @@ class EngineHttp:
         """Take an address and, if the server asks for one, its key.
 
         Args:
-            base_url: the address.
+            base_url: the address; `unix:PATH`, or a path that ends in `.sock`, is a Unix socket.
             api_key: the server's key.
             opens_ahead: open the next request's connection behind a POST's reply. It holds one of
                 the server's HTTP threads for some seconds, so only for a server of our own.
@@ -45,8 +46,9 @@ class EngineHttp:
         Raises:
             ConfigError: it isn't an http or https URL.
         """
+        self._socket = _socket_path(base_url)
         try:
-            url = urlsplit(base_url)
+            url = urlsplit("http://localhost" if self._socket else base_url)
             port = url.port
         except ValueError:
             url, port = urlsplit(""), None
@@ -62,6 +64,7 @@ class EngineHttp:
         self._opening: asyncio.Future[_Received] | None = None
         self._ahead: _Received | None = None
         self._ahead_s = 0.0
+        self._open: weakref.WeakSet[_Received] = weakref.WeakSet()
         if api_key:
             self._fixed += f"Authorization: Bearer {api_key}\r\n"
 
@@ -90,6 +93,7 @@ class EngineHttp:
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("\r\n")
         received = self._take_ahead() or await self._connect()
+        self._open.add(received)
         received.is_head = method == "HEAD"
         response = Response(received, self._open_ahead if method == "POST" else _nothing)
         try:
@@ -110,14 +114,23 @@ class EngineHttp:
         if ahead := self._take_ahead():
             ahead.transport.close()
 
+    def abort(self) -> None:
+        """Break off whatever is under way: who waits for it gets EngineDownError."""
+        for received in list(self._open):
+            received.transport.abort()
+
     async def _connect(self) -> _Received:
         try:
             async with asyncio.timeout(_CONNECT_S):
-                _, received = await asyncio.get_running_loop().create_connection(
-                    _Received, self._host, self._port, ssl=self._tls
-                )
+                loop = asyncio.get_running_loop()
+                if self._socket:
+                    _, received = await loop.create_unix_connection(_Received, self._socket)
+                else:
+                    _, received = await loop.create_connection(
+                        _Received, self._host, self._port, ssl=self._tls
+                    )
         except (OSError, TimeoutError) as error:
-            raise EngineDownError(
+            raise EngineUnreachableError(
                 f"The engine can't be reached: {error or 'no connection in time'}."
             ) from error
         return received
@@ -150,6 +163,14 @@ def _nothing() -> None:
     pass
 
 
+def _socket_path(base_url: str) -> str:
+    """The path of a Unix socket that an address names; empty if it names none."""
+    if base_url.startswith("unix:"):
+        path = base_url.removeprefix("unix:")
+        return path.removeprefix("//") if path.startswith("//") else path
+    return base_url if base_url.endswith(".sock") and "://" not in base_url else ""
+
+
 class Response:
     """A reply: status and headers at once, the body as it comes."""
 
@@ -170,6 +191,12 @@ class Response:
     def is_stream(self) -> bool:
         """Whether server-sent events come."""
         return self.headers.get("Content-Type", "").startswith("text/event-stream")
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the body is JSON that we can read."""
+        kind = self.headers.get("Content-Type", "")
+        return kind.startswith("application/json") and "Content-Encoding" not in self.headers
 
     async def read_headers(self) -> None:
         """Wait until the headers are there.

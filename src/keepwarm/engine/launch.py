@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from keepwarm.engine.arguments import COSTS, REFUSED_VARIABLES, conflicts, flag_of
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.engine.options import EngineOptions
 from keepwarm.engine.process import (
@@ -17,8 +18,9 @@ from keepwarm.engine.process import (
     embedded_identity,
     free_port,
 )
-from keepwarm.errors import ConfigError
-from keepwarm.settings import EngineSettings
+from keepwarm.engine.tuning import tuning_of
+from keepwarm.errors import ConfigError, UnknownFlagError
+from keepwarm.settings import EngineSettings, variables_set
 
 log = logging.getLogger("keepwarm")
 
@@ -51,6 +53,20 @@ class Launch:
         if self.binary is None:
             return embedded_engine(self.options, port=self.port)
         return binary_engine(self.binary, self.options, port=self.port)
+
+    def without(self, error: UnknownFlagError) -> Launch:
+        """The same without the flag that this engine doesn't know, if it can be run so.
+
+        Raises:
+            UnknownFlagError: the user asked for it, or nothing works without.
+        """
+        options = self.options
+        ours = options.binary_flags(host="", port=0) if options else []
+        flag = flag_of(error.argument, ours[: len(ours) - len(options.extra)] if options else [])
+        if options is None or flag is None:
+            raise error
+        log.warning("this engine doesn't know %s: %s", flag, COSTS[flag])
+        return replace(self, options=replace(options, without=options.without | {flag}))
 
     def with_swa_full(self) -> Launch:
         """The same with sliding-window layers kept whole."""
@@ -101,12 +117,17 @@ async def plan_own(settings: EngineSettings, *, slot_dir: Path, tier_chars: int 
         chat_template=template,
         is_talking=log.isEnabledFor(logging.DEBUG),
         extra=settings.extra,
+        tuning=tuning_of(settings, embedded=not settings.binary),
     )
     binary = Path(settings.binary).expanduser() if settings.binary else None
     if settings.extra and binary is None:
         raise ConfigError(
             "Arguments behind `--` go to an engine binary, but the embedded engine is used. Give "
             "the binary with --engine PATH/llama-server."
+        )
+    if binary and (found := conflicts(settings.extra, variables_set(REFUSED_VARIABLES))):
+        raise ConfigError(
+            f"The engine can't be given {'; '.join(found)}. Leave it out, and run Keepwarm again."
         )
     identity = await binary_identity(binary) if binary else embedded_identity()
     return Launch(identity, model, options, binary, None, slot_dir, free_port())

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keepwarm.engine.arguments import leave_out
+from keepwarm.engine.tuning import Tuning
+
 # llama-server computes 512 tokens at a time anyway (`--ubatch-size`); with a logical batch of the
 # same size other slots decode in between, progress is reported and a hang-up noticed that often.
 BATCH_TOKENS = 512
@@ -35,7 +38,7 @@ class EngineOptions:
 
     `context_tokens` is shared by all slots: one pool if `unified`, else an equal part for each.
     `is_talking`: the log tells each request, not only what is wrong. `extra` goes to an engine
-    binary unchanged, behind all else.
+    binary unchanged, behind all else. `without`: flags that this binary doesn't know.
     """
 
     model: Path
@@ -51,6 +54,8 @@ class EngineOptions:
     swa_full: bool = False
     is_talking: bool = False
     extra: tuple[str, ...] = field(default=())
+    without: frozenset[str] = field(default=frozenset())
+    tuning: Tuning = field(default=Tuning({}))
 
     @property
     def _verbosity(self) -> int:
@@ -74,7 +79,9 @@ class EngineOptions:
             flags += ["--chat-template-file", str(self.chat_template)]
         if self.swa_full:
             flags.append("--swa-full")
-        return [*flags, *self.extra]
+        # Behind what they override: of a flag that is given twice, the last one counts.
+        flags += self.tuning.flags()
+        return [*leave_out(flags, self.without), *self.extra]
 
     def embedded_params(self, *, host: str, port: int) -> dict[str, Any]:
         """The same for `xllamacpp.CommonParams`: attribute paths and values."""
@@ -105,4 +112,4 @@ class EngineOptions:
             params["cpuparams_batch.n_threads"] = self.threads
         if self.chat_template:
             params["chat_template"] = self.chat_template.read_text(encoding="utf-8")
-        return params
+        return params | self.tuning.params()

@@ -21,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
+from keepwarm.engine.arguments import unknown_argument
 from keepwarm.engine.options import ENVIRONMENT, EngineOptions
-from keepwarm.errors import EngineStartError
+from keepwarm.errors import EngineStartError, UnknownFlagError
 from keepwarm.settings import child_environment
 
 # What a person needs of a failed start fits on a screen.
@@ -148,6 +149,12 @@ class EngineProcess:
         """Why the engine ended, with its last lines and what to do."""
         code = self._transport.get_returncode() if self._transport else None
         text = self.last_lines
+        if argument := unknown_argument(text):
+            return UnknownFlagError(
+                f"The engine {self._command[0]} doesn't know the argument {argument}. Leave it "
+                "out, or give a newer engine.",
+                argument=argument,
+            )
         advice = "Run the same model with llama-server by hand to see more."
         if "bind" in text or "address already in use" in text.lower():
             advice = (

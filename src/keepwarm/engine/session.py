@@ -13,7 +13,7 @@ from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.launch import Launch
 from keepwarm.engine.process import EngineProcess
-from keepwarm.errors import EngineStartError
+from keepwarm.errors import EngineStartError, UnknownFlagError
 from keepwarm.settings import EngineSettings
 
 _POLL_S = 0.03
@@ -54,9 +54,16 @@ async def engine_session(
         client = EngineClient(launch.base_url, api_key=settings.upstream_key or None)
         process = launch.process()
         try:
-            if process:
-                await process.start(on_line)
-            await wait_ready(client, process, timeout_s=settings.start_timeout_s)
+            while True:
+                if process:
+                    await process.start(on_line)
+                try:
+                    await wait_ready(client, process, timeout_s=settings.start_timeout_s)
+                except UnknownFlagError as error:
+                    launch = launch.without(error)
+                    process = launch.process()
+                else:
+                    break
             yield client, launch
         finally:
             if process:

@@ -1,44 +1,71 @@
 """Where the static part of a prompt ends, exactly, in tokens.
 
-Two requests that differ in the first user message only are rendered with the engine's own template
-and tokenized by its own tokenizer; what they have in common is what every request with that static
-part begins with. Counting on the text instead would miss tokens that merge across the boundary.
+Requests that differ behind the static part only are rendered with the engine's own template and
+tokenized by its own tokenizer; what they have in common is what every request with that static part
+begins with. Two of them have one user message, a third one has an earlier turn: some templates put
+the tools before the last user message, and others write a first turn otherwise. Counting on the
+text instead would miss tokens that merge across the boundary.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from keepwarm.core.prompt import Api
 from keepwarm.core.roles import SYSTEM_ROLES
-from keepwarm.engine.client import EngineClient
+from keepwarm.core.tree import Tokens, as_tokens, common_tokens
+from keepwarm.engine.counting import PromptCounter
+from keepwarm.errors import EngineDownError, EngineRefusedError
 
-# Two texts without a common beginning, in their letters or in any tokenizer's pieces.
-_PROBES = ("Quartz", "7 mild steps")
+# Turns without a common beginning, in their letters or in any tokenizer's pieces.
+_PROBES: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Quartz"}],
+    [{"role": "user", "content": "7 mild steps"}],
+)
+_EARLIER_TURN = [
+    {"role": "user", "content": "Quartz"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "7 mild steps"},
+]
 # What else of a body reaches the template.
 ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
 
 
-async def static_tokens(client: EngineClient, static: Mapping[str, Any]) -> list[int]:
+async def static_tokens(counter: PromptCounter, static: Mapping[str, Any]) -> list[int]:
     """The token ids that every chat request with this static part begins with.
 
     Args:
-        client: the engine whose template and tokenizer count.
+        counter: counts with the engine's template and tokenizer.
         static: a chat-completions body of the static messages and tools alone.
 
     Raises:
         EngineError: the engine refuses to render it or can't be reached.
     """
-    first, second = await asyncio.gather(*(_tokens(client, static, probe) for probe in _PROBES))
-    return first[: common_length(first, second)]
+    # The first one alone: what it has in common with the others isn't tokenised again.
+    first = await counter.count(_with_turns(static, _PROBES[0]))
+    second = await counter.count(_with_turns(static, _PROBES[1]))
+    third = await _earlier(counter, static)
+    end = common_tokens(first, second)
+    if third is not None:
+        end = min(end, common_tokens(first, third))
+    return [int(token) for token in first[:end]]
 
 
-async def _tokens(client: EngineClient, static: Mapping[str, Any], probe: str) -> list[int]:
+async def _earlier(counter: PromptCounter, static: Mapping[str, Any]) -> Tokens | None:
+    """A prompt with an earlier turn; None where the template refuses one."""
+    try:
+        return await counter.count(_with_turns(static, _EARLIER_TURN))
+    except EngineDownError:
+        raise
+    except EngineRefusedError:
+        return None
+
+
+def _with_turns(static: Mapping[str, Any], turns: list[dict[str, str]]) -> dict[str, Any]:
     request = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
-    request["messages"] = [*static["messages"], {"role": "user", "content": probe}]
-    return await client.tokenize(await client.render(request))
+    request["messages"] = [*static["messages"], *turns]
+    return request
 
 
 def _leading(messages: object) -> list[Any]:
@@ -52,10 +79,7 @@ def _leading(messages: object) -> list[Any]:
 
 def common_length(first: list[int], second: list[int]) -> int:
     """How many tokens two lists begin with alike."""
-    for i, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(second))
+    return common_tokens(as_tokens(first), as_tokens(second))
 
 
 def static_body(api: Api, body: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -89,3 +113,13 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": tool.get("parameters") or {},
     }
     return {"type": "function", "function": function}
+
+
+def rendered_from(api: Api, body: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
+    """What a request's prompt is counted from: a chat body, or its text; None if neither."""
+    if api == "completion":
+        prompt = body.get("prompt")
+        return prompt if isinstance(prompt, str) else None
+    if api != "chat":
+        return None
+    return body

@@ -60,13 +60,15 @@ class SharedPart(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """The `[shared]` table. Without a `url` nodes share nothing.
 
     `options` go to the object store's library as they are (`endpoint`, `region`, keys);
-    `allow_http` lets it speak without encryption. The bandwidths bound each node, in bytes a
-    second; 0 is no bound.
+    `allow_http` lets it speak without encryption. With a `key_file` only what was written by
+    somebody who has the key is taken. The bandwidths bound each node, in bytes a second; 0 is no
+    bound.
     """
 
     url: str = ""
     options: dict[str, str] = {}
     allow_http: bool = False
+    key_file: str = ""
     upload_bytes_per_s: _Rate = 0.0
     download_bytes_per_s: _Rate = 0.0
     timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0

@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from keepwarm.core.hygiene import hygiene_of
-from keepwarm.errors import UnauthorizedError
+from keepwarm.errors import RequestError
 from keepwarm.fleet.config import fleet_of
 from keepwarm.fleet.replica import Head
 from keepwarm.fleet.status import fleet_metrics, fleet_status
-from keepwarm.fleet.wire import ask_of
-from keepwarm.gateway.keys import load_keys
+from keepwarm.fleet.wire import ask_of, bounded
 from keepwarm.gateway.pages import load_page
+from keepwarm.keys import load_keys
 from keepwarm.settings import load_settings
 
 log = logging.getLogger("keepwarm.fleet")
@@ -34,6 +34,8 @@ _GONE = (
     "The node that answered this request went away in the middle of it. The fleet goes on; send "
     "the request again."
 )
+# Load balancers ask for it without a key.
+_OPEN = "/health"
 # Files and batches are a node's own, and the next request may go to another node.
 _OF_ONE_NODE = ("/v1/files", "/v1/batches")
 _NO_BATCHES = (
@@ -51,31 +53,38 @@ class Front:
         self._nodes = nodes.options(stream=True)
         config = fleet_of(plain, source="fleet config")
         settings = load_settings(flags=config.node_flags())[0]
+        self._max_body_bytes = settings.server.max_body_bytes
         self._keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
         self._hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self._html, self._html_headers = load_page("fleet.html")
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
+        try:
+            return await self._answer(request)
+        except RequestError as error:
+            return _refused(str(error), error.kind, error.status)
+
+    async def _answer(self, request: Request) -> Response:
         path = request.url.path
         if path == "/keepwarm":
             return RedirectResponse("/keepwarm/", 301)
         if path == "/keepwarm/":
             # What it shows comes from /keepwarm/fleet, which asks for the key.
             return Response(self._html, media_type="text/html", headers=self._html_headers)
+        if path != _OPEN:
+            # Before the body: who has no key makes nobody hold one.
+            self._keys.namespace(request.headers)
         if path in _PAGES:
-            try:
-                self._keys.namespace(request.headers)
-            except UnauthorizedError as error:
-                return _refused(str(error), error.kind, error.status)
             return _PAGES[path]()
         if path.startswith(_OF_ONE_NODE):
             return _refused(_NO_BATCHES, "invalid_request_error", 501)
-        return await self._pass_on(request)
+        declared = request.headers.get("content-length")
+        body = await bounded(request.stream(), declared, most=self._max_body_bytes)
+        return await self._pass_on(request, body)
 
-    async def _pass_on(self, request: Request) -> Response:
+    async def _pass_on(self, request: Request, body: bytes) -> Response:
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        body = await request.body()
         ask = ask_of(request.method, path, request.headers.items(), body, self._hygiene)
         for attempt in range(1, TRIES + 1):
             answer = self._nodes.ask.remote(ask)

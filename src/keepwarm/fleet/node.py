@@ -21,11 +21,12 @@ from keepwarm.core.plan import prompt_tokens
 from keepwarm.core.prompt import prompt_of
 from keepwarm.core.slots import SlotState
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.dispatcher import Dispatcher, Grant
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.objects import Seal
 from keepwarm.fleet.second import Objects, SecondLevel
-from keepwarm.gateway.dispatcher import Dispatcher, Grant
-from keepwarm.gateway.runtime import Runtime, State
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
 
@@ -43,6 +44,9 @@ class _FetchingDispatcher(Dispatcher):
 
     async def acquire(self, job: Job, static: dict[str, Any] | list[int] | None) -> Grant:
         """See `Dispatcher.acquire`."""
+        if job.chat is not None and not job.is_counted:
+            # The node's own store is matched by tokens, and what it has isn't fetched again.
+            await self.count_ahead(job)
         total = prompt_tokens(job.demand(), self.rates)
         brought = await self.second.bring(
             job.prompt,
@@ -59,11 +63,11 @@ class _FetchingDispatcher(Dispatcher):
 
     def _local_tokens(self, job: Job) -> int:
         """How much of a prompt a slot or the node's own store holds."""
-        stored = self.scheduler.lookup(job.prompt, job.namespace)
+        stored = self.scheduler.lookup(job.prompt, job.namespace, job.ids)
         best = stored.tokens if stored is not None else 0
         for slot in self.scheduler.slots:
             if slot.content is not None and not slot.is_foreign(job.namespace):
-                best = max(best, slot.content.match(job.prompt)[1].tokens)
+                best = max(best, slot.content.reuse(job.prompt, job.ids, cuttable=True).tokens)
         return best
 
 
@@ -92,11 +96,13 @@ class NodeRuntime(Runtime):
         places: Places,
         *,
         shared: Objects | None = None,
+        seal: Seal | None = None,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         """As `Runtime`."""
         super().__init__(settings, places, on_status=on_status)
         self._shared = shared
+        self._seal = seal
         self.second: SecondLevel | None = None
         self.moved: OrderedDict[str, int] = OrderedDict()
         """Tokens that were moved for a request, by its id; the latest requests'."""
@@ -122,10 +128,14 @@ class NodeRuntime(Runtime):
             await self.second.close()
         rates = self.dispatcher.rates
         self.second = SecondLevel(
-            self.store, self._shared, rates=rates, row_bytes=self.machine.row_bytes
+            self.store,
+            self._shared,
+            rates=rates,
+            row_bytes=self.machine.row_bytes,
+            seal=self._seal,
         )
         dispatcher = _FetchingDispatcher(
-            self.dispatcher.scheduler, self.client, self.slot_store, self.metrics, self.supervise
+            self.dispatcher.scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         dispatcher.second, dispatcher.moved = self.second, self.moved
         self.dispatcher = dispatcher

@@ -22,15 +22,17 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.core.hints import NODE_HEADER
+from keepwarm.deployment.runtime import State
 from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import Ledger
 from keepwarm.fleet.node import NodeRuntime, backlog_s, node_directory
+from keepwarm.fleet.objects import read_seal
 from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
 from keepwarm.fleet.wire import Ask, Told, packed
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.runtime import State
+from keepwarm.gateway.listening import Runner
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import load_settings
 
@@ -71,7 +73,8 @@ class Node:
         }
         settings, places = load_settings(flags=flags)
         self.name = place.name
-        self._runtime = NodeRuntime(settings, places, shared=_shared(config))
+        seal = read_seal(config.shared.key_file)
+        self._runtime = NodeRuntime(settings, places, shared=_shared(config), seal=seal)
         self._began_s = time.monotonic()
         self._numbers = itertools.count()
         self._asked = 0
@@ -86,9 +89,7 @@ class Node:
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - self._began_s)
 
     async def _listen(self) -> None:
-        self._runner = web.AppRunner(
-            make_app(self._runtime), handler_cancellation=True, access_log=None
-        )
+        self._runner = Runner(make_app(self._runtime))
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

@@ -9,6 +9,12 @@ kept, before the request is planned. Then the local store simply has them.
 
 Any doubt or failure ends in a cold prefill, counted by reason. Rows that turned out wrong are not
 asked for again in this process's life.
+
+Bounds:
+1. A request waits for the shared store no longer than its cold prefill would take (`_stake_s`). A
+   fetch that takes longer goes on without it, and what comes is there for the next request.
+2. An object that doesn't fit the time limit (`slow`) is tried twice and then left: others pass it
+   by, in both directions, and the marks that need it aren't written.
 """
 
 from __future__ import annotations
@@ -20,15 +26,15 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from keepwarm.core.prompt import BLOCK_CHARS, Mark, Prompt
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.core.slotfile import Buffer
 from keepwarm.core.tree import SHARED
 from keepwarm.errors import SnapshotError
 from keepwarm.fleet.costs import MOVE_MIN_TOKENS, Costs, Origin, best_way
 from keepwarm.fleet.objects import (
+    Seal,
     mark_name,
     pack_mark,
     pack_rows,
@@ -36,6 +42,7 @@ from keepwarm.fleet.objects import (
     unpack_mark,
     unpack_rows,
 )
+from keepwarm.slotfile import Buffer
 from keepwarm.store import exchange
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.exchange import Path, Piece, Place
@@ -51,6 +58,7 @@ turn, an edited one from a few before."""
 FETCHES_AT_ONCE = 8
 _MARK_TIMEOUT_S = 1.0
 _KNOWN_ADDRESSES = 100_000
+_SLOW_TRIES = 2
 CHECK_AGAIN_S = 3600.0
 """Objects may expire; an hour after it was seen one is looked for again before it is relied on."""
 # A request isn't held up for a look at the shared store unless this much prefill is at stake.
@@ -64,14 +72,24 @@ class Objects(Protocol):
     def is_away(self) -> bool:
         """Whether calls are refused just now."""
 
-    async def get(self, name: str, *, timeout_s: float | None = None) -> Buffer | None:
-        """An object's bytes, or None. Raises: SnapshotError('away')."""
+    async def get(
+        self, name: str, *, timeout_s: float | None = None, size_bytes: int = 0
+    ) -> Buffer | None:
+        """An object of about this size, or None. Raises: SnapshotError('away', 'slow')."""
 
     async def has(self, name: str) -> bool:
         """Whether there is one. Raises: SnapshotError('away')."""
 
     async def put(self, name: str, buffers: Sequence[Buffer]) -> int:
-        """Write one; returns its bytes. Raises: SnapshotError('away')."""
+        """Write one; returns its bytes. Raises: SnapshotError('away', 'slow')."""
+
+
+class _Ours(TypedDict):
+    """What this node's objects are marked with."""
+
+    fingerprint: str
+    layout: str | None
+    seal: Seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +125,11 @@ class SecondLevel:
         *,
         rates: Rates,
         row_bytes: int,
+        seal: Seal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._seal = seal or Seal()
         self._shared = shared
         self._rates = rates
         self._row_bytes = row_bytes
@@ -123,6 +143,7 @@ class SecondLevel:
         self._pending: deque[int] = deque()
         self._there: OrderedDict[str, float] = OrderedDict()
         self._bad: set[str] = set()
+        self._slow: Counter[str] = Counter()
         self._bringing: dict[tuple[str, bytes], asyncio.Task[Brought | None]] = {}
         self._task: asyncio.Task[None] | None = None
         self.counts = SecondCounts()
@@ -193,6 +214,28 @@ class SecondLevel:
         ):
             return None
         self.counts.asked += 1
+        moving = self._bring(
+            prompt,
+            namespace,
+            total_tokens=total_tokens,
+            local_tokens=local_tokens,
+            wait_s=wait_s,
+        )
+        try:
+            return await asyncio.wait_for(moving, stake_s)
+        except TimeoutError:
+            self.counts.misses["late"] += 1
+            return None
+
+    async def _bring(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        *,
+        total_tokens: int,
+        local_tokens: int,
+        wait_s: float,
+    ) -> Brought | None:
         try:
             found = await self._longest(message_ends(prompt), namespace, prompt)
             if found is None:
@@ -229,7 +272,7 @@ class SecondLevel:
         if hit is None:
             return
         try:
-            if await self._shared.has(mark_name(self._fingerprint, SHARED, digest)):
+            if await self._shared.has(mark_name(self._fingerprint, SHARED, digest, self._seal)):
                 return
             mark = StoreMark(digest, hit.at_tokens, hit.is_exact)
             await self._write_mark(SHARED, mark, hit.extent_id)
@@ -262,13 +305,13 @@ class SecondLevel:
         return best
 
     async def _mark(self, namespace: str, digest: bytes) -> tuple[bool, Path] | None:
-        name = mark_name(self._fingerprint, namespace, digest)
+        name = mark_name(self._fingerprint, namespace, digest, self._seal)
         began_s = self._clock()
         data = await self._shared.get(name, timeout_s=_MARK_TIMEOUT_S)
         self._call_s.learn(self._clock() - began_s)
         if data is None:
             return None
-        return unpack_mark(data, fingerprint=self._fingerprint, layout=self._layout)
+        return unpack_mark(data, name=name, **self._as_ours)
 
     async def _single(
         self, namespace: str, digest: bytes, is_exact: bool, path: Path
@@ -279,8 +322,14 @@ class SecondLevel:
         if task is None:
             work = self._fetch(namespace, digest, is_exact, path)
             task = self._bringing[key] = asyncio.get_running_loop().create_task(work)
-            task.add_done_callback(lambda _: self._bringing.pop(key, None))
+            task.add_done_callback(lambda done: self._brought(key, done))
         return await asyncio.shield(task)
+
+    def _brought(self, key: tuple[str, bytes], done: asyncio.Task[Brought | None]) -> None:
+        """A fetch has ended, perhaps behind the requests that waited for it."""
+        self._bringing.pop(key, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.debug("a fetch failed: %s", error)
 
     async def _fetch(
         self, namespace: str, digest: bytes, is_exact: bool, path: Path
@@ -297,6 +346,8 @@ class SecondLevel:
         lacking = [place for place in path.places if place.take > local]
         if any(place.address in self._bad for place in lacking):
             raise SnapshotError("rows that were found damaged before", reason="quarantined")
+        if any(self._slow[place.address] >= _SLOW_TRIES for place in lacking):
+            raise SnapshotError("rows that don't fit the time limit", reason="slow")
         room = asyncio.Semaphore(FETCHES_AT_ONCE)
         pieces = await asyncio.gather(*(self._rows(place, room) for place in lacking))
         fetched_s = self._clock() - began_s
@@ -325,12 +376,17 @@ class SecondLevel:
         return Brought(path.tokens.size, moved, size, self._clock() - began_s)
 
     async def _rows(self, place: Place, room: asyncio.Semaphore) -> Piece:
+        name = rows_name(self._fingerprint, place, self._seal)
         async with room:
-            data = await self._shared.get(rows_name(self._fingerprint, place))
+            try:
+                data = await self._shared.get(name, size_bytes=place.size_bytes)
+            except SnapshotError as error:
+                self._slow[place.address] += error.reason == "slow"
+                raise
         if data is None:
             raise SnapshotError("rows that a mark names are gone", reason="missing")
         try:
-            piece = unpack_rows(data, fingerprint=self._fingerprint, layout=self._layout)
+            piece = unpack_rows(data, name=name, **self._as_ours)
         except SnapshotError:
             self._bad.add(place.address)
             raise
@@ -361,20 +417,26 @@ class SecondLevel:
             except SnapshotError as error:
                 if error.reason == "away":
                     raise
-                self._missed(error)  # evicted or quarantined meanwhile
+                self._missed(error)  # evicted or quarantined meanwhile, or too slow
             self._pending.popleft()
             self._idle_since_s = self._clock()
 
     async def _write_extent(self, extent_id: int) -> None:
         """Write an extent's rows unless they are there."""
         hit = await exchange.read_place(self._store, extent_id)
-        name = rows_name(self._fingerprint, hit)
+        name = rows_name(self._fingerprint, hit, self._seal)
         if self._is_there(hit.address):
             return
+        if self._slow[hit.address] >= _SLOW_TRIES:
+            raise SnapshotError("rows that don't fit the time limit", reason="slow")
         if not await self._shared.has(name):
             piece = await exchange.read_piece(self._store, extent_id)
-            packed = pack_rows(piece, fingerprint=self._fingerprint, layout=self._layout)
-            self.counts.stored_bytes += await self._shared.put(name, packed)
+            packed = pack_rows(piece, name=name, **self._as_ours)
+            try:
+                self.counts.stored_bytes += await self._shared.put(name, packed)
+            except SnapshotError as error:
+                self._slow[hit.address] += error.reason == "slow"
+                raise
             self.counts.stored_extents += 1
         self._note(hit.address)
 
@@ -384,9 +446,13 @@ class SecondLevel:
         for place, owner in zip(path.places, path.extents, strict=True):
             if not self._is_there(place.address):
                 await self._write_extent(owner)
-        name = mark_name(self._fingerprint, namespace, mark.digest)
-        packed = pack_mark(mark, path, fingerprint=self._fingerprint, layout=self._layout)
+        name = mark_name(self._fingerprint, namespace, mark.digest, self._seal)
+        packed = pack_mark(mark, path, name=name, **self._as_ours)
         await self._shared.put(name, packed)
+
+    @property
+    def _as_ours(self) -> _Ours:
+        return {"fingerprint": self._fingerprint, "layout": self._layout, "seal": self._seal}
 
     def _is_there(self, address: str) -> bool:
         return self._clock() - self._there.get(address, float("-inf")) < CHECK_AGAIN_S

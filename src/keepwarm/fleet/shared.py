@@ -3,7 +3,8 @@
 Theory of operation. Everything here may fail or hang, and then costs warmth only. A call that
 fails or takes too long makes the store *away*: further calls are refused at once, without a
 round trip, until a pause is over, which doubles with each failure up to a minute. Uploads and
-downloads are paced each to a number of bytes a second, so that they never crowd out requests.
+downloads are paced each to a number of bytes a second, so that they never crowd out requests. A
+transfer that is merely too large for the time limit is *slow*: it fails, and the store isn't away.
 
 The library is obstore (S3, GCS, Azure, HTTP, a directory): credentials, endpoint and encryption at
 rest are its and the store's affair, from the options given and the environment as usual there.
@@ -19,14 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 
 T = TypeVar("T")
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+SLOWEST_BYTES_PER_S = 1e6
+"""A transfer may take as long as this many bytes a second need, beyond the time limit of a call."""
+LARGE_BYTES = 1 << 20
+"""From here on a transfer that takes too long is a slow one; a small call that does is a store that
+is away."""
 
 
 @dataclass(slots=True)
@@ -91,16 +97,23 @@ class SharedStore:
         """Whether calls are refused just now."""
         return self._clock() < self._away_until_s
 
-    async def get(self, name: str, *, timeout_s: float | None = None) -> bytes | memoryview | None:
-        """An object's bytes, or None if there is none of this name."""
+    async def get(
+        self, name: str, *, timeout_s: float | None = None, size_bytes: int = 0
+    ) -> bytes | memoryview | None:
+        """An object's bytes, or None if there is none of this name.
+
+        It is paced before it is asked for, by `size_bytes`: how large it is expected to be. A wait
+        of our own making says nothing of the store, and isn't within the time limit.
+        """
+        await asyncio.sleep(self._download.delay_s(size_bytes))
 
         async def read() -> memoryview:
             found = await self._library.get_async(self._objects, name)
-            await asyncio.sleep(self._download.delay_s(found.meta["size"]))
             return memoryview(await found.bytes_async())
 
-        data = await self._try(read, timeout_s or self._timeout_s)
+        data = await self._try(read, timeout_s or self._timeout_s, size_bytes)
         if data is not None:
+            self._download.delay_s(max(len(data) - size_bytes, 0))  # the next one waits for it
             self.counts.reads += 1
             self.counts.read_bytes += len(data)
         return data
@@ -112,7 +125,7 @@ class SharedStore:
             await self._library.head_async(self._objects, name)
             return True
 
-        return bool(await self._try(look, self._timeout_s))
+        return bool(await self._try(look, self._timeout_s, 0))
 
     async def put(self, name: str, buffers: Sequence[Buffer]) -> int:
         """Write an object, whole or not at all; returns its bytes. What was there is replaced."""
@@ -123,22 +136,28 @@ class SharedStore:
             await self._library.put_async(self._objects, name, data)
             return True
 
-        await self._try(write, self._timeout_s)
+        await self._try(write, self._timeout_s, len(data))
         self.counts.writes += 1
         self.counts.written_bytes += len(data)
         return len(data)
 
-    async def _try(self, work: Callable[[], Awaitable[T]], timeout_s: float) -> T | None:
-        """None if what is asked for isn't there. Raises: SnapshotError('away')."""
+    async def _try(
+        self, work: Callable[[], Awaitable[T]], timeout_s: float, size_bytes: int
+    ) -> T | None:
+        """None if what is asked for isn't there. Raises: SnapshotError('away', 'slow')."""
         if self.is_away:
             raise SnapshotError("the shared store is away", reason="away")
         try:
-            result = await asyncio.wait_for(work(), timeout_s)
+            result = await asyncio.wait_for(work(), timeout_s + size_bytes / SLOWEST_BYTES_PER_S)
         except (self._missing, FileNotFoundError):
             self._pause_s = PAUSE_S
             return None
         except (self._failure, OSError, TimeoutError) as error:
             self.counts.failures += 1
+            if isinstance(error, TimeoutError) and size_bytes >= LARGE_BYTES:
+                raise SnapshotError(
+                    f"{size_bytes:,} bytes take the shared store too long", reason="slow"
+                ) from error
             self._away_until_s = self._clock() + self._pause_s
             self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
             # The library's messages name the URL and what the server said, over many lines.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hints import NODE_HEADER
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import Api, prompt_of
-from keepwarm.errors import KeepwarmError
+from keepwarm.errors import KeepwarmError, TooLargeError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
 from keepwarm.gateway.asked import PLANNED, cleaned_body
@@ -143,3 +143,24 @@ def _marks(
 def _asked_node(headers: Sequence[tuple[str, str]]) -> str:
     """The node that a sender would rather have."""
     return next((v.strip() for k, v in headers if k.lower() == NODE_HEADER.lower()), "")
+
+
+async def bounded(chunks: AsyncIterator[bytes], declared: str | None, *, most: int) -> bytes:
+    """A request's body, no more of it than allowed.
+
+    Args:
+        chunks: it, as it comes.
+        declared: its `Content-Length`, if there is one.
+        most: bytes (`server.max_body_bytes`).
+
+    Raises: TooLargeError; what came is dropped.
+    """
+    too_large = TooLargeError(f"The request body is over {most:,} bytes (server.max_body_bytes).")
+    if declared and declared.isdecimal() and int(declared) > most:
+        raise too_large
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)

@@ -7,85 +7,40 @@ from contextlib import closing
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
-from keepwarm.core.prompt import Api
+from keepwarm.deployment.explaining import observe_deployment
+from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import (
     EngineDownError,
-    EngineRefusedError,
-    KeepwarmError,
     RequestError,
-    TooLargeError,
 )
-from keepwarm.gateway.asked import PLANNED
-from keepwarm.gateway.batch_api import add_batch_routes
-from keepwarm.gateway.dialect import dialect_of
-from keepwarm.gateway.ending import observe_deployment
-from keepwarm.gateway.metrics import merged
-from keepwarm.gateway.pages import add_page_routes
-from keepwarm.gateway.proxy import Proxy, error_response
-from keepwarm.gateway.runtime import Runtime, State
-from keepwarm.gateway.tiering import AUTO
+from keepwarm.explain.metrics import merged
+from keepwarm.gateway.batch_api import batch_handlers
+from keepwarm.gateway.door import Answer, Door, go_on, let_page_read, namespace_of, read_body
+from keepwarm.gateway.pages import page_handlers
+from keepwarm.gateway.proxy import Proxy
+from keepwarm.gateway.views import status_now
+from keepwarm.tiers.tiering import AUTO
 
 log = logging.getLogger("keepwarm")
 
 
 def make_app(runtime: Runtime) -> web.Application:
     """The application over a runtime, which may still be starting."""
-    app = web.Application(
-        client_max_size=runtime.settings.server.max_body_bytes,
-        middlewares=[_errors(runtime)],
-    )
+    app = web.Application(client_max_size=runtime.settings.server.max_body_bytes)
     proxy = Proxy(runtime)
     site = _Site(runtime)
-
-    def planned(api: Api) -> Handler:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            return await proxy.handle(request, api)
-
-        return handle
-
-    for path, api in PLANNED.items():
-        app.router.add_post(path, planned(api))
-    app.router.add_post("/v1/messages", proxy.handle_messages)
-    app.router.add_get("/health", site.health)
-    app.router.add_get("/metrics", site.metrics)
-    app.router.add_get("/v1/models", site.models)
-    app.router.add_get("/models", site.models)
-    app.router.add_get("/keepwarm/status", site.status)
-    app.router.add_post("/keepwarm/route", site.route)
-    app.router.add_post("/slots/{id}", site.refuse_slot_action)
-    app.router.add_post("/lora-adapters", site.refuse_adapters)
-    add_batch_routes(app, runtime, proxy)
-    add_page_routes(app, runtime)
-    app.router.add_route("*", "/{path:.*}", proxy.pass_through)
+    own = {
+        **site.handlers(),
+        **batch_handlers(app, runtime, proxy),
+        **page_handlers(app, runtime),
+    }
+    door = Door(runtime, own=own, planned=proxy.handle, passed=proxy.pass_through)
+    # The table of routes is `api.routes`; aiohttp only brings what comes to the door.
+    app.router.add_route("*", "/{path:.*}", door.answer, expect_handler=go_on)
+    app.middlewares.append(door.unrouted)
+    app.on_response_prepare.append(let_page_read)
     return app
-
-
-def _errors(runtime: Runtime) -> Middleware:
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except EngineRefusedError as error:
-            return web.Response(
-                body=error.body, status=error.refused_status, content_type="application/json"
-            )
-        except KeepwarmError as error:
-            runtime.metrics.failed(error.kind)
-            if error.status >= 500:
-                log.warning("%s %s: %s", request.method, request.path, error)
-            response = error_response(error, dialect_of(request.path))
-            response.headers.update(error.headers)
-            return response
-        except web.HTTPRequestEntityTooLarge:
-            limit = runtime.settings.server.max_body_bytes
-            too_large = TooLargeError(
-                f"The request body is over {limit:,} bytes (server.max_body_bytes)."
-            )
-            return error_response(too_large, dialect_of(request.path))
-
-    return middleware
 
 
 class _Site:
@@ -93,6 +48,22 @@ class _Site:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+
+    def handlers(self) -> dict[str, Answer]:
+        """By the names of the table of routes."""
+        return {
+            "knock": self.knock,
+            "health": self.health,
+            "metrics": self.metrics,
+            "models": self.models,
+            "status": self.status,
+            "engine_slots": self.engine_slots,
+            "route": self.route,
+        }
+
+    async def knock(self, _: web.Request) -> web.StreamResponse:
+        """Clients ask for `HEAD /` to see whether somebody is there."""
+        return web.Response(status=200)
 
     async def health(self, _: web.Request) -> web.StreamResponse:
         """200 only when all pinned prefixes are warm."""
@@ -104,7 +75,9 @@ class _Site:
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
+        if not runtime.keys.sees_all(namespace_of(request)):
+            text = runtime.metrics.text_for_everyone()
+            return web.Response(body=text, content_type="text/plain", charset="utf-8")
         await runtime.explainer.settled()
         observe_deployment(runtime)
         text = runtime.metrics.text()
@@ -120,7 +93,6 @@ class _Site:
     async def models(self, request: web.Request) -> web.StreamResponse:
         """The engine's model and the tiers as virtual ones."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
         await runtime.admitted()
         body = await runtime.client.models()
         created = int(runtime.started_s)
@@ -141,52 +113,28 @@ class _Site:
     async def status(self, request: web.Request) -> web.StreamResponse:
         """What is warm where."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
-        body = {
-            "state": runtime.state.value,
-            "status": runtime.status,
-            "engine_pid": runtime.engine_pid,
-            "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
-            "warmed": [w.as_dict() for w in runtime.prefixes.warmed],
-        }
-        if hasattr(runtime, "dispatcher"):
-            body["slots"] = [
-                {
-                    "id": slot.id,
-                    "state": slot.state.value,
-                    "tokens": slot.content.tokens if slot.content else 0,
-                    "saved_tokens": slot.content.saved_tokens if slot.content else 0,
-                }
-                for slot in runtime.dispatcher.scheduler.slots
-            ]
-            body["store"] = msgspec.to_builtins(runtime.store.stats())
-        return _json(body)
+        return _json(status_now(runtime, namespace_of(request)))
 
     async def route(self, request: web.Request) -> web.StreamResponse:
         """Explain which tier a chat body, or a `{"text": ...}`, would get now."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
         await runtime.admitted()
         try:
-            body = msgspec.json.decode(await request.read(), type=dict)
+            body = msgspec.json.decode(await read_body(request), type=dict)
         except msgspec.DecodeError as error:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
         return _json(runtime.router.decide("chat", body, explain=True).to_json())
 
-    async def refuse_slot_action(self, _: web.Request) -> web.StreamResponse:
-        """Slots are Keepwarm's to change."""
-        raise RequestError(
-            "Slots are saved, restored and erased by Keepwarm itself; /slots is read-only here."
-        )
-
-    async def refuse_adapters(self, _: web.Request) -> web.StreamResponse:
-        """What is saved and what slots hold was computed with the adapters there were."""
-        raise RequestError(
-            "Adapters for all requests can't be changed while Keepwarm keeps what was computed "
-            'without the change. Name them in a request ("lora"), or start the server with them.'
-        )
+    async def engine_slots(self, request: web.Request) -> web.StreamResponse:
+        """The engine's `/slots`; of them only which are at work, where others' are among them."""
+        await self._runtime.admitted()
+        slots = await self._runtime.client.slots()
+        if not self._runtime.keys.sees_all(namespace_of(request)):
+            shown = ("id", "n_ctx", "speculative", "is_processing")
+            slots = [{key: slot[key] for key in shown if key in slot} for slot in slots]
+        return _json(slots)
 
 
 def _json(body: object, *, status: int = 200) -> web.Response:

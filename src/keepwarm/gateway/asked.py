@@ -17,10 +17,11 @@ from keepwarm.core.hygiene import Cleaned, Hygiene, Kind
 from keepwarm.core.prompt import Api, SharedEnd, segments_of
 from keepwarm.errors import RequestError
 from keepwarm.gateway.dialect import OPENAI, Dialect
-from keepwarm.gateway.tiering import Tiered
+from keepwarm.tiers.tiering import Tiered
 
 # An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.
 INFILL = "/infill"
+MESSAGES = "/v1/messages"
 # Paths whose requests get a slot that was chosen for them, and the shape of their bodies.
 PLANNED: Mapping[str, Api] = {
     "/v1/chat/completions": "chat",

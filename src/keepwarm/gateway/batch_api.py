@@ -18,45 +18,38 @@ import msgspec
 from aiohttp import BodyPartReader, web
 
 from keepwarm.batch.hours import parse_hours
-from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
+from keepwarm.gateway.door import Answer, SlowBodyError, namespace_of, read_body
 from keepwarm.gateway.proxy import Proxy, decode_body
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 _PURPOSES = ("batch", "user_data")
 _WINDOW = re.compile(r"^(\d{1,4})(h|d)$")
 _MAX_METADATA = 16
 _CHUNK_BYTES = 1 << 20
+_SILENCE_S = 30.0
 
 log = logging.getLogger("keepwarm")
 
 T = TypeVar("T")
 
 
-def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> None:
-    """Add the routes, and run batches for as long as the application does.
+def batch_handlers(app: web.Application, runtime: Runtime, proxy: Proxy) -> dict[str, Answer]:
+    """What answers for files and batches, by the names of the table of routes. Batches run for as
+    long as the application does.
 
     Raises:
         ConfigError: the settings' hours can't be read.
     """
     hours = parse_hours(runtime.settings.batch.hours)
     site = _Site(runtime, proxy)
-    app.router.add_post("/keepwarm/warm-prefix", site.warm_prefix)
-    app.router.add_post("/v1/files", site.upload)
-    app.router.add_get("/v1/files", site.files)
-    app.router.add_get("/v1/files/{id}", site.file)
-    app.router.add_delete("/v1/files/{id}", site.delete)
-    app.router.add_get("/v1/files/{id}/content", site.content)
-    app.router.add_post("/v1/batches", site.create)
-    app.router.add_get("/v1/batches", site.batches)
-    app.router.add_get("/v1/batches/{id}", site.batch)
-    app.router.add_post("/v1/batches/{id}/cancel", site.cancel)
 
     async def serve_batches() -> None:
         # Nothing is written for a deployment that doesn't come up.
@@ -83,6 +76,18 @@ def add_batch_routes(app: web.Application, runtime: Runtime, proxy: Proxy) -> No
 
     app.on_startup.append(begin)
     app.on_cleanup.append(end)
+    return {
+        "warm_prefix": site.warm_prefix,
+        "upload": site.upload,
+        "files": site.files,
+        "file": site.file,
+        "delete_file": site.delete,
+        "file_content": site.content,
+        "create_batch": site.create,
+        "batches": site.batches,
+        "batch": site.batch,
+        "cancel_batch": site.cancel,
+    }
 
 
 class NoBatchesError(KeepwarmError):
@@ -100,6 +105,7 @@ class _Site:
         self._proxy = proxy
         self._ledger: Ledger | None = None
         self._service: BatchService | None = None
+        self._receiving_bytes = 0
         self.unable = "The server is starting."
 
     def open(self, ledger: Ledger, service: BatchService) -> None:
@@ -115,7 +121,7 @@ class _Site:
         The body is `{"url", "body"}` as in a batch's line. Nothing is generated.
         """
         namespace = self._namespace(request)
-        said = decode_body(await request.read())
+        said = decode_body(await read_body(request))
         url, body = said.get("url", "/v1/chat/completions"), said.get("body")
         if url not in URLS or not isinstance(body, dict):
             raise RequestError(
@@ -151,24 +157,26 @@ class _Site:
                 lambda led: led.add_file(part, namespace=namespace, filename=name, purpose=why)
             )
         finally:
-            part.unlink(missing_ok=True)
+            self.ledger.drop_part(part)
         return _json(made)
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
         """Write an upload down as it comes, within the bounds."""
         settings = self._runtime.settings.batch
-        room = min(settings.max_file_bytes, settings.quota_bytes - self.ledger.used_bytes())
         size = 0
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with disk_errors(part):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            while chunk := await field.read_chunk(_CHUNK_BYTES):
+            while chunk := await _chunk_of(field):
                 size += len(chunk)
+                self._receiving_bytes += len(chunk)
                 if size > settings.max_file_bytes:
                     raise TooLargeError(
                         f"The file is over {settings.max_file_bytes:,} bytes "
                         "(batch.max_file_bytes)."
                     )
-                if size > room:
+                # Other uploads that come meanwhile take room, too.
+                if self._receiving_bytes > settings.quota_bytes - self.ledger.used_bytes():
                     raise DiskFullError(
                         f"The files would take over {settings.quota_bytes:,} bytes "
                         "(batch.quota_bytes). Delete some."
@@ -176,8 +184,9 @@ class _Site:
                 await asyncio.to_thread(_write_all, fd, bytes(chunk))
             await asyncio.to_thread(os.fsync, fd)
         except OSError as error:
-            raise DiskFullError(f"The file can't be written: {error.strerror}.") from error
+            raise unwritable(part, error) from error
         finally:
+            self._receiving_bytes -= size
             os.close(fd)
 
     async def files(self, request: web.Request) -> web.StreamResponse:
@@ -207,7 +216,7 @@ class _Site:
     async def create(self, request: web.Request) -> web.StreamResponse:
         """Begin a batch over an uploaded file."""
         namespace = self._namespace(request)
-        said = decode_body(await request.read())
+        said = decode_body(await read_body(request))
         endpoint, file_id = said.get("endpoint"), said.get("input_file_id")
         window, metadata = said.get("completion_window"), said.get("metadata")
         if endpoint not in URLS:
@@ -266,7 +275,7 @@ class _Site:
         return self._service
 
     def _namespace(self, request: web.Request) -> str:
-        return self._runtime.keys.namespace(request.headers)
+        return namespace_of(request)
 
     def _live(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "request_counts": self.service.counts(batch)}
@@ -274,6 +283,19 @@ class _Site:
     async def _do(self, work: Callable[[Ledger], T]) -> T:
         # A commit waits for the disk, and streams of tokens share this loop.
         return await asyncio.to_thread(work, self.ledger)
+
+
+async def _chunk_of(field: BodyPartReader) -> bytes:
+    """The next bytes of an upload.
+
+    Raises:
+        SlowBodyError: nothing came for too long.
+    """
+    try:
+        async with asyncio.timeout(_SILENCE_S):
+            return await field.read_chunk(_CHUNK_BYTES)
+    except TimeoutError as error:
+        raise SlowBodyError("The file didn't come in time.") from error
 
 
 def _write_all(fd: int, chunk: bytes) -> None:

@@ -9,6 +9,13 @@ the engine isn't there. At most `share` of the slots are used, so that one is fr
 whoever comes.
 
 A batch that was running when Keepwarm ended goes on at the next start, from its journal.
+
+No batch ends another one, and no task of a batch its others:
+1. A task that this gateway can't serve for whatever reason is answered with an error, like a
+   request over HTTP.
+2. A batch that waits for something (the engine, the disk) lets the others go first meanwhile.
+3. A batch that fails in a way nobody foresaw has failed, and is logged. If not even that can be
+   written down, it waits, too.
 """
 
 from __future__ import annotations
@@ -19,28 +26,32 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
 from keepwarm.batch.hours import Hours
 from keepwarm.batch.job import Job, Paths, read_tasks
-from keepwarm.batch.journal import DiskFullError
+from keepwarm.batch.journal import UnwritableError
 from keepwarm.batch.ledger import Ledger
 from keepwarm.batch.outcome import expired
-from keepwarm.batch.runner import Progress, RetryRule, Runner
+from keepwarm.batch.progress import Progress
+from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.senders import Answer, UnreachableError, batch_headers
 from keepwarm.batch.tasks import LineError, Parsed, Task
 from keepwarm.core.prompt import SharedEnd
-from keepwarm.errors import EngineDownError, KeepwarmError
+from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.errors import EngineDownError, EngineRefusedError, KeepwarmError
 from keepwarm.gateway.asked import Asked
-from keepwarm.gateway.proxy import Proxy, error_response
-from keepwarm.gateway.runtime import Runtime, State
+from keepwarm.gateway.door import error_response
+from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 log = logging.getLogger("keepwarm")
+
+T = TypeVar("T")
 
 _POLL_S = 0.05
 # How long to wait, without news, before the ledger is looked at again.
@@ -60,10 +71,9 @@ class LocalSender:
     async def send(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Send a task. Raises: UnreachableError: the gateway is stopping or has no engine."""
         self._check()
-        try:
-            response = await self._proxy.answer(self._asked(task, ends))
-        except KeepwarmError as error:
-            response = error_response(error)
+        response = await _outcome(self._proxy.answer(self._asked(task, ends)))
+        if isinstance(response, Exception):
+            response = _refusal(task, response)
         assert isinstance(response, web.Response)
         assert isinstance(response.body, bytes)
         headers = {name.lower(): value for name, value in response.headers.items()}
@@ -72,17 +82,20 @@ class LocalSender:
     async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Fill and save a prefix. Raises: as `send`."""
         self._check()
-        try:
-            warm = await warm_prefix(self._runtime, self._asked(task, ends))
-        except KeepwarmError as error:
-            body = error_response(error).body
-            assert isinstance(body, bytes)
-            return Answer(error.status, body, {})
+        warm = await _outcome(warm_prefix(self._runtime, self._asked(task, ends)))
+        if isinstance(warm, Exception):
+            response = _refusal(task, warm)
+            assert isinstance(response.body, bytes)
+            return Answer(response.status, response.body, {})
         return Answer(200, json.dumps(warm.as_dict()).encode(), {})
 
     async def is_up(self) -> bool:
         """Whether the engine is there and warm."""
         return self._runtime.state is State.READY
+
+    async def refusal(self) -> str:
+        """Always '': no key is asked for here, and no other server could answer."""
+        return ""
 
     def _asked(self, task: Task, ends: Sequence[SharedEnd]) -> Asked:
         return Asked(task.api, task.body, self._namespace, task.url, batch_headers(ends))
@@ -90,6 +103,28 @@ class LocalSender:
     def _check(self) -> None:
         if self._runtime.state in (State.STOPPING, State.FAILED):
             raise UnreachableError("Keepwarm is stopping or has no engine.", begun=False)
+
+
+async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
+    """What came of some work, or the error that ended it, whichever that is.
+
+    Like the runtime's `supervise`, for work that is waited for.
+    """
+    outcomes = await asyncio.gather(work, return_exceptions=True)
+    outcome: T | BaseException = outcomes[0]
+    if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _refusal(task: Task, error: Exception) -> web.Response:
+    """What a client over HTTP would be answered."""
+    if isinstance(error, EngineRefusedError) and error.body:
+        return web.Response(body=error.body, status=error.refused_status)
+    if isinstance(error, KeepwarmError):
+        return error_response(error)
+    log.error("the task %r can't be served", task.custom_id, exc_info=error)
+    return error_response(KeepwarmError("Keepwarm can't serve this request; its log says why."))
 
 
 class GapGate:
@@ -157,20 +192,34 @@ class BatchService:
         """Run batches for as long as the gateway lives."""
         while True:
             self._news.clear()
-            batch = self._next() if self._runtime.state is State.READY else None
+            try:
+                batch = self._next() if self._runtime.state is State.READY else None
+            except KeepwarmError as error:
+                log.error("batches wait: %s", error)
+                batch = None
             if batch is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), _IDLE_S)
                 continue
-            try:
-                await self._run_one(batch)
-            except (DiskFullError, EngineDownError) as error:
-                log.error("batch %s waits: %s", batch["id"], error)
+            if not await self._attempt(batch):
                 await asyncio.sleep(_IDLE_S)
-            except KeepwarmError as error:
-                log.error("batch %s failed: %s", batch["id"], error)
-                problem = LineError(0, "batch_failed", str(error))
-                await self._finish(batch["id"], "failed", errors=_errors([problem]))
+
+    async def _attempt(self, batch: dict[str, Any]) -> bool:
+        """Run a batch; False if it waits for something. See 2 and 3 in the module's text."""
+        error = await _outcome(self._run_one(batch))
+        if error is None:
+            return True
+        if isinstance(error, (UnwritableError, EngineDownError)):
+            log.error("batch %s waits: %s", batch["id"], error)
+            return False
+        log.error("batch %s failed", batch["id"], exc_info=error)
+        is_ours = isinstance(error, KeepwarmError)
+        text = str(error) if is_ours else "Keepwarm can't run this batch; its log says why."
+        errors = _errors([LineError(0, "batch_failed", text)])
+        unwritten = await _outcome(self._finish(batch["id"], "failed", errors=errors))
+        if unwritten is not None:
+            log.error("batch %s: its end can't be written: %s", batch["id"], unwritten)
+        return unwritten is None
 
     def _next(self) -> dict[str, Any] | None:
         waiting = self._ledger.unfinished()

@@ -34,6 +34,12 @@ class Dialect(Protocol):
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """An error in the middle of a stream."""
 
+    def event(self, raw: bytes) -> bytes:
+        """An error's body as an event of a stream."""
+
+    def ping(self) -> bytes:
+        """What says in a stream that somebody is still there."""
+
 
 class _AsItIs:
     def feed(self, raw: bytes) -> bytes:
@@ -61,7 +67,15 @@ class OpenAI:
 
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """See `Dialect`."""
-        return b"data: " + self.error(message, kind=kind, status=status) + b"\n\n"
+        return self.event(self.error(message, kind=kind, status=status))
+
+    def event(self, raw: bytes) -> bytes:
+        """See `Dialect`."""
+        return b"data: " + raw + b"\n\n"
+
+    def ping(self) -> bytes:
+        """See `Dialect`."""
+        return b": keepwarm\n\n"
 
 
 class Anthropic:
@@ -92,8 +106,15 @@ class Anthropic:
 
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """See `Dialect`."""
-        body = self.error(message, kind=kind, status=status)
-        return b"event: error\ndata: " + body + b"\n\n"
+        return self.event(self.error(message, kind=kind, status=status))
+
+    def event(self, raw: bytes) -> bytes:
+        """See `Dialect`."""
+        return b"event: error\ndata: " + raw + b"\n\n"
+
+    def ping(self) -> bytes:
+        """See `Dialect`."""
+        return b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 OPENAI = OpenAI()

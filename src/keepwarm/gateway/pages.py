@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
 import re
 from importlib.resources import files
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import (
     ConflictError,
     ForbiddenError,
@@ -24,31 +24,30 @@ from keepwarm.errors import (
     RequestError,
     SnapshotError,
 )
+from keepwarm.explain.record import brief
+from keepwarm.gateway.door import Answer, namespace_of
 from keepwarm.gateway.feed import Feed, encode_event
-from keepwarm.gateway.record import brief
-from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.views import HAND, SHARED, overview, slots_now, store_now
 from keepwarm.store.types import Listed
 
 _MOST_LISTED = 500
-_LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
 
 
-def add_page_routes(app: web.Application, runtime: Runtime) -> None:
-    """Add the routes; before any that takes all paths."""
+def page_handlers(app: web.Application, runtime: Runtime) -> dict[str, Answer]:
+    """What answers under /keepwarm/, by the names of the table of routes."""
     pages = _Pages(runtime)
     runtime.explainer.on_record = pages.on_record
     app.on_shutdown.append(pages.close)
-    add = app.router
-    add.add_get("/keepwarm", pages.redirect)
-    add.add_get("/keepwarm/", pages.page)
-    add.add_get("/keepwarm/overview", pages.overview)
-    add.add_get("/keepwarm/slots", pages.slots)
-    add.add_get("/keepwarm/events", pages.events)
-    add.add_get("/keepwarm/requests", pages.requests)
-    add.add_get("/keepwarm/requests/{id}", pages.request)
-    add.add_get("/keepwarm/store", pages.store)
-    add.add_post("/keepwarm/store/{extent}/{action:pin|unpin|evict}", pages.change_store)
+    return {
+        "page": pages.page,
+        "overview": pages.overview,
+        "slots": pages.slots,
+        "events": pages.events,
+        "requests": pages.requests,
+        "request": pages.request,
+        "store": pages.store,
+        "change_store": pages.change_store,
+    }
 
 
 class _Pages:
@@ -66,12 +65,10 @@ class _Pages:
         """End the live streams, which would hold up the shutdown."""
         self._feed.close()
 
-    async def redirect(self, _: web.Request) -> web.StreamResponse:
-        """The page's address ends in a slash."""
-        raise web.HTTPMovedPermanently("/keepwarm/")
-
     async def page(self, request: web.Request) -> web.StreamResponse:
-        """The page, without any data in it."""
+        """The page, without any data in it. Its address ends in a slash."""
+        if not request.path.endswith("/"):
+            raise web.HTTPMovedPermanently("/keepwarm/")
         if request.headers.get("If-None-Match") == self._headers["ETag"]:
             return web.Response(status=304, headers=self._headers)
         response = web.Response(
@@ -82,16 +79,16 @@ class _Pages:
 
     async def overview(self, request: web.Request) -> web.StreamResponse:
         """What runs, its tiers, and the sums."""
-        namespace = self._admit(request)
+        namespace = namespace_of(request)
         return _json(await overview(self._runtime, namespace))
 
     async def slots(self, request: web.Request) -> web.StreamResponse:
         """The slots and the queue at this moment."""
-        return _json(slots_now(self._runtime, self._admit(request)))
+        return _json(slots_now(self._runtime, namespace_of(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Live: `overview` once, then `slots` when they change and `request` for each that ends."""
-        namespace = self._admit(request)
+        namespace = namespace_of(request)
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )
@@ -110,7 +107,7 @@ class _Pages:
 
     async def requests(self, request: web.Request) -> web.StreamResponse:
         """The latest requests in brief: `?limit=`, `?before=` (a time), `?cause=`."""
-        namespace = self._admit(request)
+        namespace = namespace_of(request)
         query = request.query
         records = await self._runtime.explainer.latest(
             namespace=namespace,
@@ -122,7 +119,7 @@ class _Pages:
 
     async def request(self, request: web.Request) -> web.StreamResponse:
         """One request with its explanation; `last` is the latest."""
-        namespace = self._admit(request)
+        namespace = namespace_of(request)
         found = await self._runtime.explainer.get(request.match_info["id"], namespace=namespace)
         if found is None:
             raise NotFoundError(
@@ -132,17 +129,19 @@ class _Pages:
 
     async def store(self, request: web.Request) -> web.StreamResponse:
         """What is saved, as a tree, and which slots hold it."""
-        return _json(await store_now(self._runtime, self._admit(request)))
+        return _json(await store_now(self._runtime, namespace_of(request)))
 
     async def change_store(self, request: web.Request) -> web.StreamResponse:
         """Pin, unpin or evict one extent by hand."""
-        namespace = self._admit(request)
+        namespace = namespace_of(request)
+        action = request.match_info["action"]
+        if action not in ("pin", "unpin", "evict"):
+            raise NotFoundError(f"There is no {action[:40]!r} of an extent.")
         if request.content_type != "application/json":
             # A form on another site can't send this type without being asked first.
             raise RequestError("Send `Content-Type: application/json`.")
         await self._runtime.admitted()
         extent = await self._extent(request.match_info["extent"], namespace)
-        action = request.match_info["action"]
         try:
             if action == "pin":
                 return _json(await self._pin(extent, namespace))
@@ -187,45 +186,6 @@ class _Pages:
         for name in loose:
             await self._runtime.store.unpin(name)
         return {"unpinned": extent.extent_id}
-
-    def _admit(self, request: web.Request) -> str:
-        """The namespace of who asks.
-
-        Raises:
-            UnauthorizedError: no key, or a wrong one.
-            ForbiddenError: another site's page asks through somebody's browser.
-        """
-        refuse_other_sites(request, has_keys=bool(self._runtime.keys))
-        return self._runtime.keys.namespace(request.headers)
-
-
-def refuse_other_sites(request: web.Request, *, has_keys: bool) -> None:
-    """Let no other web site use a browser that may reach us.
-
-    Without keys whoever reaches this address is let in, and a site could reach it from a browser
-    here: by a plain cross-site request, or by giving its own name our address.
-
-    Raises:
-        ForbiddenError: it looks like that.
-    """
-    origin = request.headers.get("Origin")
-    if origin and origin.partition("://")[2] != request.host:
-        raise ForbiddenError("Another web site may not use this page.")
-    if not has_keys and not _is_local_name(request.host):
-        raise ForbiddenError(
-            f"Keepwarm is asked for as {request.host!r}. Under a public name it needs an API key "
-            "(server.api_keys)."
-        )
-
-
-def _is_local_name(host: str) -> bool:
-    """Whether a name can't be one that some site has given our address."""
-    name = re.sub(r":\d+$", "", host).strip("[]").lower()
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return "." not in name or name.endswith(_LOCAL_SUFFIXES)
-    return True
 
 
 def load_page(name: str) -> tuple[bytes, dict[str, str]]:

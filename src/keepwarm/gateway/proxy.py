@@ -11,42 +11,68 @@ import logging
 import math
 import time
 import uuid
-from contextlib import AbstractAsyncContextManager, closing
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
+from keepwarm.api.bodies import check_body
+from keepwarm.api.routes import request_headers
 from keepwarm.core.anthropic import chat_request
 from keepwarm.core.hygiene import told
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Api, Prompt, prompt_of
+from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
+from keepwarm.deployment.dispatcher import Grant
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
-from keepwarm.engine.static_end import static_body
-from keepwarm.errors import EngineDownError, EngineError, KeepwarmError, RequestError
-from keepwarm.gateway.asked import Asked, cleaned, cleaned_body
-from keepwarm.gateway.dialect import OPENAI, Anthropic, Dialect
-from keepwarm.gateway.dispatcher import Grant
+from keepwarm.engine.static_end import rendered_from, static_body
+from keepwarm.errors import (
+    EngineCrashedError,
+    EngineDownError,
+    EngineError,
+    EngineUnreachableError,
+    KeepwarmError,
+    RequestError,
+)
+from keepwarm.gateway.asked import MESSAGES, PLANNED, Asked, cleaned, cleaned_body
+from keepwarm.gateway.dialect import Anthropic, StreamTranslator, dialect_of
+from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.first_words import FirstWords, tool_names
-from keepwarm.gateway.runtime import Runtime
-from keepwarm.gateway.tiering import HEADER, Tiered
-from keepwarm.gateway.upstream import Fetched, forwarded, posted, read_whole, returned
+from keepwarm.gateway.fits import bounded, check_fits, reply_limit
+from keepwarm.gateway.fitting import refuse_too_long
+from keepwarm.gateway.opening import Opening
+from keepwarm.gateway.upstream import (
+    PROGRESS,
+    Fetched,
+    is_quiet,
+    posted,
+    read_whole,
+    returned,
+    told_whose_fault,
+)
 from keepwarm.router import Escalation
+from keepwarm.tiers.tiering import HEADER, Tiered
 
 log = logging.getLogger("keepwarm")
 
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
-# A reader that is slower than the model must not hold the engine's slot: this much is buffered for
-# it. A reply of 100,000 tokens as server-sent events is about 20 MB.
-_WRITE_BUFFER_BYTES = 32 << 20
+# How the reply to a streamed request begins.
+_OPENING = web.RequestKey("opening", Opening)
 _BROKEN_OFF = (
-    "The engine went away in the middle of this reply. It is being restarted; send the request "
+    "The engine went away or Keepwarm was stopped in the middle of this reply; send the request "
     "again."
+)
+_CRASHES = (
+    "The engine has died {} times over this request. It isn't sent again; the engine's log says "
+    'more (log.level = "debug").'
 )
 
 
@@ -79,10 +105,11 @@ class Exchange:
             out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
         if self.asked.rewrites:
             out["X-Keepwarm-Hygiene"] = told(self.asked.rewrites)
+        if plan := self.grant.plan if self.grant else self.job.plan:
+            out["X-Keepwarm-Plan"] = plan.source.value
+            out["X-Keepwarm-Slot"] = str(plan.slot)
         if self.grant:
             route_s = self.job.arrived_s - self.received_s
-            out["X-Keepwarm-Plan"] = self.grant.plan.source.value
-            out["X-Keepwarm-Slot"] = str(self.grant.plan.slot)
             out["Server-Timing"] = ", ".join(
                 f"{name};dur={seconds * 1e3:.2f}"
                 for name, seconds in (
@@ -99,25 +126,44 @@ class Proxy:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        # Requests under which the engine died go again one at a time, so that the culprit is found.
+        self._suspects = asyncio.Lock()
 
-    async def handle(self, request: web.Request, api: Api) -> web.StreamResponse:
-        """Serve one request of a planned API."""
-        namespace = self._runtime.keys.namespace(request.headers)
-        body = decode_body(await request.read())
-        asked = Asked(api, body, namespace, request.path_qs, request.headers)
-        return await self._answer(cleaned(asked, self._runtime.hygiene), request)
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Serve one request of a planned API, whichever it is."""
+        namespace, path = namespace_of(request), path_of(request)
+        body = decode_body(await read_body(request))
+        check_body("messages" if path == MESSAGES else PLANNED[path], body)
+        if path == MESSAGES:
+            return await self._opened(self._asked_messages(request, body, namespace), request)
+        asked = Asked(PLANNED[path], body, namespace, path, request.headers)
+        return await self._opened(cleaned(asked, self._runtime.hygiene), request)
 
-    async def handle_messages(self, request: web.Request) -> web.StreamResponse:
-        """Serve one request of Anthropic's API, over chat completions."""
-        namespace = self._runtime.keys.namespace(request.headers)
-        body = decode_body(await request.read())
+    async def _opened(self, asked: Asked, request: web.Request) -> web.StreamResponse:
+        """Answer a client; a stream that doesn't begin soon is opened and kept alive meanwhile."""
+        if not asked.body.get("stream"):
+            return await self._answer(asked, request)
+        ping_s = self._runtime.settings.server.ping_s
+        opening = request[_OPENING] = Opening(request, asked.dialect, ping_s=ping_s)
+        try:
+            return await opening.replaced(await self._answer(asked, request))
+        except KeepwarmError as error:
+            response = await opening.refused(error)
+            if response is None:
+                raise
+            self._runtime.metrics.failed(error.kind)
+            return response
+        finally:
+            opening.close()
+
+    def _asked_messages(self, request: web.Request, body: dict[str, Any], namespace: str) -> Asked:
+        """A request of Anthropic's API, over chat completions."""
         dialect = Anthropic(str(body.get("model", "")))
         path = "/v1/chat/completions"
         # Before its blocks are joined, so that a line is what the client meant as one.
         body, rewrites = cleaned_body(self._runtime.hygiene, "messages", body, request.headers)
         chat = chat_request(body)
-        asked = Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
-        return await self._answer(asked, request)
+        return Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
 
     async def answer(self, asked: Asked) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
@@ -135,9 +181,12 @@ class Proxy:
         api, body, namespace = asked.api, asked.body, asked.namespace
         runtime.metrics.rewritten(asked.rewrites)
         await runtime.admitted()
+        await refuse_too_long(runtime, asked)
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:
             exchange = self._exchange(asked, tiered, received_s)
+            if request is not None and (opening := request.get(_OPENING)):
+                opening.known = partial(_known, exchange)
             try:
                 return await self._serve(request, exchange)
             except KeepwarmError as error:
@@ -160,22 +209,50 @@ class Proxy:
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
+        await check_fits(runtime, exchange.asked.dialect, exchange.job)
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
-            for attempt in range(_RETRIES + 1):
-                try:
-                    return await self._forward(request, exchange)
-                except EngineDownError:
-                    if attempt == _RETRIES:
-                        raise
-                    await runtime.look_at_engine()
-                    exchange.grant = await runtime.dispatcher.retry(exchange.job)
-            raise AssertionError("unreachable")
+            return await self._forward_again(request, exchange)
         finally:
             # Whatever happened, the slot is given back; once `_ended` has done so this does
             # nothing.
             if not exchange.is_left:
                 runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+
+    async def _forward_again(
+        self, request: web.Request | None, exchange: Exchange
+    ) -> web.StreamResponse:
+        """Forward, and again if no byte of an answer came, but not for ever.
+
+        1. The engine lives: the connection broke, or it was loading. Sent again.
+        2. It died, and served others too: any of them may be why. Those go again one at a time.
+        3. It died for the second time, and served nobody else: this request is why.
+
+        Raises:
+            EngineCrashedError: as in 3, or the engine has died under each attempt.
+            EngineDownError: no attempt was answered; or Keepwarm is stopping.
+        """
+        runtime, job = self._runtime, exchange.job
+        deaths = 0
+        async with AsyncExitStack() as suspected:
+            for attempt in range(_RETRIES + 1):
+                try:
+                    return await self._forward(request, exchange)
+                except EngineDownError as error:
+                    await runtime.look_at_engine()
+                    was_seen = not isinstance(error, EngineUnreachableError)
+                    was_alone = runtime.was_alone_at_death(job.id) if was_seen else None
+                    deaths += was_alone is not None
+                    if deaths > _RETRIES or (was_alone and deaths > 1):
+                        runtime.metrics.failed("request_crashed")
+                        raise EngineCrashedError(_CRASHES.format(deaths)) from error
+                    if attempt == _RETRIES:
+                        raise
+                    if deaths == 1 and was_alone is not None:
+                        await suspected.enter_async_context(self._suspects)
+                        await runtime.admitted()
+                    exchange.grant = await runtime.dispatcher.retry(job)
+        raise AssertionError("unreachable")
 
     def _exchange(self, asked: Asked, tiered: Tiered, received_s: float) -> Exchange:
         runtime = self._runtime
@@ -184,11 +261,10 @@ class Proxy:
         priority = asked.priority
         # A batch has hours; who sent it decides how long to wait.
         wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
-        limit = tiered.body.get("max_tokens") or tiered.body.get("max_completion_tokens")
         replies = tiered.body.get("n_cmpl", tiered.body.get("n"))
         # It needs a slot for each; more than there are it refuses, before it looks at any.
         slots = len(self._runtime.dispatcher.scheduler.slots)
-        is_alone = isinstance(replies, int) and 1 < replies <= slots
+        replies = replies if isinstance(replies, int) and 1 < replies <= slots else 1
         # State computed with adapters of a request's own isn't the model's: the store, which knows
         # tokens by their ids, would take the one for the other.
         is_savable = not tiered.body.get("lora")
@@ -198,14 +274,18 @@ class Proxy:
             prompt=prompt,
             arrived_s=now_s,
             deadline_s=now_s + wait_s,
-            reply_tokens=min(limit, 512) if isinstance(limit, int) and limit > 0 else 512,
+            reply_tokens=reply_limit(tiered.body),
             priority=priority,
             is_final=priority > 0 or asked.is_infill,
             static_shared=prompt.is_static_shared,
-            is_alone=is_alone,
+            is_alone=replies > 1,
+            replies=replies,
             is_savable=is_savable,
+            chat=None if asked.is_infill else rendered_from(asked.api, tiered.body),
+            ids=prompt.ids,
+            reuses=tiered.body.get("cache_prompt") is not False,
         )
-        fills = prompt.static and is_savable
+        fills = prompt.static and is_savable and job.reuses
         static = static_body(asked.api, tiered.body) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
@@ -238,6 +318,7 @@ class Proxy:
             # Nobody saves an infill, and editors count on moved chunks of it.
             body |= EXACT
         body.setdefault("cache_prompt", True)
+        body |= bounded(body, exchange.grant.plan.reply_tokens)
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
         asked = exchange.asked
@@ -245,7 +326,7 @@ class Proxy:
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        sent = posted(self._runtime.client.http, asked.path, body, forwarded(asked.headers))
+        sent = posted(self._runtime.client.http, asked.path, body, request_headers(asked.headers))
         if not body.get("stream"):
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
@@ -300,42 +381,45 @@ class Proxy:
         self, request: web.Request, exchange: Exchange, upstream: Response
     ) -> web.StreamResponse:
         exchange.streamed = True
-        # Made while the engine computes; sent when it has said something.
-        response = _StreamResponse(
-            status=upstream.status, headers=returned(upstream.headers) | exchange.headers
-        )
-        chunks = [await upstream.read_some()]
-        if not chunks[0]:
-            raise EngineDownError("The engine closed the stream before its first byte.")
+        opening = request[_OPENING]
+        opening.engine_headers = returned(upstream.headers)
+        translator = exchange.asked.dialect.stream()
+        chunks = [await self._first_words(upstream, opening, translator)]
         while not self._escalate(exchange, b"".join(chunks), complete=not chunks[-1]):
             chunks.append(await upstream.read_some())
         exchange.first_byte_s = time.monotonic()
-        await response.prepare(request)
-        if request.transport is not None:
-            request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
-        translator = exchange.asked.dialect.stream()
-        await response.write(translator.feed(b"".join(chunks)))
+        await opening.write(translator.feed(b"".join(chunks)))
         try:
             while chunk := await upstream.read_some():
                 chunks.append(chunk)
-                await response.write(translator.feed(chunk))
-            await response.write(translator.end())
+                await opening.write(translator.feed(chunk))
+            await opening.write(translator.end())
         except EngineDownError:
             self._runtime.suspect_engine()
             self._runtime.metrics.failed("engine_died")
             exchange.trouble = "engine_died"
-            await response.write(
-                exchange.asked.dialect.error_event(_BROKEN_OFF, kind="upstream_error", status=502)
-            )
-            await response.write_eof()
-        else:
-            try:
-                # First, since the client waits for it. What it asks next is read after this task
-                # has given the slot back.
-                await response.write_eof()
-            finally:
-                self._ended(exchange, b"".join(chunks), status=upstream.status)
-        return response
+            return await opening.break_off(_BROKEN_OFF, kind="upstream_error", status=502)
+        try:
+            # First, since the client waits for it. What it asks next is read after this task
+            # has given the slot back.
+            return await opening.finish()
+        finally:
+            self._ended(exchange, b"".join(chunks), status=upstream.status)
+
+    async def _first_words(
+        self, upstream: Response, opening: Opening, translator: StreamTranslator
+    ) -> bytes:
+        """A stream's bytes from its first words on. The engine's pings aren't: we have our own.
+
+        Raises:
+            EngineDownError: none came.
+        """
+        while some := await upstream.read_some():
+            if not is_quiet(some):
+                return some
+            if PROGRESS in some:
+                await opening.write(translator.feed(some))
+        raise EngineDownError("The engine closed the stream before its first byte.")
 
     def _escalate(self, exchange: Exchange, raw: bytes, *, complete: bool) -> bool:
         """Whether a reply's first bytes may be sent.
@@ -375,17 +459,21 @@ class Proxy:
         )
 
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
-        """Forward any other request unchanged, body and reply streamed."""
+        """Forward a request that touches no slot, body and reply as they are."""
         runtime = self._runtime
-        runtime.keys.namespace(request.headers)
         await runtime.admitted()
+        query = request.rel_url.raw_query_string
         sent = runtime.client.http.request(
             request.method,
-            request.path_qs,
-            headers=forwarded(request.headers, is_unchanged=True),
-            body=await request.read() if request.body_exists else None,
+            path_of(request) + (f"?{query}" if query else ""),
+            headers=request_headers(request.headers, is_unchanged=True),
+            body=await read_body(request) if request.body_exists else None,
         )
         with closing(await sent) as upstream:
+            if upstream.status >= 400 and upstream.is_json:
+                status, raw = told_whose_fault(upstream.status, await upstream.read())
+                raw = dialect_of(path_of(request)).whole(raw, status=status)
+                return web.Response(body=raw, status=status, content_type="application/json")
             response = web.StreamResponse(
                 status=upstream.status, headers=returned(upstream.headers, is_unchanged=True)
             )
@@ -396,13 +484,8 @@ class Proxy:
             return response
 
 
-class _StreamResponse(web.StreamResponse):
-    """Its headers go with the first piece of its body, as aiohttp does it for whole responses.
-
-    Sent before it they wake the client, which on a busy machine then takes the core from us.
-    """
-
-    _send_headers_immediately = False
+def _known(exchange: Exchange) -> Mapping[str, str]:
+    return exchange.headers
 
 
 class _EscalatedError(Exception):
@@ -411,16 +494,6 @@ class _EscalatedError(Exception):
     def __init__(self, escalation: Escalation) -> None:
         super().__init__(escalation.cause.value)
         self.escalation = escalation
-
-
-def error_response(error: KeepwarmError, dialect: Dialect = OPENAI) -> web.Response:
-    """An error in the client's dialect, with `Retry-After` where a retry helps."""
-    return web.Response(
-        body=dialect.error(str(error), kind=error.kind, status=error.status),
-        status=error.status,
-        content_type="application/json",
-        headers={"Retry-After": "5"} if error.retry else {},
-    )
 
 
 def decode_body(raw: bytes) -> dict[str, Any]:

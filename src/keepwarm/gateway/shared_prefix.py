@@ -23,12 +23,12 @@ from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
 from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
 from keepwarm.errors import RequestError
 from keepwarm.gateway.asked import Asked, cleaned
-from keepwarm.gateway.runtime import Runtime
-from keepwarm.gateway.tiering import HEADER
+from keepwarm.tiers.tiering import HEADER
 
 # Both begin with white space, so that the last word before them is whole, and part after it.
 _PROBES = (" Quartz", "\n7 mild steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
@@ -22,6 +23,13 @@ _SKIPPED = frozenset(
         *("expect", "te", "trailer", "upgrade", "proxy-connection"),
         *("host", "content-encoding", "server"),
     )
+)
+# What an event of a stream holds that tells how far the prompt is; in text its quotes are escaped.
+PROGRESS = b'"prompt_progress"'
+# What the engine says of requests that it can't read or render; never of a slot's failure.
+_UNREADABLE = re.compile(
+    r"\[json\.exception|^Failed to parse|^Missing |is required$|^Unsupported |^Expected "
+    r"|^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
 )
 
 
@@ -60,6 +68,8 @@ async def read_whole(upstream: Response) -> Fetched:
         EngineError: it has status 200 and isn't JSON: garbage is never passed on as an answer.
     """
     raw = await upstream.read_some()
+    while raw and upstream.is_stream and is_quiet(raw):
+        raw = await upstream.read_some()
     first_byte_s = time.monotonic()
     raw += await upstream.read()
     status = upstream.status
@@ -75,7 +85,34 @@ async def read_whole(upstream: Response) -> Fetched:
         headers["Content-Type"] = "application/json; charset=utf-8"
     elif status == 200:
         _check_json(raw)
+    status, raw = told_whose_fault(status, raw)
     return Fetched(status, headers, raw, first_byte_s)
+
+
+def is_quiet(raw: bytes) -> bool:
+    """Whether these bytes of a stream are no words yet: pings, and how far the prompt is."""
+    return all(
+        not line.strip() or line.startswith(b":") or PROGRESS in line for line in raw.split(b"\n")
+    )
+
+
+def told_whose_fault(status: int, raw: bytes) -> tuple[int, bytes]:
+    """An answer's status and body; a 500 for a request that can't be read becomes a 400.
+
+    The engine gives 500 for whatever is thrown while it reads a request. Clients send such a
+    request again and again, and it is as wrong each time.
+    """
+    if status != 500:
+        return status, raw
+    try:
+        said = msgspec.json.decode(raw)["error"]
+        is_clients = _UNREADABLE.search(said["message"]) is not None
+    except (msgspec.DecodeError, KeyError, TypeError, RecursionError):
+        return status, raw
+    if not is_clients:
+        return status, raw
+    error = {**said, "code": 400, "type": "invalid_request_error"}
+    return 400, msgspec.json.encode({"error": error})
 
 
 def _check_json(raw: bytes) -> None:
@@ -85,21 +122,12 @@ def _check_json(raw: bytes) -> None:
         raise EngineError("The engine's answer isn't JSON.") from error
 
 
-def forwarded(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
-    """Request headers for the engine: not the client's key, nor what describes its connection.
-
-    `is_unchanged`: the reply goes to the client as it comes; otherwise the body is JSON of our own,
-    and the reply is read here.
-    """
-    dropped = _SKIPPED | {"authorization", "x-api-key"}
-    if is_unchanged:
-        return {k: v for k, v in headers.items() if k.lower() not in dropped}
-    dropped |= {"accept-encoding", "content-type"}
-    out = {k: v for k, v in headers.items() if k.lower() not in dropped}
-    return {**out, "Content-Type": "application/json"}
-
-
 def returned(headers: Mapping[str, str], *, is_unchanged: bool = False) -> dict[str, str]:
-    """The engine's headers for the client; `is_unchanged` as in `forwarded`."""
+    """The engine's headers for the client; `is_unchanged` as in `request_headers`."""
     skipped = _SKIPPED - {"content-encoding"} if is_unchanged else _SKIPPED
-    return {k: v for k, v in headers.items() if k.lower() not in skipped}
+    # Which pages may read a reply is for the door to say.
+    return {
+        name: value
+        for name, value in headers.items()
+        if (low := name.lower()) not in skipped and not low.startswith("access-control-")
+    }

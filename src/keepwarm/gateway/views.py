@@ -1,7 +1,7 @@
 """What the page and `keepwarm top` show of a running deployment, as one API key may see it.
 
-Each function reads memory and returns plain JSON. Slots and extents of other keys' are told by
-their size alone: what someone else asks, and when, is nobody's business.
+Each function reads memory and returns plain JSON. Of other keys' slots and extents only an operator
+sees sizes: what someone else asks, how much and when, is nobody's business.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from keepwarm import __version__
-from keepwarm.core.slots import Slot, SlotState
-from keepwarm.gateway.history import Totals
+from keepwarm.core.slots import Content, Slot, SlotState
+from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:
-    from keepwarm.gateway.runtime import Runtime
+    from keepwarm.deployment.runtime import Runtime
 
 SHARED = ""
 # A page shows no more rows than this, and a store may hold a hundred thousand.
@@ -34,6 +36,7 @@ async def overview(runtime: Runtime, namespace: str) -> dict[str, Any]:
         "has_keys": bool(runtime.keys),
         "namespace": namespace,
         "keeps_text": runtime.settings.log.prompts,
+        "hygiene": list(runtime.settings.hygiene.rules),
         "totals": {"today": _totals(today), "ever": _totals(ever)},
         "tiers": [],
     }
@@ -91,17 +94,60 @@ def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
     return out
 
 
+def status_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+    """What is warm where: `/keepwarm/status`."""
+    sees_all = runtime.keys.sees_all(namespace)
+    out: dict[str, Any] = {
+        "state": runtime.state.value,
+        "status": runtime.status,
+        "engine_pid": runtime.engine_pid,
+        "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
+        "warmed": [
+            warmed.as_dict()
+            for warmed in runtime.prefixes.warmed
+            if sees_all or _is_seen(warmed.name, namespace)
+        ],
+    }
+    if not hasattr(runtime, "dispatcher"):
+        return out
+    out["slots"] = [
+        {
+            "id": slot.id,
+            "state": slot.state.value,
+            "tokens": content.tokens if (content := _own_content(runtime, slot, namespace)) else 0,
+            "saved_tokens": content.saved_tokens if content else 0,
+        }
+        for slot in runtime.dispatcher.scheduler.slots
+    ]
+    stats = runtime.store.stats()
+    out["store"] = msgspec.to_builtins(stats) if sees_all else {"quota_bytes": stats.quota_bytes}
+    return out
+
+
+def _is_seen(prefix: str, namespace: str) -> bool:
+    """Whether a kept prefix is shared, or a namespace's own."""
+    return not prefix.startswith("learned:") or prefix.startswith(f"learned:{namespace}:")
+
+
+def _own_content(runtime: Runtime, slot: Slot, namespace: str) -> Content | None:
+    """What a slot holds, if a namespace may know how much that is."""
+    content = slot.content
+    if content is None or runtime.keys.sees_all(namespace):
+        return content
+    return content if content.namespace in (SHARED, namespace) else None
+
+
 def slots_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
     """The slots and the queue at this moment."""
     if not hasattr(runtime, "dispatcher"):
         return {"state": runtime.state.value, "slots": [], "queued": 0, "store": ""}
     scheduler = runtime.dispatcher.scheduler
-    stats = runtime.store.stats()
+    stats, sees_all = runtime.store.stats(), runtime.keys.sees_all(namespace)
     return {
         "state": runtime.state.value,
         "status": runtime.status,
         "slots": [_slot(runtime, slot, namespace) for slot in scheduler.slots],
-        "queued": scheduler.queued,
+        "queued": scheduler.queued if sees_all else scheduler.queued_of(namespace),
         # Changes when the store did: the page then asks for it again.
         "store": f"{stats.saves}.{stats.evicted_extents}.{stats.quarantined_extents}.{stats.pins}",
     }
@@ -124,7 +170,9 @@ def _slot(runtime: Runtime, slot: Slot, namespace: str) -> dict[str, Any]:
         "is_own": is_own,
         "plan": plan.source.value if plan else None,
         "prompt_tokens": plan.prompt_tokens if plan else None,
-        "since": _wall_s(job.arrived_s) if job and slot.state is not SlotState.IDLE else None,
+        "since": _wall_s(job.arrived_s)
+        if job and is_own and slot.state is not SlotState.IDLE
+        else None,
     }
 
 
@@ -161,10 +209,12 @@ async def store_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
     seen = [e for e in listed if e.namespace in (SHARED, namespace)]
     shown = _most_recent(seen)
     hidden = [e for e in listed if e.namespace not in (SHARED, namespace)]
+    sees_all = runtime.keys.sees_all(namespace)
+    others = {"extents": len(hidden), "bytes": sum(e.size_bytes for e in hidden)}
     return {
-        "used_bytes": stats.used_bytes,
+        "used_bytes": stats.used_bytes if sees_all else sum(e.size_bytes for e in seen),
         "quota_bytes": stats.quota_bytes,
-        "others": {"extents": len(hidden), "bytes": sum(e.size_bytes for e in hidden)},
+        "others": others if sees_all else None,
         "extents": [_extent(e, holding.get(e.extent_id, [])) for e in shown],
         "unlisted": len(seen) - len(shown),
         "may_change_shared": not runtime.keys,

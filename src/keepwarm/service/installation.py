@@ -11,7 +11,7 @@ from pathlib import Path
 import keepwarm
 from keepwarm.engine.gguf_header import read_model
 from keepwarm.errors import ConfigError
-from keepwarm.gateway.keys import is_loopback
+from keepwarm.keys import is_loopback
 from keepwarm.service import systemd
 from keepwarm.service.presence import stop_timeout_s
 from keepwarm.service.render import (

@@ -1,10 +1,11 @@
 """What is kept on disk. `Store` is its face; docs/snapshot-store.md tells formats and sizes."""
 
 from keepwarm.store.checks import (
+    Pruned,
     StoreListed,
     list_extents,
     list_pins,
-    prune_offline,
+    prune_root,
     stores,
     verify_files,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "OpenReport",
     "Origin",
     "Pin",
+    "Pruned",
     "Ready",
     "Removed",
     "Saved",
@@ -45,7 +47,7 @@ __all__ = [
     "Verified",
     "list_extents",
     "list_pins",
-    "prune_offline",
+    "prune_root",
     "stores",
     "verify_files",
 ]

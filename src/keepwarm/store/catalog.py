@@ -110,15 +110,15 @@ class Catalog:
     def lookup(self, digests: Sequence[bytes], namespaces: Sequence[str]) -> Hit | None:
         """The longest restorable prefix among these digests, which are given shortest first.
 
-        The last known digest wins, unless it is only a lower bound and an earlier one reaches
-        further. `restore_bytes` and `is_ready` are for the caller to fill in.
+        Only places that were counted are told: an estimate may lie behind where two renderings
+        part. `restore_bytes` and `is_ready` are for the caller to fill in.
         """
         tables = [t for n in namespaces if (t := self._marks.get(n)) is not None]
         best: Hit | None = None
         for index in range(len(digests) - 1, -1, -1):
             for table in tables:
                 place = table.get(digests[index])
-                if place is None:
+                if place is None or not place.is_exact:
                     continue
                 try:
                     end = self.restorable(place.extent_id, place.at)
@@ -130,6 +130,11 @@ class Catalog:
             if best is not None and best.is_exact:
                 break
         return best
+
+    def knows(self, digest: bytes, namespaces: Sequence[str]) -> bool:
+        """Whether a digest has a place here, counted or estimated."""
+        places = (self._marks.get(name, {}).get(digest) for name in namespaces)
+        return any(place is not None and place.extent_id in self.tree for place in places)
 
     def add_extent(self, row: ExtentRow) -> Extent:
         """Raises: ValueError if the tree refuses it; nothing changed."""
@@ -217,6 +222,18 @@ class Catalog:
     def mark_place(self, namespace: str, digest: bytes) -> MarkPlace | None:
         """Where a digest's prefix ends, as far as this namespace alone knows."""
         return self._marks.get(namespace, {}).get(digest)
+
+    def marks_at(
+        self, namespace: str | None, *, extent_id: int | None, at: int | None
+    ) -> list[tuple[str, bytes, int]]:
+        """Marks as (namespace, digest, extent id); None means any."""
+        return [
+            (name, digest, place.extent_id)
+            for name, table in self._marks.items()
+            if namespace is None or name == namespace
+            for digest, place in table.items()
+            if extent_id is None or (place.extent_id, place.at) == (extent_id, at)
+        ]
 
     def forget_mark(self, namespace: str, digest: bytes, *, extent_id: int) -> None:
         """Forget a digest if it still points into this extent."""

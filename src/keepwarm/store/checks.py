@@ -10,16 +10,18 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from keepwarm.core.slotfile import Layout
-from keepwarm.errors import SnapshotError
+from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout, SlotFileError
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import UNTRUSTED, FileKey, check_file, key_of
 from keepwarm.store.index import BoundaryRow, ExtentRow, read_only
 from keepwarm.store.lock import owner_of
-from keepwarm.store.shelf import INDEX_SUFFIX, LOCK_SUFFIX, Shelf, StoreSettings
+from keepwarm.store.neighbours import Neighbours, remove_unowned
+from keepwarm.store.places import INDEX_SUFFIX, LOCK_SUFFIX, is_own_name
+from keepwarm.store.shelf import Shelf, StoreSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import Finding, Listed, Origin, Pin, Removed, Verified
 
@@ -77,7 +79,8 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
         if damage is not None:
             findings.append(Finding("index_damaged", damage))
         rows: list[ExtentRow | BoundaryRow] = [*shelf.index.extents(), *shelf.index.boundaries()]
-    indexed = {key_of(row): row.size_bytes for row in rows}
+    refuse = shelf.refuse_keys()
+    indexed = {key_of(row): row.size_bytes for row in rows if key_of(row) not in refuse}
     known = {FileKey(extent.id): extent.size_bytes for extent in catalog.tree}
     for extent in catalog.tree:
         known |= {FileKey(extent.id, at): size for at, size in extent.boundaries.items()}
@@ -87,8 +90,9 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
     findings += [
         Finding("not_in_index", key.name) for key in sorted(known.keys() - indexed.keys(), key=str)
     ]
-    strays = shelf.files.present() - {key.name for key in known}
-    findings += [Finding("stray", name) for name in sorted(strays)]
+    # Those that opening found are known and go when room is needed.
+    strays = shelf.files.present() - {key.name for key in known} - shelf.files.strays()
+    findings += [Finding("stray", name) for name in sorted(strays) if is_own_name(name)]
     for key, size in known.items():
         try:
             found = shelf.files.path(key).stat().st_size
@@ -190,29 +194,93 @@ def verify_files(
     return Verified(len(extents), read_bytes, tuple(findings))
 
 
-def prune_offline(root: Path, name: str, bound_bytes: int) -> Removed:
-    """Evict from a store that no gateway has open, to within `bound_bytes`.
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What `prune_root` did to one store. `owner` has it open: nothing was done then.
 
-    Raises: ConfigError naming the owner if one has (ask it instead), SnapshotError('index').
+    `is_gone`: all of it was removed. `why_not` is what kept it from being looked into.
     """
-    with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
-        meta = dict(db.execute("SELECT key, value FROM meta"))
-    layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
-    settings = StoreSettings(
-        root=root,
-        fingerprint=meta["fingerprint"],
-        layout=layout,
-        quota_bytes=bound_bytes,
-        staging=root,
-        staging_bytes=0,
-        streams=1,
-        max_tokens=0,
-        owner=f"keepwarm store prune, process {os.getpid()}",
+
+    name: str
+    fingerprint: str | None
+    extents: int = 0
+    size_bytes: int = 0
+    is_gone: bool = False
+    owner: str | None = None
+    why_not: str | None = None
+
+
+def prune_root(root: Path, bound_bytes: int, *, disk: Disk | None = None) -> list[Pruned]:
+    """Bring all stores under a root to within `bound_bytes` together; also when the disk is full.
+
+    What was set aside, quarantined, or is named by no index goes in any case. Then whole stores go,
+    the longest unused first, but for the one used last: of that, the least valuable extents. What a
+    gateway has open counts and isn't touched: it keeps its quota itself.
+
+    Raises: SnapshotError if the root can't be listed.
+    """
+    disk = disk or Disk()
+    neighbours = Neighbours(root / "none", quota_bytes=bound_bytes, disk=disk)
+    found = neighbours.look()
+    pruned = [
+        Pruned(one.directory.name, None, size_bytes=freed, is_gone=True)
+        for one in found
+        if one.is_aside and (freed := remove_unowned(one.directory, disk=disk))
+    ]
+    stopped = sorted(
+        (one for one in found if not one.is_aside and one.owner is None),
+        key=lambda one: one.used_s,
     )
-    shelf = Shelf(settings, disk=Disk())
+    left_bytes = sum(one.size_bytes for one in found if one.owner is not None)
+    pruned += [Pruned(one.directory.name, None, owner=one.owner) for one in found if one.owner]
+    # First what nobody misses, everywhere; it may be what makes room for the rest.
+    cleared = [_prune_one(one.directory, None, disk=disk) for one in stopped]
+    sizes = [one.size_bytes - gone.size_bytes for one, gone in zip(stopped, cleared, strict=True)]
+    for index, one in enumerate(stopped):
+        done = cleared[index]
+        over = left_bytes + sum(sizes[index:]) - bound_bytes
+        if over > 0 and index < len(stopped) - 1:
+            freed = remove_unowned(one.directory, disk=disk)
+            done = replace(done, size_bytes=done.size_bytes + freed, is_gone=True)
+        elif over > 0:
+            more = _prune_one(one.directory, max(sizes[index] - over, 0), disk=disk)
+            done = replace(more, size_bytes=done.size_bytes + more.size_bytes)
+        if not done.is_gone:
+            left_bytes += sizes[index]
+        pruned.append(done)
+    return pruned
+
+
+def _prune_one(directory: Path, bound_bytes: int | None, *, disk: Disk) -> Pruned:
+    """Remove what nobody misses of one store, and evict to within a bound if there is one."""
+    name = directory.name
     try:
+        with _reading(directory.with_name(name + INDEX_SUFFIX)) as db:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+        layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
+        settings = StoreSettings(
+            root=directory.parent,
+            fingerprint=meta["fingerprint"],
+            layout=layout,
+            quota_bytes=1 << 50,
+            staging=directory.parent,
+            staging_bytes=0,
+            streams=1,
+            max_tokens=0,
+            owner=f"keepwarm store prune, process {os.getpid()}",
+        )
+        if settings.directory != directory:
+            raise SnapshotError("its index is another store's", reason="index")
+        shelf = Shelf(settings, disk=disk)
+    except (SnapshotError, SlotFileError, ConfigError, KeyError) as error:
+        return Pruned(name, None, why_not=str(error))
+    try:
+        before = shelf.used_bytes
         shelf.files.empty_quarantine()
-        return shelf.evict(bound_bytes)
+        shelf.clear_refuse()
+        removed = shelf.evict(bound_bytes) if bound_bytes is not None else Removed()
+        freed = before - shelf.used_bytes
+        return Pruned(name, settings.fingerprint, len(removed.extents), freed)
     finally:
         shelf.close()
 

@@ -25,10 +25,10 @@ import msgspec
 import numpy as np
 import xxhash
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.disk import Disk, disk_errors, map_file
 from keepwarm.store.types import Origin
 
@@ -73,10 +73,15 @@ def checksum_of(tokens: Tokens, buffers: Sequence[Buffer]) -> bytes:
 def write_container(
     path: Path, header: Header, tokens: Tokens, slot_file: Sequence[Buffer], *, disk: Disk
 ) -> int:
-    """Write the file (0600), complete or not at all; replaces what was there. Returns its bytes.
+    """Write the file (0600), complete or not at all; returns its bytes.
 
-    Raises: SnapshotError('no_space', 'io', 'missing' for a directory that isn't there).
+    It replaces an exported snapshot, and nothing else.
+
+    Raises: SnapshotError('exists', 'no_space', 'io', 'missing' for a directory that isn't there).
     """
+    with disk_errors(f"exporting to {path}"):
+        if path.exists() and not _is_exported(path):
+            raise SnapshotError(f"{path} is there, and no exported snapshot", reason="exists")
     told = msgspec.json.encode(header)
     head = _HEAD.pack(MAGIC, VERSION, len(told), xxhash.xxh3_128_digest(told))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
@@ -90,6 +95,11 @@ def write_container(
             disk.unlink(temporary)
             raise
     return written.size_bytes
+
+
+def _is_exported(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_container(path: Path) -> Container:

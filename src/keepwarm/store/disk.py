@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import xxhash
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 
 CHUNK_BYTES = 1 << 20
 """Bytes checksummed, then written, at a time: still in the CPU's cache for the second step."""
@@ -68,9 +68,9 @@ class Disk:
             size += _write_all(fd, batch)
         return Written(size, hasher.digest())
 
-    def write_unchecked(self, fd: int, buffers: Iterable[Buffer]) -> int:
-        """Write all buffers; returns how many bytes that was."""
-        return sum(_write_all(fd, batch) for batch in _batches(buffers))
+    def write_staged(self, fd: int, buffers: Iterable[Buffer]) -> Written:
+        """As `write`, for what needn't survive this life."""
+        return self.write(fd, buffers)
 
     def sync_file(self, fd: int) -> None:
         """Until this returns, a power cut may leave any part of the file."""
@@ -144,6 +144,13 @@ def read_checksum(path: Path, *, size_bytes: int, seal: bytes = b"") -> bytes:
             raise SnapshotError(f"{path} hasn't its {size_bytes} bytes", reason="truncated")
         while count := file.readinto(buffer):
             hasher.update(view[:count])
+    return hasher.digest()
+
+
+def checksum(buffer: Buffer, *, seal: bytes = b"") -> bytes:
+    """xxh3_128 of `seal` and a buffer."""
+    hasher = xxhash.xxh3_128(seal)
+    hasher.update(as_view(buffer))
     return hasher.digest()
 
 

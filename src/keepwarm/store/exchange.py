@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from keepwarm.core.slotfile import Buffer, RowsPart
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer, RowsPart
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.intake import Why
 from keepwarm.store.snapshots import Snapshots

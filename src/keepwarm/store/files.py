@@ -6,28 +6,40 @@ that a mapped file is the codec's input. It is written once, under a name that e
 until it is complete, and is never opened for writing again.
 
 The checksum in the index covers the row's seal (see `index`), then the payload. It is compared
-before the first use of a file in each process life; `_verified` remembers which have passed.
+each time a file is opened for its content; `_verified` remembers which have been read in this life.
 
 Invariants:
 - A file without the suffix `.new` is complete and flushed.
+- Only files whose names have this form are removed or moved, whatever else is in the directory.
+- What the index doesn't name when the store is opened (*strays*) is left where it is, counted, and
+  removed when room is needed.
 - A verified file was read in full in this life and matched.
 - The quarantine's bytes stay within its bound; its oldest files go first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from keepwarm.core.slotfile import Buffer
 from keepwarm.errors import SnapshotError
-from keepwarm.store.disk import Disk, Written, disk_errors, map_file, read_checksum
+from keepwarm.slotfile import Buffer
+from keepwarm.store.disk import (
+    Disk,
+    Written,
+    checksum,
+    disk_errors,
+    map_file,
+    read_checksum,
+)
 from keepwarm.store.index import BoundaryRow, ExtentRow
-
-QUARANTINE = "quarantine"
+from keepwarm.store.places import QUARANTINE, TAG, is_own_name, put_tag
 
 UNTRUSTED = frozenset({"checksum", "missing", "truncated", "unreadable"})
 """Reasons after which a file is never tried again; others ('io') may pass."""
@@ -70,17 +82,32 @@ class ExtentFiles:
         self._verified: set[FileKey] = set()
         for path in (root, self._quarantine):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.quarantined_bytes = sum(e.stat().st_size for e in os.scandir(self._quarantine))
+        with contextlib.suppress(OSError):  # without a tag nobody else will remove it, that's all
+            put_tag(root)
+        self._strays: dict[str, int] = {}
+        self.quarantined_bytes = sum(found.st_size for found, _ in self._set_aside())
 
     def path(self, key: FileKey) -> Path:
         """Where that file is, or would be."""
         return self.root / key.name
 
     def present(self) -> set[str]:
-        """The names of all files there are."""
+        """The names of all files there are, whoever made them."""
         with disk_errors("listing the store"):
             # Strings alone: with 100,000 files, as many Path objects cost a second.
-            return set(os.listdir(self.root)) - {QUARANTINE}  # noqa: PTH208
+            return set(os.listdir(self.root)) - {QUARANTINE, TAG}  # noqa: PTH208
+
+    @property
+    def stray_bytes(self) -> int:
+        """What strays take."""
+        return sum(self._strays.values())
+
+    def free_id(self, at_least: int) -> int:
+        """An extent id that no stray's name has: writing must not replace one."""
+        taken = {int(re.split("[.-]", name, maxsplit=1)[0], 16) for name in self._strays}
+        while at_least in taken:
+            at_least += 1
+        return at_least
 
     def write(self, key: FileKey, buffers: Iterable[Buffer], *, seal: bytes) -> Written:
         """Put a complete, flushed file in place, not yet named by the index.
@@ -112,16 +139,27 @@ class ExtentFiles:
             except OSError:
                 continue
 
-    def remove_strays(self, names: Iterable[str]) -> int:
-        """Remove what isn't indexed. Returns how many went."""
-        count = 0
-        for name in names:
-            path = self.root / name
-            if not path.is_dir():
-                with disk_errors(f"removing {name}"):
-                    self._disk.unlink(path)
-                count += 1
-        return count
+    def note_strays(self, names: Iterable[str]) -> int:
+        """Count what isn't indexed and has a name of ours; returns how many files that is."""
+        for name in filter(is_own_name, names):
+            with contextlib.suppress(OSError):
+                found = (self.root / name).lstat()
+                if stat.S_ISREG(found.st_mode):
+                    self._strays[name] = found.st_size
+        return len(self._strays)
+
+    def strays(self) -> set[str]:
+        """Their names."""
+        return set(self._strays)
+
+    def remove_strays(self) -> int:
+        """Remove them; returns the bytes freed."""
+        before = self.stray_bytes
+        for name in list(self._strays):
+            with contextlib.suppress(OSError):
+                self._disk.unlink(self.root / name)
+                del self._strays[name]
+        return before - self.stray_bytes
 
     def check(self, row: ExtentRow | BoundaryRow) -> None:
         """Read the file and compare, unless that was done in this life.
@@ -139,13 +177,24 @@ class ExtentFiles:
         self._verified.add(key)
 
     def open(self, row: ExtentRow | BoundaryRow) -> mmap.mmap | bytes:
-        """The file's bytes, verified; mapped if there are many. Raises: as `check`."""
+        """The file's bytes, compared with their checksum now; mapped if there are many.
+
+        It is compared at each use, since what is computed behind damaged rows is wrong for good,
+        and nobody sees it. The first time in a life it is read, not mapped: that reports a bad
+        disk as an error.
+
+        Raises: as `check`.
+        """
         self.check(row)
-        path = self.path(key_of(row))
+        key = key_of(row)
+        path = self.path(key)
         with disk_errors(f"opening {path.name}"):
             found = path.read_bytes() if row.size_bytes < READ_BELOW_BYTES else map_file(path)
         if len(found) != row.size_bytes:
             raise SnapshotError(f"{path.name} was cut while in use", reason="truncated")
+        if checksum(found, seal=row.seal) != row.checksum:
+            self._verified.discard(key)
+            raise SnapshotError(f"{path.name} isn't what was written", reason="checksum")
         return found
 
     def quarantine(self, key: FileKey) -> None:
@@ -175,15 +224,25 @@ class ExtentFiles:
         return before - self.quarantined_bytes
 
     def _bound_quarantine(self, bound_bytes: int) -> None:
-        there = [(entry.stat(), entry.path) for entry in os.scandir(self._quarantine)]
-        there.sort(key=lambda found: found[0].st_ctime_ns)  # when it was moved here
-        total = sum(stat.st_size for stat, _ in there)
-        for stat, path in there:
+        there = self._set_aside()
+        total = sum(found.st_size for found, _ in there)
+        for found, path in there:
             if total <= bound_bytes:
                 break
             self._disk.unlink(Path(path))
-            total -= stat.st_size
+            total -= found.st_size
         self.quarantined_bytes = total
+
+    def _set_aside(self) -> list[tuple[os.stat_result, str]]:
+        """Our files in the quarantine, the oldest first."""
+        with os.scandir(self._quarantine) as entries:
+            found = [
+                (entry.stat(follow_symlinks=False), entry.path)
+                for entry in entries
+                if is_own_name(entry.name) and entry.is_file(follow_symlinks=False)
+            ]
+        found.sort(key=lambda one: one[0].st_ctime_ns)  # when it was moved here
+        return found
 
 
 def check_file(path: Path, row: ExtentRow | BoundaryRow) -> None:

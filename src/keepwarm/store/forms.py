@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.slotfile import (
+from keepwarm.core.tree import Tokens
+from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import (
     Buffer,
     Layout,
     RowsPart,
@@ -21,14 +23,14 @@ from keepwarm.core.slotfile import (
     file_tokens,
     parse,
 )
-from keepwarm.core.tree import Tokens
-from keepwarm.errors import SnapshotError
+from keepwarm.slotfile.finite import rows_are_finite
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A slot file understood: its tokens, the payload of any `[lo, hi)`, and what else is to keep.
 
+    `rows` raises SnapshotError('not_finite') for what was computed from NaN or infinity.
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
     context checkpoints). `is_restorable`: the file itself, unchanged, can be given back.
     """
@@ -95,7 +97,15 @@ class RowsForm:
             ends.append((found.tokens.size, boundary))
             ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
         # A window's file, as saved, is short of what the engine takes; assembling adds it.
-        return Taken(found.tokens, found.rows, ends, kind is not MemoryKind.SLIDING_WINDOW)
+        is_restorable = kind is not MemoryKind.SLIDING_WINDOW
+
+        def rows(lo: int, hi: int) -> Sequence[Buffer]:
+            buffers = found.rows(lo, hi)
+            if not rows_are_finite(self.layout.rows.tensors, buffers):
+                raise SnapshotError(f"tokens {lo}-{hi} aren't finite", reason="not_finite")
+            return buffers
+
+        return Taken(found.tokens, rows, ends, is_restorable)
 
     def give(
         self,

@@ -7,8 +7,10 @@ Deletions commit before files go, insertions after files came, so that a cut bet
 refuse, not a row without a file. (A deletion whose commit the disk loses leaves a row without
 its file; such rows are dropped on opening.)
 
-What can't be read as such an index is set aside and a new one begun: all of it can be prefilled
-again.
+A file that SQLite calls damaged, or that holds something else, is unusable (`IndexUnusableError`),
+and the store sets it aside. Anything else that goes wrong (a full disk, a lock, a bad sector, an
+index of a newer version) says nothing against the file: it is left as it is. Rows that make no
+sense by themselves are passed over (`check_rows`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keepwarm.errors import SnapshotError
-from keepwarm.store.disk import Disk
+from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.types import Mark, Origin, Pin
 
 SCHEMA_VERSION = 1
@@ -46,6 +48,36 @@ CREATE TABLE pins (
   digest BLOB, prefill_s REAL NOT NULL, created_s REAL NOT NULL, used_s REAL, uses INTEGER NOT NULL
   ) WITHOUT ROWID;
 """
+
+_ORIGINS = ", ".join(f"'{origin.value}'" for origin in Origin)
+
+
+def _integers(*columns: str) -> str:
+    return " AND ".join(f"typeof({name}) = 'integer' AND {name} >= 0" for name in columns)
+
+
+def _numbers(*columns: str) -> str:
+    return " AND ".join(
+        f"typeof({name}) IN ('real', 'integer') AND {name} BETWEEN -1e18 AND 1e18"
+        for name in columns
+    )
+
+
+# What a row must be to be believed, by table. Tokens, places and payload are sealed besides.
+_SENSE = {
+    "extents": f"{_integers('id', 'lo', 'whole', 'bytes', 'uses')} AND id > 0"
+    " AND typeof(parent) IN ('null', 'integer') AND typeof(namespace) = 'text'"
+    " AND typeof(checksum) = 'blob' AND typeof(tokens) = 'blob'"
+    f" AND length(tokens) > 0 AND length(tokens) % 4 = 0 AND origin IN ({_ORIGINS})"
+    f" AND {_numbers('prefill_s', 'created_s', 'used_s', 'heat')}",
+    "boundaries": f"{_integers('extent_id', 'at', 'bytes')} AND typeof(checksum) = 'blob'",
+    "marks": f"{_integers('extent_id', 'at', 'exact')} AND typeof(namespace) = 'text'"
+    " AND typeof(digest) = 'blob'",
+    "pins": f"{_integers('extent_id', 'at', 'uses')} AND typeof(name) = 'text'"
+    f" AND origin IN ({_ORIGINS}) AND typeof(digest) IN ('null', 'blob')"
+    f" AND {_numbers('prefill_s', 'created_s')}"
+    " AND typeof(used_s) IN ('null', 'real', 'integer')",
+}
 
 
 class ExtentRow(NamedTuple):
@@ -106,37 +138,51 @@ class IndexUnusableError(Exception):
 class Index:
     """The connection. Lives on one thread at a time; errors are sqlite3's own."""
 
-    def __init__(self, path: Path, *, disk: Disk, identity: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, *, disk: Disk, identity: dict[str, str], alone: bool = False
+    ) -> None:
         """Open or create the index.
 
-        `identity` (fingerprint, layout, ...) must be what it was created with.
+        `identity` (fingerprint, layout, ...) must be what it was created with. `alone`: keep
+        SQLite's shared memory in ours, which needs no room on a full disk; nobody else can read
+        the index meanwhile.
 
-        Raises: IndexUnusableError, with the connection closed.
+        Raises: IndexUnusableError; SnapshotError('no_space', 'index', 'io') for what says nothing
+        against the file. The connection is closed then.
         """
         self.path = path
         self._disk = disk
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        with disk_errors(f"opening {path.name}"):
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            path.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            # Not a cut-off: SQLite moves the log into the file by itself at 1,000 pages.
-            self._db.execute("PRAGMA journal_size_limit=4194304")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._create(identity)
-            elif version != SCHEMA_VERSION:
-                raise IndexUnusableError(f"schema {version}, {SCHEMA_VERSION} is known")
-            found = dict(self._db.execute("SELECT key, value FROM meta"))
-            if found != identity:
-                differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
-                raise IndexUnusableError(f"it was made for another {', '.join(differs)}")
-        except IndexUnusableError:
+            with disk_errors(f"opening {path.name}"), unusable_if_damaged():
+                path.chmod(0o600)
+                if alone:
+                    self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                self._set_up(identity)
+        except BaseException:
             self._db.close()
             raise
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise IndexUnusableError(str(error)) from error
+
+    def _set_up(self, identity: dict[str, str]) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        # Not a cut-off: SQLite moves the log into the file by itself at 1,000 pages.
+        self._db.execute("PRAGMA journal_size_limit=4194304")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._create(identity)
+        elif version > SCHEMA_VERSION:
+            raise SnapshotError(
+                f"{self.path.name} was written by a newer Keepwarm (schema {version})",
+                reason="index",
+            )
+        elif version != SCHEMA_VERSION:
+            raise IndexUnusableError(f"schema {version}, {SCHEMA_VERSION} is known")
+        found = dict(self._db.execute("SELECT key, value FROM meta"))
+        if found != identity:
+            differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+            raise IndexUnusableError(f"it was made for another {', '.join(map(str, differs))}")
 
     def _create(self, identity: dict[str, str]) -> None:
         with self.transaction():
@@ -144,6 +190,32 @@ class Index:
                 self._db.execute(statement)
             self._db.executemany("INSERT INTO meta VALUES (?, ?)", identity.items())
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def check_rows(self) -> int:
+        """How many rows make no sense, whatever wrote them; reading passes over them.
+
+        SQLite keeps any type in any column, so rows are checked before they are believed.
+        """
+        bad = 0
+        for table, sense in _SENSE.items():
+            query = f"SELECT COUNT(*) FROM {table} WHERE NOT COALESCE({sense}, 0)"  # noqa: S608
+            bad += self._db.execute(query).fetchone()[0]
+        return bad
+
+    def drop_senseless(self) -> None:
+        """Inside a transaction: the rows that `check_rows` counts."""
+        for table, sense in _SENSE.items():
+            self._db.execute(f"DELETE FROM {table} WHERE NOT COALESCE({sense}, 0)")  # noqa: S608
+
+    def last_id(self) -> int:
+        """The highest extent id that any row names; 0 if there is none."""
+        return int(
+            self._db.execute(
+                "SELECT MAX(COALESCE((SELECT MAX(id) FROM extents), 0),"
+                " COALESCE((SELECT MAX(extent_id) FROM boundaries"
+                "   WHERE typeof(extent_id) = 'integer'), 0))"
+            ).fetchone()[0]
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -162,16 +234,16 @@ class Index:
         self._db.close()
 
     def extents(self) -> Iterator[ExtentRow]:
-        """All rows, parents before children."""
-        return map(ExtentRow._make, self._db.execute("SELECT * FROM extents ORDER BY id"))
+        """All rows that make sense, parents before children."""
+        return map(ExtentRow._make, self._sensible("extents", order="id"))
 
     def boundaries(self) -> Iterator[BoundaryRow]:
-        """All rows, in no particular order."""
-        return map(BoundaryRow._make, self._db.execute("SELECT * FROM boundaries"))
+        """All rows that make sense, in no particular order."""
+        return map(BoundaryRow._make, self._sensible("boundaries"))
 
     def marks(self) -> Iterator[tuple[int, int, int, str, bytes]]:
-        """All rows: extent id, at, exact, namespace, digest."""
-        return self._db.execute("SELECT extent_id, at, exact, namespace, digest FROM marks")
+        """All rows that make sense: extent id, at, exact, namespace, digest."""
+        return self._sensible("marks", columns="extent_id, at, exact, namespace, digest")
 
     def marks_of(self, extent_id: int) -> list[tuple[str, bytes]]:
         """The marks in one extent: namespace and digest."""
@@ -181,11 +253,15 @@ class Index:
         return found.fetchall()
 
     def pins(self) -> Iterator[Pin]:
-        """All rows, by name."""
-        for name, extent_id, at, origin, *rest in self._db.execute(
-            "SELECT * FROM pins ORDER BY name"
-        ):
+        """All rows that make sense, by name."""
+        for name, extent_id, at, origin, *rest in self._sensible("pins", order="name"):
             yield Pin(name, extent_id, at, Origin(origin), *rest)
+
+    def _sensible(
+        self, table: str, *, columns: str = "*", order: str | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        query = f"SELECT {columns} FROM {table} WHERE {_SENSE[table]}"  # noqa: S608
+        return self._db.execute(f"{query} ORDER BY {order}" if order else query)
 
     def add_extent(self, row: ExtentRow) -> None:
         """Inside a transaction, after its file is in place."""
@@ -251,51 +327,51 @@ class Index:
         return None if found == "ok" else str(found)
 
 
-def open_index(
-    path: Path, *, disk: Disk, identity: dict[str, str]
-) -> tuple[Index, tuple[Path, str] | None]:
-    """The index at `path`, and if an unusable one was there, where it was moved and why.
-
-    The one set aside replaces an earlier one, so they don't add up.
-
-    Raises: SnapshotError('index') if not even a new one can be made there.
-    """
+def open_index(path: Path, *, disk: Disk, identity: dict[str, str]) -> Index:
+    """The index at `path`. On a full disk it is opened `alone`. Raises: as `Index`."""
     try:
-        return Index(path, disk=disk, identity=identity), None
-    except IndexUnusableError as error:
-        return _begin_again(path, disk=disk, identity=identity, why=str(error))
+        return Index(path, disk=disk, identity=identity)
+    except SnapshotError as error:
+        code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+        if code not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            raise
+        return Index(path, disk=disk, identity=identity, alone=True)
 
 
-def set_aside(path: Path, *, disk: Disk) -> Path:
-    """Move an index and its log out of the way; returns where it is now."""
-    aside = path.with_suffix(".set-aside")
-    for suffix in ("-wal", "-shm"):
-        disk.unlink(path.with_name(path.name + suffix))
-    disk.rename(path, aside)
-    return aside
-
-
-def _begin_again(
-    path: Path, *, disk: Disk, identity: dict[str, str], why: str
-) -> tuple[Index, tuple[Path, str]]:
-    aside = set_aside(path, disk=disk)
+@contextmanager
+def unusable_if_damaged() -> Iterator[None]:
+    """SQLite's word that a file is damaged becomes IndexUnusableError; other errors pass."""
     try:
-        return Index(path, disk=disk, identity=identity), (aside, why)
-    except IndexUnusableError as error:
-        raise SnapshotError(f"no index can be made at {path}: {error}", reason="index") from error
+        yield
+    except sqlite3.DatabaseError as error:
+        # 1 is "no such table" here, or one that is there already: a schema of somebody else.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+            raise IndexUnusableError(str(error)) from error
+        raise
 
 
 def read_only(path: Path) -> sqlite3.Connection:
     """A connection for looking, also beside a running gateway; takes no lock that it would notice.
 
+    On a full disk, where SQLite can't make its shared memory, the file is read as it is: what is in
+    the log only is missing then.
+
     Raises: SnapshotError('index') if there is no readable index.
     """
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.Error as error:
-        raise SnapshotError(f"{path} can't be read: {error}", reason="index") from error
-    if version != SCHEMA_VERSION:
+    wrong = f"{path} can't be read"
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        try:
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)
+        except sqlite3.Error as error:
+            wrong = f"{path} can't be opened: {error}"
+            continue
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == SCHEMA_VERSION:
+                return connection
+            wrong = f"{path} has schema {version}"
+        except sqlite3.Error as error:
+            wrong = f"{path} can't be read: {error}"
         connection.close()
-        raise SnapshotError(f"{path} has schema {version}", reason="index")
-    return connection
+    raise SnapshotError(wrong, reason="index")

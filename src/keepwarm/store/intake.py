@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.core.evict import heat_after_use
-from keepwarm.core.slotfile import Buffer
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Match
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.catalog import MarkPlace, namespaces_of
 from keepwarm.store.disk import disk_errors
 from keepwarm.store.files import FileKey
@@ -28,6 +28,11 @@ from keepwarm.store.forms import Form, Taken
 from keepwarm.store.index import BoundaryRow, ExtentRow
 from keepwarm.store.shelf import Shelf
 from keepwarm.store.types import Mark, Origin, Removed, Saved
+
+# Message starts whose states are kept with a conversation, for models that can't be cut.
+_MESSAGE_STARTS = 3
+# What a byte on the disk costs: 500 MB/s, a middling SSD.
+_WRITE_S_PER_BYTE = 2e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +82,11 @@ class Intake:
         self._enter(self._write(plan, taken), why)
         self._shelf.counts.saves += 1
         self._shelf.counts.written_bytes += need
+        self._shelf.tell()
         extent_id = plan.row.id if plan.row is not None else known
         assert extent_id is not None  # a file has a token, and it is known or new
-        return Saved(extent_id, count, count - plan.known.at, need), removed
+        ends = tuple(sorted({at for at, _ in taken.ends}))
+        return Saved(extent_id, count, count - plan.known.at, need, ends), removed
 
     def mark(self, extent_id: int, at: int, *, namespace: str, marks: Sequence[Mark]) -> None:
         """Enter marks for a prefix that is kept. Raises: SnapshotError('mark', 'no_space', ...)."""
@@ -95,10 +102,8 @@ class Intake:
             known = Match(None, 0)  # a shorter whole snapshot is no part of a longer one
         row = None
         if known.at < count:
-            # Not given again if this save fails: a commit that failed may yet have taken.
-            self._shelf.next_id += 1
             row = ExtentRow(
-                id=self._shelf.next_id - 1,
+                id=self._shelf.take_id(),
                 parent=known.extent_id,
                 lo=known.at,
                 namespace=why.namespace,
@@ -113,7 +118,8 @@ class Intake:
                 uses=0,
                 tokens=np.ascontiguousarray(taken.tokens[known.at :], "<i4").tobytes(),
             )
-        wanted = {count, *(mark.at_tokens for mark in why.marks)}
+        wanted = {count, *(mark.at_tokens for mark in why.marks if mark.is_exact)}
+        wanted |= _worth_keeping(taken.ends, why, count)
         ends: dict[int, tuple[BoundaryRow, Buffer]] = {}
         for at, state in taken.ends:
             holder = self._holder(known, row, at)
@@ -198,6 +204,24 @@ class Intake:
             if better is not None:
                 moves.append((mark, *better))
         return moves
+
+
+def _worth_keeping(ends: Sequence[tuple[int, Buffer]], why: Why, count: int) -> set[int]:
+    """The last message starts whose state is cheaper to keep than what it spares to prefill.
+
+    A conversation whose last question is edited, or whose history is rendered otherwise, goes on
+    from one of them.
+    """
+    s_per_token = why.prefill_s / count
+    kept: set[int] = set()
+    later = count
+    for at, state in sorted(((at, state) for at, state in ends if at < count), reverse=True):
+        if len(kept) == _MESSAGE_STARTS:
+            break
+        if (later - at) * s_per_token >= as_view(state).nbytes * _WRITE_S_PER_BYTE:
+            kept.add(at)
+            later = at
+    return kept
 
 
 def _check_marks(marks: Sequence[Mark], *, at_most: int) -> None:

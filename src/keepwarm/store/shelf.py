@@ -3,15 +3,20 @@
 Theory of operation. Three things change together: the catalogue (memory), the index (SQLite) and
 the extent files. Additions go file, index, catalogue; removals go index, catalogue, files. A
 removal never fails: if the index can't take it (the disk is full), the files go all the same, and
-the rows, which now lack their files, are dropped on the next opening. So a full disk can always be
-eased.
+the rows, which now lack their files, are passed over by the next opening. So a full disk can always
+be eased.
 
-Other fingerprints' directories under the same root count against the quota and go first, the least
-recently used whole: they are mostly what an engine upgrade left behind.
+Opening removes nothing. Files without rows and rows without files (*refuse*) are left as they are,
+and go when room is needed or somebody prunes: an index that was lost, or a directory that wasn't
+there for a moment, must not cost the rest.
+
+Stores of other fingerprints and layouts under the same root: see `neighbours`.
 
 Invariants:
 - Every extent in the catalogue has its row and its complete file, and so have its ancestors.
-- Before a payload is written, used + other + quarantined + payload bytes are within the quota.
+- Before a payload is written, used + other + payload bytes are within the quota, and this store
+  within its share of it.
+- Only what has our name and our mark is removed, by policy or on request, and the log says what.
 """
 
 from __future__ import annotations
@@ -19,28 +24,30 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import shutil
+import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 
-import xxhash
-
-from keepwarm.core.slotfile import Layout
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Layout
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import ExtentFiles, FileKey, key_of
-from keepwarm.store.index import open_index, set_aside
+from keepwarm.store.index import (
+    SCHEMA_VERSION,
+    IndexUnusableError,
+    open_index,
+    unusable_if_damaged,
+)
 from keepwarm.store.lock import OwnerLock
+from keepwarm.store.neighbours import Neighbours
+from keepwarm.store.places import INDEX_SUFFIX, LOCK_SUFFIX, set_aside, store_name
 from keepwarm.store.types import OpenReport, Removed
 
 log = logging.getLogger("keepwarm.store")
 
-INDEX_SUFFIX = ".index"
-LOCK_SUFFIX = ".lock"
 MAX_QUARANTINE_BYTES = 1 << 30
 
 
@@ -51,7 +58,8 @@ class StoreSettings:
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
     form. `quota_bytes` bounds everything under `root`, `staging_bytes` the staging directory, which
     is the engine's `--slot-save-path`. `streams` is the engine's stream count, `max_tokens` what
-    a slot may hold. `owner` is what the lock says of this process.
+    a slot may hold. `file_mode` is what staged files have. `owner` is what the lock says of this
+    process.
     """
 
     root: Path
@@ -62,6 +70,7 @@ class StoreSettings:
     staging_bytes: int
     streams: int
     max_tokens: int
+    file_mode: int = 0o600
     owner: str = "keepwarm"
 
     @property
@@ -74,6 +83,13 @@ class StoreSettings:
         """What the index must have been made with."""
         layout = self.layout.to_json() if self.layout is not None else "whole"
         return {"fingerprint": self.fingerprint, "layout": layout}
+
+    @property
+    def directory(self) -> Path:
+        """Where this store's files are."""
+        told = self.identity
+        name = store_name(told["fingerprint"], told["layout"], schema=SCHEMA_VERSION)
+        return self.root / name
 
 
 @dataclass(slots=True)
@@ -94,14 +110,10 @@ class _Loading:
     """What reading the index found that isn't as it should be."""
 
     missing: int = 0
+    bad_rows: int = 0
     extents: list[int] = field(default_factory=list)
-    ends: list[tuple[int, int]] = field(default_factory=list)
+    ends: list[FileKey] = field(default_factory=list)
     pins: list[str] = field(default_factory=list)
-
-
-def directory_name(fingerprint: str) -> str:
-    """The name of a fingerprint's directory, index and lock, without suffix."""
-    return xxhash.xxh3_128_hexdigest(fingerprint.encode())
 
 
 @contextlib.contextmanager
@@ -125,66 +137,92 @@ class Shelf:
     """See the module. Lives on one thread."""
 
     def __init__(self, settings: StoreSettings, *, disk: Disk) -> None:
-        """Open, and put right what an interrupted life left.
+        """Open it, or begin it.
 
-        Raises: ConfigError if another process has it or the directory can't be used;
-        SnapshotError('index', 'no_space', 'io').
+        Raises: ConfigError if another process has it or the root can be no directory;
+        SnapshotError('index', 'no_space', 'io') if it can't be used now. Nothing was lost.
         """
         self.settings = settings
         self.disk = disk
         self.counts = Counts()
-        self.other_bytes: int | None = None  # counted when room is first needed
-        name = directory_name(settings.fingerprint)
-        try:
-            settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = OwnerLock(settings.root / f"{name}{LOCK_SUFFIX}", what=settings.owner)
-        except OSError as error:
-            raise ConfigError(
-                f"The snapshot store can't be kept in {settings.root}: {error.strerror}. "
-                "Choose another --store."
-            ) from error
-        try:
-            with disk_errors("opening the store"):
-                self.files = ExtentFiles(
-                    settings.root / name, disk=disk, quarantine_bytes=settings.quarantine_bytes
-                )
-                with _without_collecting():
-                    self._open_index()
-        except BaseException:
-            self._lock.release()
-            raise
-        self.next_id = 1 + max(map(attrgetter("id"), self.catalog.tree), default=0)
+        self.next_id = 1
+        self.report = OpenReport()
+        self.neighbours = Neighbours(
+            settings.directory, quota_bytes=settings.quota_bytes, disk=disk
+        )
+        self._open()
 
     @property
     def index_path(self) -> Path:
-        """Where this fingerprint's index is."""
-        return self.files.root.with_suffix(INDEX_SUFFIX)
+        """Where this store's index is."""
+        return self.settings.directory.with_suffix(INDEX_SUFFIX)
+
+    def _open(self) -> None:
+        directory = self.settings.directory
+        self.catalog = self._new_catalog()
+        self._refuse = _Loading()
+        with disk_errors("opening the store"):
+            try:
+                self.settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = OwnerLock(directory.with_suffix(LOCK_SUFFIX), what=self.settings.owner)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ConfigError(
+                    f"The snapshot store can't be kept in {self.settings.root}: {error.strerror}. "
+                    "Choose another --store."
+                ) from error
+        self._lock = lock
+        try:
+            with disk_errors("opening the store"), _without_collecting():
+                self._open_index()
+        except BaseException:
+            lock.release()
+            raise
+        self.tell()
 
     def _open_index(self) -> None:
-        path, identity = self.index_path, self.settings.identity
-        self.index, aside = open_index(path, disk=self.disk, identity=identity)
+        why: str | None = None
+        self._make_files()
         try:
-            self.report = self._load()
-        except sqlite3.DatabaseError as error:
-            self.index.close()
-            aside = (set_aside(path, disk=self.disk), str(error))
-            self.index, _ = open_index(path, disk=self.disk, identity=identity)
-            self.report = self._load()
-        if aside is not None:
-            where, why = aside
-            self.report = replace(self.report, set_aside=f"{why} (the old one is {where.name})")
+            self._load_index()
+        except IndexUnusableError as error:
+            why = f"{error} (the old one is {set_aside(self.files.root, disk=self.disk)})"
+            self._make_files()
+            try:
+                self._load_index()
+            except IndexUnusableError as again:
+                raise SnapshotError(f"no index can be made: {again}", reason="index") from again
+        self.report = replace(self.report, set_aside=why)
         for line in self.report.lines():
             log.warning("%s", line)
 
-    def _load(self) -> OpenReport:
-        """Fill the catalogue with what has its files, and remove what hasn't, on both sides."""
-        whole = self.settings.layout is None
-        layout = self.settings.layout
-        catalog = self.catalog = Catalog(
-            needs_boundary=layout is not None and layout.kind.value != "plain"
+    def _make_files(self) -> None:
+        self.files = ExtentFiles(
+            self.settings.directory,
+            disk=self.disk,
+            quarantine_bytes=self.settings.quarantine_bytes,
         )
+
+    def _load_index(self) -> None:
+        self.index = open_index(self.index_path, disk=self.disk, identity=self.settings.identity)
+        try:
+            with unusable_if_damaged():
+                self.report = self._load()
+                self.next_id = max(self.next_id, self.index.last_id() + 1)
+            self._inode = self.index_path.stat()
+        except BaseException:
+            self.index.close()
+            raise
+
+    def _new_catalog(self) -> Catalog:
+        layout = self.settings.layout
+        return Catalog(needs_boundary=layout is not None and layout.kind.value != "plain")
+
+    def _load(self) -> OpenReport:
+        """Fill the catalogue with what has its files; the rest stays where it is, unused."""
+        whole = self.settings.layout is None
+        catalog = self.catalog = self._new_catalog()
         strays = self.files.present()  # and what the index names is taken out of it
-        found = _Loading()
+        found = self._refuse = _Loading(bad_rows=self.index.check_rows())
         for row in self.index.extents():
             name = FileKey(row.id).name
             try:
@@ -194,7 +232,7 @@ class Shelf:
                 if bool(row.whole) != whole:
                     raise ValueError("of the other form")
                 catalog.add_extent(row)  # refuses a child whose parent was dropped
-            except ValueError:
+            except (ValueError, KeyError, OverflowError):
                 found.extents.append(row.id)
             else:
                 strays.remove(name)
@@ -206,7 +244,7 @@ class Shelf:
                 catalog.add_end(end)
             except (KeyError, ValueError):
                 found.missing += end.extent_id in catalog.tree
-                found.ends.append((end.extent_id, end.at))
+                found.ends.append(key_of(end))
             else:
                 strays.remove(name)
         catalog.load_marks(self.index.marks())
@@ -216,21 +254,71 @@ class Shelf:
             except (KeyError, ValueError):
                 found.pins.append(pin.name)
         catalog.offer_all()
-        self._drop_rows(found)
         return OpenReport(
             extents=len(catalog.tree),
-            stray_files=self.files.remove_strays(strays),
+            stray_files=self.files.note_strays(strays),
+            stray_bytes=self.files.stray_bytes,
             missing_files=found.missing,
+            bad_rows=found.bad_rows,
             dropped_extents=len(found.extents),
             dropped_pins=tuple(found.pins),
         )
 
-    def _drop_rows(self, found: _Loading) -> None:
-        if found.extents or found.ends or found.pins:
-            with disk_errors("dropping what lacks its files"), self.index.transaction():
-                self.index.drop(extents=found.extents, boundaries=found.ends)
-                for name in found.pins:
-                    self.index.drop_pin(name)
+    def revive(self) -> bool:
+        """Open again if somebody took the store away while it was open, or it came back.
+
+        Raises: SnapshotError if that can't be; the catalogue is empty then, and the next call tries
+        again.
+        """
+        if self._is_there():
+            return False
+        log.warning("%s isn't there any more: opening it again", self.settings.directory)
+        self.index.close()
+        self._lock.release()
+        try:
+            self._open()
+        except ConfigError as error:
+            raise SnapshotError(f"the store is gone: {error}", reason="index") from error
+        return True
+
+    def _is_there(self) -> bool:
+        try:
+            return (
+                os.path.samestat(self.index_path.stat(), self._inode)
+                and self.files.root.is_dir()
+                and self._lock.is_at(self._lock.path)
+            )
+        except OSError:
+            return False
+
+    def take_id(self) -> int:
+        """A fresh extent id. Never given again: a commit that failed may yet have taken."""
+        given = self.files.free_id(self.next_id)
+        self.next_id = given + 1
+        return given
+
+    def refuse_keys(self) -> set[FileKey]:
+        """What the index names and the catalogue doesn't use, since a file is missing."""
+        return {*map(FileKey, self._refuse.extents), *self._refuse.ends}
+
+    def clear_refuse(self) -> int:
+        """Remove files without rows, and rows without files; returns the bytes freed."""
+        freed = self.files.remove_strays()
+        found = self._refuse
+        if found.extents or found.ends or found.pins or found.bad_rows:
+            there = self.files.present() - self.files.strays()
+            extents = [
+                i
+                for i in found.extents
+                if i not in self.catalog.tree and FileKey(i).name not in there
+            ]
+            ends = [key for key in found.ends if key.name not in there]
+            pins = [name for name in found.pins if name not in self.catalog.pins]
+            self._remove_rows(extents, ends, pins, senseless=True)
+            self._refuse = _Loading()
+        if freed:
+            log.info("removed files of ours that the index doesn't name: %d bytes", freed)
+        return freed
 
     def close(self) -> None:
         """Write what is pending and let others have the store."""
@@ -253,8 +341,13 @@ class Shelf:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of this fingerprint's files, the quarantine included."""
-        return self.catalog.used_bytes + self.files.quarantined_bytes
+        """Bytes of this store's files, quarantine and strays included."""
+        files = self.files
+        return self.catalog.used_bytes + files.quarantined_bytes + files.stray_bytes
+
+    def tell(self) -> None:
+        """Let other processes know what this store takes."""
+        self._lock.tell(self.used_bytes)
 
     def make_room(self, need_bytes: int, *, keep: Collection[int] = ()) -> Removed:
         """Evict until `need_bytes` more fit into the quota; extents in `keep` stay.
@@ -262,21 +355,29 @@ class Shelf:
         Raises: SnapshotError('quota') if that can't be; then nothing was evicted.
         """
         quota = self.settings.quota_bytes
-        if need_bytes + self.used_bytes + self._others() <= quota:
-            return Removed()
+        found = self.neighbours.look()
+        share = self.neighbours.share(found)
+        if self.used_bytes + need_bytes <= share:
+            others = self.neighbours.size_bytes
+            if others + self.used_bytes + need_bytes <= quota:
+                return Removed()
         kept = self.catalog.pinned_bytes() + sum(
             self.catalog.tree[i].size_bytes for i in keep if not self.catalog.is_pinned(i)
         )
-        if need_bytes + kept > quota:
+        if need_bytes + kept > share:
+            beside = "".join(f"; {one.owner} has {one.directory}" for one in found if one.owner)
             raise SnapshotError(
-                f"{need_bytes} bytes don't fit beside {kept} that must stay, of {quota}",
+                f"{need_bytes} bytes don't fit beside {kept} that must stay, of {share} "
+                f"(store.quota_bytes is {quota}{beside})",
                 reason="quota",
             )
-        self._drop_others(quota - self.used_bytes - need_bytes)
-        removed = self.evict(quota - self._others() - need_bytes, keep=keep)
-        if self.used_bytes + self._others() + need_bytes > quota:
+        self.clear_refuse()
+        others = self.neighbours.clear(found, bound_bytes=quota - self.used_bytes - need_bytes)
+        bound = min(share, quota - others) - need_bytes
+        removed = self.evict(bound, keep=keep)
+        if self.used_bytes > bound:
             self.files.empty_quarantine()
-        if self.used_bytes + self._others() + need_bytes > quota:
+        if self.used_bytes > bound:
             raise SnapshotError(f"no room for {need_bytes} bytes in {quota}", reason="quota")
         return removed
 
@@ -302,8 +403,7 @@ class Shelf:
                 ends.append(FileKey(candidate.extent_id, candidate.at))
         freed = before - catalog.used_bytes
         if extents or ends:
-            self._remove_rows(extents=extents, ends=ends, pins=())
-            self.files.remove([*map(FileKey, extents), *ends])
+            self._remove(extents=extents, ends=ends)
             self.counts.evicted_extents += len(extents)
             self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
@@ -313,8 +413,7 @@ class Shelf:
         before = self.catalog.used_bytes
         extents = self.catalog.tree.subtree(extent_id)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=())
-        self.files.remove([*map(FileKey, extents), *ends])
+        self._remove(extents=extents, ends=ends)
         freed = before - self.catalog.used_bytes
         self.counts.evicted_extents += len(extents)
         self.counts.evicted_bytes += freed
@@ -329,11 +428,27 @@ class Shelf:
         for name in pins:
             catalog.drop_pin(name)
         ends = [end for i in extents for end in self._forget_extent(i)]
-        self._remove_rows(extents=extents, ends=ends, pins=pins)
-        self.files.quarantine(FileKey(extent_id))
-        self.files.remove([FileKey(i) for i in extents if i != extent_id] + ends)
+        self._remove(extents=extents, ends=ends, pins=pins, aside=FileKey(extent_id))
         self.counts.quarantined_extents += 1
         return Removed(tuple(extents), tuple(pins), before - catalog.used_bytes)
+
+    def forget_marks(
+        self, namespace: str | None, *, extent_id: int | None = None, at: int | None = None
+    ) -> int:
+        """Forget the digests that lead to one end, or all; of one namespace, or of all. Rows stay.
+
+        Returns how many. Those that the index can't forget now are known again after a restart.
+        """
+        found = self.catalog.marks_at(namespace, extent_id=extent_id, at=at)
+        for name, digest, holder in found:
+            self.catalog.forget_mark(name, digest, extent_id=holder)
+        try:
+            with disk_errors("forgetting marks"), self.index.transaction():
+                for name, digest, holder in found:
+                    self.index.drop_mark(holder, name, digest)
+        except SnapshotError as error:
+            log.warning("%s", error)
+        return len(found)
 
     def quarantine_end(self, extent_id: int, at: int) -> Removed:
         """Set one boundary state aside; pins that end there are lost."""
@@ -345,9 +460,31 @@ class Shelf:
             catalog.drop_pin(name)
         row = catalog.remove_end(extent_id, at)
         key = FileKey(extent_id, at)
-        self._remove_rows(extents=[], ends=[key], pins=pins)
-        self.files.quarantine(key)
+        self._remove(extents=[], ends=[key], pins=pins, aside=key)
         return Removed((), tuple(pins), row.size_bytes)
+
+    def _remove(
+        self,
+        *,
+        extents: list[int],
+        ends: list[FileKey],
+        pins: Collection[str] = (),
+        aside: FileKey | None = None,
+    ) -> None:
+        """Remove rows, then files, of which `aside` goes to the quarantine.
+
+        On a full disk the files go first: that makes room for the index to be written.
+        """
+        is_told = self._remove_rows(extents, ends, pins)
+        if aside is not None:
+            try:
+                self.files.quarantine(aside)
+            except SnapshotError as error:
+                log.warning("%s; it isn't used any more", error)
+        self.files.remove(key for key in [*map(FileKey, extents), *ends] if key != aside)
+        if not is_told and not self._remove_rows(extents, ends, pins):
+            log.warning("the index still names what was removed; the next start passes over it")
+        self.tell()
 
     def _forget_extent(self, extent_id: int) -> list[FileKey]:
         marks: list[tuple[str, bytes]] = []
@@ -356,51 +493,22 @@ class Shelf:
         return [key_of(end) for end in self.catalog.remove_extent(extent_id, marks)]
 
     def _remove_rows(
-        self, *, extents: list[int], ends: Iterable[FileKey], pins: Collection[str]
-    ) -> None:
+        self,
+        extents: list[int],
+        ends: Iterable[FileKey],
+        pins: Collection[str],
+        *,
+        senseless: bool = False,
+    ) -> bool:
         pairs = [(key.extent_id, key.at) for key in ends if key.at is not None]
         try:
             with disk_errors("removing from the index"), self.index.transaction():
                 self.index.drop(extents=extents, boundaries=pairs)
                 for name in pins:
                     self.index.drop_pin(name)
+                if senseless:
+                    self.index.drop_senseless()
         except SnapshotError as error:
-            log.warning("%s; the files go all the same", error)
-
-    def _others(self) -> int:
-        if self.other_bytes is None:
-            self.other_bytes = sum(size for _, size, _ in self._other_stores())
-        return self.other_bytes
-
-    def _other_stores(self) -> list[tuple[Path, int, float]]:
-        """Directories of other fingerprints: path, bytes, time of last use (the lock's)."""
-        found = []
-        with disk_errors("measuring other stores"):
-            for lock in self.settings.root.glob(f"*{LOCK_SUFFIX}"):
-                directory = lock.with_suffix("")
-                if directory != self.files.root and directory.is_dir():
-                    sizes = (p.stat().st_size for p in directory.rglob("*") if p.is_file())
-                    found.append((directory, sum(sizes), lock.stat().st_mtime))
-        return found
-
-    def _drop_others(self, bound_bytes: int) -> None:
-        """Remove other fingerprints' files, least recently used first, to within the bound. One
-        that a process has open is left alone.
-        """
-        if self._others() <= max(bound_bytes, 0):
-            return
-        others = sorted(self._other_stores(), key=lambda other: other[2])
-        total = sum(size for _, size, _ in others)
-        for directory, size, _ in others:
-            if total <= max(bound_bytes, 0):
-                break
-            with contextlib.suppress(ConfigError):
-                lock = OwnerLock(directory.with_suffix(LOCK_SUFFIX), what="clearing away")
-                with lock, disk_errors(f"removing {directory.name}"):
-                    shutil.rmtree(directory)
-                    for suffix in ("", "-wal", "-shm"):
-                        index = directory.with_suffix(INDEX_SUFFIX)
-                        self.disk.unlink(index.with_name(index.name + suffix))
-                log.info("removed %s: %d bytes of another fingerprint", directory.name, size)
-                total -= size
-        self.other_bytes = total
+            log.info("%s", error)
+            return False
+        return True

@@ -9,16 +9,18 @@ same doubt never comes up twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
-from keepwarm.core.slotfile import Buffer, RowsPart
-from keepwarm.core.slotfile.cells import as_view
 from keepwarm.core.tree import Match, Tokens, as_tokens
 from keepwarm.errors import SnapshotError
+from keepwarm.slotfile import Buffer, RowsPart
+from keepwarm.slotfile.cells import as_view
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.container import Header, checksum_of, read_container, write_container
 from keepwarm.store.disk import Disk, disk_errors, map_file
@@ -52,7 +54,10 @@ class Snapshots:
         try:
             with disk_errors("opening the staging directory"):
                 self.staging = Staging(
-                    settings.staging, bound_bytes=settings.staging_bytes, disk=disk
+                    settings.staging,
+                    bound_bytes=settings.staging_bytes,
+                    disk=disk,
+                    file_mode=settings.file_mode,
                 )
         except BaseException:
             self.shelf.close()
@@ -76,6 +81,16 @@ class Snapshots:
         finally:
             self.shelf.close()
 
+    def revive(self) -> None:
+        """See `Shelf.revive`: what was staged belongs to the store that is gone."""
+        try:
+            is_new = self.shelf.revive()
+        except SnapshotError:
+            self.staging.forget()
+            raise
+        if is_new:
+            self.staging.forget()
+
     def lookup(self, digests: Sequence[bytes], namespaces: Sequence[str]) -> Hit | None:
         """See `Store.lookup`."""
         hit = self.shelf.catalog.lookup(digests, namespaces)
@@ -83,6 +98,7 @@ class Snapshots:
 
     def match(self, tokens: Sequence[int] | Tokens, namespace: str) -> Hit | None:
         """The longest restorable prefix of these tokens; `is_exact` if it is all of them."""
+        self.revive()
         ids = as_tokens(tokens)
         catalog = self.shelf.catalog
         found = catalog.tree.match(ids, namespaces=namespaces_of(namespace))
@@ -108,6 +124,7 @@ class Snapshots:
         """See `Store.absorb`."""
         path = self.staging.save_path(name)
         try:
+            self.revive()
             with disk_errors(f"reading staged {name}"):
                 buffer = map_file(path)
             taken = self.form.take(buffer)
@@ -123,6 +140,7 @@ class Snapshots:
                 extent_id=saved.extent_id,
                 at=saved.at_tokens,
                 size_bytes=len(buffer),
+                checksum=xxhash.xxh3_128_digest(buffer),
                 is_pinned=self._is_pinned_end(saved.extent_id, saved.at_tokens),
             )
         else:
@@ -136,6 +154,7 @@ class Snapshots:
 
     def mark(self, extent_id: int, at: int, namespace: str, marks: Sequence[Mark]) -> None:
         """See `Store.mark`."""
+        self.revive()
         self._require(extent_id, at)
         self._intake.mark(extent_id, at, namespace=namespace, marks=marks)
 
@@ -150,6 +169,7 @@ class Snapshots:
 
     def materialize(self, extent_id: int, at: int) -> Ready:
         """See `Store.materialize`."""
+        self.revive()
         self._require(extent_id, at)
         ready = self.staging.hold(extent_id, at)
         if ready is not None:
@@ -157,12 +177,13 @@ class Snapshots:
             return Ready(ready.name, extent_id, at, ready.size_bytes)
         _, buffers = self._assemble(extent_id, at, for_engine=True)
         size = sum(len(as_view(buffer)) for buffer in buffers)
-        name = self.staging.write(size, buffers)
+        name, checksum = self.staging.write(size, buffers)
         self.staging.keep(
             name,
             extent_id=extent_id,
             at=at,
             size_bytes=size,
+            checksum=checksum,
             is_pinned=self._is_pinned_end(extent_id, at),
             is_written_here=True,
         )
@@ -180,25 +201,39 @@ class Snapshots:
         shelf, catalog = self.shelf, self.shelf.catalog
         parts: list[RowsPart] = []
         for link in catalog.tree.chain(extent_id, at):
-            row = catalog.row(link.extent_id)
-            try:
-                payload = shelf.files.open(row)
-            except SnapshotError as error:
-                if error.reason in UNTRUSTED:
-                    self.forget_ready(shelf.quarantine_extent(link.extent_id))
-                raise
+            with self._quarantining(link.extent_id):
+                payload = shelf.files.open(catalog.row(link.extent_id))
             hi = catalog.tree[link.extent_id].hi
             parts.append(RowsPart(payload, link.lo, hi, link.take))
         tokens = catalog.tree.tokens_of(extent_id, at)
         state: Buffer | None = None
         if self.form.needs_boundary:
-            try:
+            with self._quarantining(extent_id, at):
                 state = shelf.files.open(catalog.end(extent_id, at))
-            except SnapshotError as error:
-                if error.reason in UNTRUSTED:
-                    shelf.quarantine_end(extent_id, at)
-                raise
         return tokens, self.form.give(tokens, parts, state, for_engine=for_engine)
+
+    @contextlib.contextmanager
+    def _quarantining(self, extent_id: int, at: int | None = None) -> Iterator[None]:
+        """Whatever turns out untrustworthy inside, of an extent or one of its ends, is set aside.
+
+        Not if all of the store is gone: that says nothing against what it held.
+        """
+        try:
+            yield
+        except SnapshotError as error:
+            if error.reason in UNTRUSTED:
+                self.revive()
+                extent = self.shelf.catalog.tree.get(extent_id)
+                if extent is not None and at is None:
+                    self.forget_ready(self.shelf.quarantine_extent(extent_id))
+                elif extent is not None and at is not None and at in extent.boundaries:
+                    self.shelf.quarantine_end(extent_id, at)
+            raise
+
+    def _check(self, extent_id: int) -> None:
+        """Compare an extent's file with its row, once a life. Raises: as `ExtentFiles.check`."""
+        with self._quarantining(extent_id):
+            self.shelf.files.check(self.shelf.catalog.row(extent_id))
 
     def touch(self, extent_id: int, at: int, *, now_s: float) -> None:
         """See `Store.touch`."""
@@ -222,6 +257,7 @@ class Snapshots:
         now_s: float,
     ) -> Pin:
         """See `Store.pin`."""
+        self.revive()
         self._require(extent_id, at)
         pin = Pin(name, extent_id, at, origin, digest, prefill_s, now_s, None, 0)
         with disk_errors(f"pinning {name}"), self.shelf.index.transaction():
@@ -244,29 +280,67 @@ class Snapshots:
         pins = self.shelf.catalog.pins.values()
         return any((pin.extent_id, pin.at_tokens) == (extent_id, at) for pin in pins)
 
-    def quarantine(self, extent_id: int, at: int) -> Removed:
+    def quarantine(self, extent_id: int, at: int, namespace: str) -> Removed:
         """See `Store.quarantine`."""
+        self.revive()
         catalog = self.shelf.catalog
         holder = catalog.tree.holder(extent_id, at) if extent_id in catalog.tree else None
         if holder is None:
             return Removed()
-        removed = self.shelf.quarantine_extent(holder)
-        self.forget_ready(removed)
-        return removed
+        self.staging.forget({holder})
+        for link in catalog.tree.chain(holder, at):
+            removed = self._quarantine_if_damaged(link.extent_id, None)
+            if removed is not None:
+                return removed
+        if at in catalog.tree[holder].boundaries:
+            removed = self._quarantine_if_damaged(holder, at)
+            if removed is not None:
+                return removed
+        self.shelf.forget_marks(namespace, extent_id=holder, at=at)
+        ending = [p for p in catalog.pins.values() if (p.extent_id, p.at_tokens) == (holder, at)]
+        return Removed(pins=tuple(pin.name for pin in ending))
+
+    def _quarantine_if_damaged(self, extent_id: int, at: int | None) -> Removed | None:
+        """Compare one file anew; None if it is what was written, or can't be read just now."""
+        shelf = self.shelf
+        row = shelf.catalog.row(extent_id) if at is None else shelf.catalog.end(extent_id, at)
+        try:
+            shelf.files.check_again(row)
+        except SnapshotError as error:
+            if error.reason not in UNTRUSTED:
+                return None
+            if at is not None:
+                return shelf.quarantine_end(extent_id, at)
+            removed = shelf.quarantine_extent(extent_id)
+            self.forget_ready(removed)
+            return removed
+        return None
+
+    def forget_marks(self) -> int:
+        """See `Store.forget_marks`."""
+        return self.shelf.forget_marks(None)
 
     def prune(self, bound_bytes: int) -> Removed:
         """See `Store.prune`."""
-        self.shelf.files.empty_quarantine()
+        freed = self.shelf.files.empty_quarantine() + self.shelf.clear_refuse()
         removed = self.shelf.evict(bound_bytes)
         self.forget_ready(removed)
-        return removed
+        return replace(removed, size_bytes=removed.size_bytes + freed)
 
     def forget_ready(self, removed: Removed) -> None:
         """Remove ready files of extents that are gone."""
         self.staging.forget(set(removed.extents))
 
+    def proved_tokens(self, extent_id: int, at: int) -> Tokens:
+        """See `Store.tokens_of`. The checksums cover the tokens; each is compared once a life."""
+        self.revive()
+        tokens = self.tokens_of(extent_id, at)
+        for link in self.shelf.catalog.tree.chain(extent_id, at):
+            self._check(link.extent_id)
+        return tokens
+
     def tokens_of(self, extent_id: int, at: int) -> Tokens:
-        """See `Store.tokens_of`."""
+        """The tokens of a prefix, as the index has them. Raises: SnapshotError('unknown')."""
         try:
             return self.shelf.catalog.tree.tokens_of(extent_id, at)
         except (KeyError, ValueError) as error:
@@ -288,7 +362,7 @@ class Snapshots:
             marks=catalog.mark_count,
             kept_tokens=catalog.kept_tokens,
             used_bytes=shelf.used_bytes,
-            other_bytes=shelf.other_bytes or 0,
+            other_bytes=shelf.neighbours.size_bytes,
             quarantined_bytes=shelf.files.quarantined_bytes,
             quota_bytes=shelf.settings.quota_bytes,
             staging_bytes=self.staging.used_bytes,
@@ -331,6 +405,7 @@ class Snapshots:
 
     def import_(self, path: Path, *, namespace: str, now_s: float) -> Imported:
         """See `Store.import_`."""
+        self.revive()
         found = read_container(path)
         header = found.header
         mine = self.shelf.settings.identity

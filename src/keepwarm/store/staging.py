@@ -11,10 +11,17 @@ A file that we assembled and that makes room for another is written over instead
 that a directory has already is filled twice as fast as new memory (`bench.store_live` measures it).
 Never one that the engine may still be reading: it would restore a mixture.
 
+Several processes may share a directory. Each life has a lock there, `kw-<life>.lock`; the files of
+a life whose lock nobody holds are removed once room is needed, and nobody else's ever.
+
+A ready file has a checksum, and is compared with it each time it is given out: what is computed
+behind a damaged one would be saved as if it were right. A directory that was taken away is made
+again; what was ready in it is assembled anew.
+
 Invariants:
 - Expected and ready bytes together stay within `bound_bytes`, but for held files.
 - A ready file is complete: it was renamed into place after its last byte was written.
-- Files of an earlier life are removed on opening; names of other forms are never touched.
+- Only files of this life, or of one that has provably ended, are removed.
 """
 
 from __future__ import annotations
@@ -29,13 +36,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepwarm.core.slotfile import Buffer
-from keepwarm.errors import SnapshotError
-from keepwarm.store.disk import Disk, disk_errors
+from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.slotfile import Buffer
+from keepwarm.store.disk import Disk, disk_errors, read_checksum
+from keepwarm.store.lock import OwnerLock
+from keepwarm.store.neighbours import remove_left
 
 log = logging.getLogger("keepwarm.store")
 
-_OURS = re.compile(r"kw-[0-9a-f]{8}-[0-9]{1,12}\.slot(?:\.new)?")
+_OURS = re.compile(r"kw-([0-9a-f]{8})-[0-9]{1,12}\.slot(?:\.new)?")
+_LOCK = re.compile(r"kw-([0-9a-f]{8})\.lock")
 
 
 @dataclass(slots=True)
@@ -48,6 +58,7 @@ class ReadyFile:
 
     name: str
     size_bytes: int
+    checksum: bytes
     is_pinned: bool
     holds: int = 0
     is_spent: bool = False
@@ -56,24 +67,64 @@ class ReadyFile:
 class Staging:
     """See the module. Changed on the store's thread only; `is_ready` may be asked anywhere."""
 
-    def __init__(self, root: Path, *, bound_bytes: int, disk: Disk) -> None:
-        """Make the directory (0700) if it is missing and remove an earlier life's files."""
+    def __init__(self, root: Path, *, bound_bytes: int, disk: Disk, file_mode: int = 0o600) -> None:
+        """Make the directory (0700) if it is missing. Raises: OSError.
+
+        `file_mode` is for a server that runs as somebody else.
+        """
         self.root = root
         self.bound_bytes = bound_bytes
-        self.leftovers = 0
+        self.damaged = 0
         self._disk = disk
+        self._file_mode = file_mode
         self._life = secrets.token_hex(4)
         self._count = 0
         self._expected: dict[str, int] = {}
         self._ready: OrderedDict[tuple[int, int], ReadyFile] = OrderedDict()
         self._unlinked_later: dict[str, ReadyFile] = {}
         self._used_bytes = 0
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.scandir(root) as entries:
-            for entry in entries:
-                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    disk.unlink(Path(entry.path))
-                    self.leftovers += 1
+        self._lock: OwnerLock | None = None
+        self._is_swept = False
+        self._make()
+        self.leftovers = sum(life != self._life for life, _ in self._files())
+
+    def _make(self) -> None:
+        """Make the directory and this life's lock, unless they are there. Raises: OSError."""
+        path = self.root / f"kw-{self._life}.lock"
+        if self._lock is not None and self._lock.is_at(path):
+            return
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._lock is not None:
+            log.warning("%s was taken away, and is made again", self.root)
+            self._lock.release()
+        self._lock = OwnerLock(path, what=f"staging of process {os.getpid()}")
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """The files with names of ours: whose life they are of, and where."""
+        with os.scandir(self.root) as entries:
+            return [
+                (form[1], Path(entry.path))
+                for entry in entries
+                if (form := _OURS.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False)
+            ]
+
+    def _sweep(self) -> None:
+        """Remove what lives have left that have ended; once, when room is first needed."""
+        if self._is_swept:
+            return
+        self._is_swept = True
+        with suppress(OSError, SnapshotError):
+            remove_left(self.root, disk=self._disk)
+            with os.scandir(self.root) as entries:
+                lives = {form[1] for e in entries if (form := _LOCK.fullmatch(e.name))}
+            files = self._files()
+            for life in lives - {self._life}:
+                path = self.root / f"kw-{life}.lock"
+                with suppress(ConfigError), OwnerLock(path, what="clearing away"):
+                    for whose, file in files:
+                        if whose == life:
+                            self._disk.unlink(file)
+                    self._disk.unlink(path)
 
     @property
     def used_bytes(self) -> int:
@@ -105,6 +156,8 @@ class Staging:
 
         Raises: SnapshotError('no_space') if it can't fit.
         """
+        with disk_errors("using the staging directory"):
+            self._make()
         self.make_room(size_bytes)
         return self._named(size_bytes)
 
@@ -134,6 +187,7 @@ class Staging:
         extent_id: int,
         at: int,
         size_bytes: int,
+        checksum: bytes,
         is_pinned: bool,
         is_written_here: bool = False,
     ) -> None:
@@ -141,24 +195,35 @@ class Staging:
         if (extent_id, at) in self._ready:
             self._drop((extent_id, at))
         self._used_bytes += size_bytes - self._expected.pop(name)
-        file = ReadyFile(name, size_bytes, is_pinned, is_spent=is_written_here)
+        file = ReadyFile(name, size_bytes, checksum, is_pinned, is_spent=is_written_here)
         self._ready[extent_id, at] = file
         self.make_room(0)
 
     def hold(self, extent_id: int, at: int) -> ReadyFile | None:
         """The ready file for this end, held and now the most recently used; None if there is none.
 
-        One that someone else removed is forgotten.
+        One that someone else removed, or that isn't what it was, is forgotten.
         """
         file = self._ready.get((extent_id, at))
         if file is None:
             return None
-        if not self.path(file.name).exists():
-            self._used_bytes -= self._ready.pop((extent_id, at)).size_bytes
+        if not self._is_whole(file):
+            self._drop((extent_id, at))
             return None
         self._ready.move_to_end((extent_id, at))
         file.holds += 1
         return file
+
+    def _is_whole(self, file: ReadyFile) -> bool:
+        try:
+            found = read_checksum(self.path(file.name), size_bytes=file.size_bytes)
+        except (OSError, SnapshotError) as error:
+            log.warning("%s is gone from the staging directory: %s", file.name, error)
+            return False
+        if found != file.checksum:
+            self.damaged += 1
+            log.warning("%s was damaged in the staging directory: it is made again", file.name)
+        return found == file.checksum
 
     def release(self, name: str, *, is_read: bool = True) -> None:
         """Undo one `hold`; a file forgotten meanwhile is removed with its last hold.
@@ -178,25 +243,28 @@ class Staging:
                 file.is_spent = file.is_spent and is_read
         self.make_room(0)
 
-    def write(self, size_bytes: int, buffers: Iterable[Buffer]) -> str:
-        """Write a file of ours; returns its name. It is expected until `keep` or `discard`.
+    def write(self, size_bytes: int, buffers: Iterable[Buffer]) -> tuple[str, bytes]:
+        """Write a file of ours; returns its name and checksum. It is expected until `keep` or
+        `discard`.
 
         It appears under its name when it is complete. Not flushed: what is staged is worth nothing
         after a restart. Raises: SnapshotError('no_space', 'io'); no file is left.
         """
+        with disk_errors("using the staging directory"):
+            self._make()
         spare = self._take_room(size_bytes)
         name = self._named(size_bytes)
         path = self.path(name)
         temporary = path.with_name(path.name + ".new")
         try:
             with disk_errors(f"writing {name}"):
-                self._fill(temporary, buffers, over=self.path(spare) if spare else None)
+                checksum = self._fill(temporary, buffers, over=self.path(spare) if spare else None)
                 self._disk.rename(temporary, path)
         except SnapshotError:
             self._disk.unlink(temporary)
             self.discard(name)
             raise
-        return name
+        return name, checksum
 
     def _take_room(self, size_bytes: int) -> str | None:
         """As `make_room`; returns a removed file that is still there, to be written over."""
@@ -213,16 +281,19 @@ class Staging:
             raise
         return spare
 
-    def _fill(self, path: Path, buffers: Iterable[Buffer], *, over: Path | None) -> None:
+    def _fill(self, path: Path, buffers: Iterable[Buffer], *, over: Path | None) -> bytes:
         if over is not None:
             with suppress(FileNotFoundError):  # somebody else has removed it
                 self._disk.rename(over, path)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            size = self._disk.write_unchecked(fd, buffers)
-            os.ftruncate(fd, size)
+            if self._file_mode != 0o600:
+                os.fchmod(fd, self._file_mode)
+            written = self._disk.write_staged(fd, buffers)
+            os.ftruncate(fd, written.size_bytes)
         finally:
             os.close(fd)
+        return written.checksum
 
     def mark_pinned(self, is_pinned: Callable[[int, int], bool]) -> None:
         """Tell which ends are pinned now."""
@@ -256,16 +327,28 @@ class Staging:
                 "of staging: raise store.staging_bytes.",
                 reason="no_space",
             )
-        while self.used_bytes + size_bytes > self.bound_bytes:
+        if size_bytes:
+            self._sweep()
+        free_bytes = self._free_bytes() if size_bytes else 0
+        while self.used_bytes + size_bytes > self.bound_bytes or free_bytes < size_bytes:
             key = self._least_needed()
             if key is not None:
                 file = self._ready.pop(key)
                 self._used_bytes -= file.size_bytes
+                free_bytes += file.size_bytes
                 yield file
             elif size_bytes:
-                raise SnapshotError("all of staging is in use", reason="no_space")
+                raise SnapshotError(
+                    f"all of staging is in use, or {self.root} is full", reason="no_space"
+                )
             else:
                 return
+
+    def _free_bytes(self) -> int:
+        """What the file system has left: a container's /dev/shm may be smaller than the bound."""
+        with disk_errors("measuring the staging directory"):
+            found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
 
     def clear(self) -> None:
         """Remove all of this life's files, held ones too; only for the end of it."""
@@ -275,6 +358,12 @@ class Staging:
             self.discard(file.name)
         self._ready.clear()
         self._used_bytes = 0
+        if self._lock is not None:
+            if self._lock.is_at(self._lock.path):
+                with suppress(OSError):
+                    self._disk.unlink(self._lock.path)
+            self._lock.release()
+            self._lock = None
 
     def _least_needed(self) -> tuple[int, int] | None:
         """The least recently used file that nobody holds, pinned ones last; None if all are."""

@@ -42,6 +42,7 @@ from keepwarm.store.types import (
     StoreStats,
     Verified,
 )
+from keepwarm.store.unsaved import open_or_do_without
 from keepwarm.worker import Worker
 
 log = logging.getLogger("keepwarm.store")
@@ -77,18 +78,26 @@ class Store:
         *,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
+        must_last: bool = False,
     ) -> Store:
-        """Open the store of one fingerprint, or begin it, and put right what a crash left.
+        """Open the store of one fingerprint and layout, or begin it.
 
-        Staged files of an earlier life are removed, so open it before the engine starts to save.
+        One that can't be used now (a full disk, an index that somebody holds) is replaced by one in
+        the staging directory for this life, and `report.unsaved` says why; unless it `must_last`.
 
-        Raises: ConfigError, if another process has it (the message says which) or its directory
-        can't be used; SnapshotError('index', 'no_space', 'io').
+        Raises: ConfigError, if another process has it (the message says which) or its root can be
+        no directory; SnapshotError('index', 'no_space', 'io').
         """
         worker = Worker("store", failure="the store failed")
         try:
             snapshots = await asyncio.wrap_future(
-                worker.submit(Snapshots, settings, disk=disk or Disk(), now_s=clock())
+                worker.submit(
+                    open_or_do_without,
+                    settings,
+                    disk=disk or Disk(),
+                    now_s=clock(),
+                    must_last=must_last,
+                )
             )
         except BaseException:
             worker.close()
@@ -112,6 +121,17 @@ class Store:
         no waiting. What it says may be gone a moment later; `materialize` then says 'unknown'.
         """
         return self._snapshots.lookup(digests, namespaces_of(namespace))
+
+    def match_now(self, tokens: Tokens, *, namespace: str) -> Hit | None:
+        """As `match`, from memory, as `lookup` does: what changes meanwhile is a miss."""
+        try:
+            return self._snapshots.match(tokens, namespace)
+        except (KeyError, RuntimeError):
+            return None
+
+    def knows(self, digest: bytes, *, namespace: str) -> bool:
+        """Whether a prompt with this digest was saved, even if its place is an estimate."""
+        return self._snapshots.shelf.catalog.knows(digest, namespaces_of(namespace))
 
     async def match(self, tokens: Sequence[int] | Tokens, *, namespace: str) -> Hit | None:
         """The longest restorable prefix of these very tokens; `is_exact` if it is all of them.
@@ -227,23 +247,47 @@ class Store:
         return self._snapshots.shelf.catalog.pins.get(name)
 
     async def tokens_of(self, extent_id: int, at_tokens: int) -> Tokens:
-        """The token ids of a kept prefix. Raises: SnapshotError('unknown')."""
-        return await self._run(self._snapshots.tokens_of, extent_id, at_tokens)
+        """The token ids of a kept prefix, proved to be those that were saved.
 
-    async def quarantine(self, extent_id: int, at_tokens: int, *, reason: str) -> Removed:
-        """Set aside the extent that a restore of this prefix ended in, and what hangs off it.
-
-        For a restore whose proof failed. `pins` of the answer are to be warmed again.
+        Raises: SnapshotError('unknown'); 'checksum', 'truncated', 'missing' or 'unreadable' after
+        the culprit was quarantined.
         """
-        removed = await self._run(self._snapshots.quarantine, extent_id, at_tokens)
+        return await self._run(self._snapshots.proved_tokens, extent_id, at_tokens)
+
+    def tokens_now(self, extent_id: int, at_tokens: int) -> Tokens | None:
+        """As `tokens_of`, from memory; None if it is gone."""
+        try:
+            return self._snapshots.tokens_of(extent_id, at_tokens)
+        except (SnapshotError, RuntimeError):
+            return None
+
+    async def quarantine(
+        self, extent_id: int, at_tokens: int, *, reason: str, namespace: str = ""
+    ) -> Removed:
+        """A proof of this prefix has failed: compare its files anew, and set aside what is damaged.
+
+        What hangs off a damaged extent goes with it. If all is what was written, the rows aren't
+        to blame and stay: only this namespace's digests don't lead there any more. `pins` of the
+        answer lost their prefix, or their digest: they are to be warmed, or proved, again.
+        """
+        removed = await self._run(self._snapshots.quarantine, extent_id, at_tokens, namespace)
         if removed.extents:
             log.warning(
                 "quarantined extent %d and %d that hang off it: %s",
-                extent_id,
+                removed.extents[0],
                 len(removed.extents) - 1,
                 reason,
             )
+        else:
+            log.warning("extent %d is what was written (%s)", extent_id, reason)
         return removed
+
+    async def forget_marks(self) -> int:
+        """No digest leads anywhere any more, since texts became other tokens; returns how many.
+
+        Rows stay, and are found by their tokens.
+        """
+        return await self._run(self._snapshots.forget_marks)
 
     async def verify(self, progress: Callable[[int, int], None] | None = None) -> Verified:
         """Read all files again and compare; quarantine what differs. `progress(done, total)`.

@@ -58,13 +58,14 @@ class Saved:
     """What `absorb` kept: the prefix of `at_tokens` tokens that ends in `extent_id`.
 
     `new_tokens` of them weren't known before. `new_bytes` were written for these and the boundary
-    state; 0 when all of it was there.
+    state; 0 when all of it was there. `ends` are those whose state the file held, kept or not.
     """
 
     extent_id: int
     at_tokens: int
     new_tokens: int
     new_bytes: int
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,30 +108,46 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class OpenReport:
-    """What opening the store found and put right. All zero and None after a clean life.
+    """What opening the store found. All zero and None after a clean life.
 
-    `set_aside` is where an unreadable or foreign index was moved, with the reason.
+    Nothing is removed by opening. Strays are files of ours that the index doesn't name; dropped is
+    what isn't used, because a file of it is missing or a row makes no sense. `set_aside` is why an
+    unusable index was moved, and where; `unsaved` why nothing can be kept on the disk in this life.
     """
 
     extents: int = 0
     stray_files: int = 0
+    stray_bytes: int = 0
     missing_files: int = 0
+    bad_rows: int = 0
     dropped_extents: int = 0
     dropped_pins: tuple[str, ...] = ()
     staging_leftovers: int = 0
     set_aside: str | None = None
+    unsaved: str | None = None
 
     def lines(self) -> list[str]:
         """For people; empty when there is nothing to say."""
         said = []
+        if self.unsaved:
+            said.append(
+                f"nothing is saved in this life: {self.unsaved}. `keepwarm store prune --quota "
+                "BYTES` frees space, `store.dir` names another place; then restart"
+            )
         if self.set_aside:
             said.append(f"began a new snapshot index: {self.set_aside}")
         if self.stray_files:
-            said.append(f"removed {self.stray_files} files of unfinished saves")
-        if self.missing_files:
             said.append(
-                f"{self.missing_files} snapshot files were missing: "
-                f"dropped {self.dropped_extents} extents that need them"
+                f"{self.stray_files} files ({self.stray_bytes:,} bytes) that the index doesn't "
+                "name are left as they are until room is needed (`keepwarm store prune` removes "
+                "them)"
+            )
+        if self.bad_rows:
+            said.append(f"{self.bad_rows} rows of the index make no sense and aren't used")
+        if self.missing_files or self.dropped_extents:
+            said.append(
+                f"{self.missing_files} snapshot files are missing: "
+                f"{self.dropped_extents} extents that need them aren't used"
             )
         if self.dropped_pins:
             said.append(f"to be warmed again: {', '.join(self.dropped_pins)}")

@@ -1,0 +1,1 @@
+"""Measurements of parts and of long runs, outside the wheel: `python -m benchmarks.soak`."""

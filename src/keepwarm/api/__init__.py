@@ -1,0 +1,1 @@
+"""What the door lets in: routes, headers, web sites and bodies. Decisions only, no I/O."""

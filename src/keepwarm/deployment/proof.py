@@ -1,0 +1,213 @@
+"""Prove each plan by the engine's own count, and learn which prefixes clients repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from keepwarm.core.job import Job
+from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
+from keepwarm.core.reply import Counts
+from keepwarm.deployment.rebuild import rebuild
+from keepwarm.deployment.warm import Target, tier_targets
+from keepwarm.errors import EngineError, SnapshotError, TierError
+from keepwarm.store.types import Origin, Pin
+from keepwarm.tiers.tiering import Tiered
+
+if TYPE_CHECKING:
+    from keepwarm.deployment.runtime import Runtime
+
+log = logging.getLogger("keepwarm")
+
+# A prefix is learned when it is seen for the second time within this many distinct ones.
+_SEEN_LIMIT = 4096
+
+
+class Prover:
+    """Counts hits and misses; pins what comes again; looks into broken promises."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._seen: dict[bytes, int] = {}
+        self._pinning: set[str] = set()
+        self._mending = asyncio.Lock()
+
+    def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
+        """Compare what was promised with what the engine reused."""
+        runtime = self._runtime
+        name = tier.tier.name if tier.tier else "none"
+        runtime.metrics.replied(
+            plan=plan.source,
+            tier=name,
+            counts=counts,
+            ttft_s=ttft_s,
+        )
+        self._note_use(job)
+        # One token is always evaluated again, so a prompt that is all known reuses one less.
+        promised = min(plan.promise_tokens, counts.prompt - 1)
+        if counts.cached < promised - runtime.machine.slack_tokens:
+            runtime.supervise(self._broken(job, plan, counts))
+        elif (
+            job.prompt.static
+            and not tier.tier
+            and not job.is_final
+            and job.is_savable
+            and runtime.settings.store.learned
+        ):
+            self._learn(job)
+
+    def _note_use(self, job: Job) -> None:
+        """A static part that a slot holds is of use too, though nothing was restored."""
+        static = job.prompt.static
+        store = self._runtime.store
+        if static and (hit := store.lookup([static.digest], namespace=job.namespace)):
+            store.touch(hit.extent_id, hit.at_tokens)
+
+    async def _broken(self, job: Job, plan: Plan, counts: Counts) -> None:
+        """Fewer tokens were reused than promised: find out why, and mend it."""
+        runtime = self._runtime
+        log.warning(
+            "%s: promised %d tokens from a %s, the engine reused %d",
+            job.id,
+            plan.promise_tokens,
+            plan.source.value,
+            counts.cached,
+        )
+        # An attached server may have been restarted between two looks at it.
+        runtime.suspect_engine()
+        async with self._mending:
+            moved = await self._moved()
+            if moved:
+                runtime.metrics.miss("template_changed")
+                log.warning("the template renders the tiers otherwise than before: warming again")
+                lost = await self._drop_stale(moved)
+            elif plan.restore is None:
+                runtime.metrics.miss("slot_lost")
+                return
+            else:
+                runtime.metrics.miss("not_reused")
+                lost = set(await self._quarantine(plan.restore, "not_reused", job.namespace))
+            for target in runtime.prefixes.targets:
+                if target.name in lost:
+                    await rebuild(runtime, target)
+
+    async def _quarantine(self, stored: Stored, reason: str, namespace: str) -> tuple[str, ...]:
+        try:
+            return await self._runtime.slot_store.quarantine(stored, reason, namespace=namespace)
+        except SnapshotError as error:
+            self._runtime.metrics.miss(error.reason)
+            return ()
+
+    async def _drop_stale(self, moved: list[Target]) -> set[str]:
+        """Forget what was rendered before: digests are of texts, and their tokens have changed."""
+        runtime = self._runtime
+        runtime.dispatcher.forget_rendered()
+        lost = {target.name for target in moved}
+        try:
+            await runtime.store.forget_marks()
+        except SnapshotError as error:
+            runtime.metrics.miss(error.reason)
+        for target in runtime.prefixes.targets:
+            runtime.dispatcher.know_static(target.digest, target.tokens)
+        return lost
+
+    async def _moved(self) -> list[Target]:
+        """The tiers that render to other tokens now (a date in the template), as they were."""
+        runtime = self._runtime
+        try:
+            now = await tier_targets(
+                runtime.tiers,
+                runtime.counter,
+                fingerprint=runtime.fingerprint,
+                only=runtime.settings.tiers.warm,
+            )
+        except (EngineError, TierError) as error:
+            log.warning("the tiers can't be rendered: %s", error)
+            return []
+        moved = [
+            a for a, b in zip(runtime.prefixes.targets, now, strict=False) if a.tokens != b.tokens
+        ]
+        runtime.prefixes.targets = now
+        return moved
+
+    def _learn(self, job: Job) -> None:
+        """Count a client's own static part; the second time it is pinned."""
+        static = job.prompt.static
+        assert static
+        if len(self._seen) >= _SEEN_LIMIT:
+            self._seen.pop(next(iter(self._seen)))
+        seen = self._seen.pop(static.digest, 0) + 1
+        self._seen[static.digest] = seen
+        name = f"learned:{job.namespace}:{static.digest.hex()}"
+        is_long = (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS
+        is_known = name in self._pinning or self._runtime.store.pin_named(name)
+        if seen >= 2 and is_long and not is_known:
+            self._pinning.add(name)
+            task = self._runtime.supervise(self._pin(job, name))
+            task.add_done_callback(lambda _: self._pinning.discard(name))
+
+    async def _pin(self, job: Job, name: str) -> None:
+        runtime = self._runtime
+        static = job.prompt.static
+        assert static
+        hit = runtime.store.lookup([static.digest], namespace=job.namespace)
+        if hit is None or not hit.is_exact:
+            return
+        await runtime.store.pin(
+            name,
+            hit.extent_id,
+            hit.at_tokens,
+            origin=Origin.LEARNED,
+            digest=static.digest,
+            prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
+        )
+        log.info("learned a prefix of %d tokens that clients repeat", hit.at_tokens)
+        await self._forget_oldest()
+
+    async def _forget_oldest(self) -> None:
+        """Keep as many learned prefixes as the settings allow.
+
+        The tenant that has most of them gives up the one that it used longest ago: nobody's are
+        lost to what another one learns, as long as they are no more than its share.
+        """
+        learned: dict[str, list[Pin]] = {}
+        for pin in self._runtime.store.pins():
+            if pin.origin is Origin.LEARNED:
+                learned.setdefault(_tenant_of(pin.name), []).append(pin)
+        while sum(map(len, learned.values())) > self._runtime.settings.store.learned:
+            most = max(learned.values(), key=len)
+            oldest = min(most, key=lambda pin: pin.used_s or pin.created_s)
+            most.remove(oldest)
+            await self._runtime.store.unpin(oldest.name)
+
+    async def learned_targets(self) -> list[Target]:
+        """What was learned in earlier lives, most recently used first."""
+        store = self._runtime.store
+        out: list[Target] = []
+        pins = [p for p in store.pins() if p.origin is Origin.LEARNED and p.digest]
+        for pin in sorted(pins, key=lambda p: p.used_s or p.created_s, reverse=True):
+            try:
+                tokens = await store.tokens_of(pin.extent_id, pin.at_tokens)
+            except SnapshotError as error:
+                self._runtime.metrics.miss(error.reason)
+                continue
+            assert pin.digest
+            namespace = _tenant_of(pin.name)
+            out.append(
+                Target(
+                    pin.name,
+                    [int(t) for t in tokens],
+                    None,
+                    pin.digest,
+                    Origin.LEARNED,
+                    namespace,
+                )
+            )
+            self._seen[pin.digest] = 2
+        return out
+
+
+def _tenant_of(name: str) -> str:
+    """Whose a learned pin is, by its name. A key's name may hold colons itself."""
+    return name.removeprefix("learned:").rpartition(":")[0]

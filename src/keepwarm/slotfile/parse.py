@@ -1,0 +1,188 @@
+"""Reading a slot file: whole, through views, every byte accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepwarm.core.memory import MemoryKind
+from keepwarm.slotfile.boundary import (
+    APPENDIX_MAGIC,
+    Boundary,
+    read_boundary,
+    read_checkpoints,
+)
+from keepwarm.slotfile.cells import CellBlock, Cursor, as_view, read_cache
+from keepwarm.slotfile.layout import (
+    Buffer,
+    Ints,
+    Layout,
+    SlotFileError,
+)
+
+MAGIC = 0x67677371  # LLAMA_STATE_SEQ_MAGIC
+VERSION = 4  # LLAMA_STATE_SEQ_VERSION of the builds this was tried with
+MAX_POSITION = 2**31 - 1  # llama_pos is an i32
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Boundary state of an earlier end of the same tokens, kept by the engine."""
+
+    end_tokens: int
+    boundary: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFile:
+    """A parsed file. Its arrays are views: they keep the buffer, and are valid as long as it is.
+
+    `streams` is how many streams the file has (1 with a unified KV cache, else one a slot), `slot`
+    the engine's slot it was saved from. `checkpoints` hold boundary state of earlier ends, in the
+    file's order; `appendix` is the part of the file they are in (empty where there is none).
+    """
+
+    tokens: Ints
+    layout: Layout
+    streams: int
+    slot: int
+    checkpoints: tuple[Checkpoint, ...]
+    appendix: memoryview
+    _cells: CellBlock
+    _order: NDArray[np.intp] | None
+    _boundary: memoryview | None
+
+    def rows(self, lo: int, hi: int) -> list[memoryview]:
+        """The payload of the extent [lo, hi): one flat row of bytes a tensor, all K, then all V.
+
+        Together they are `layout.rows_bytes(hi - lo)` bytes. Views, except for transposed V and for
+        cells that the engine had scattered, which must be gathered.
+
+        Raises:
+            IndexError: the range isn't inside the file.
+        """
+        if not 0 <= lo <= hi <= len(self.tokens):
+            raise IndexError(f"tokens [{lo}, {hi}) of {len(self.tokens)}")
+        which = slice(lo, hi) if self._order is None else self._order[lo:hi]
+        return [
+            np.ascontiguousarray(data[:, which] if t.element_bytes else data[which])
+            .reshape(-1)
+            .data
+            for t, data in zip(self.layout.rows.tensors, self._cells.tensors, strict=True)
+        ]
+
+    def boundary(self) -> memoryview | None:
+        """What holds only at this file's end, as it lies in the file; None for plain attention."""
+        return self._boundary
+
+    @property
+    def is_in_order(self) -> bool:
+        """The cells lie in the order of their positions, as `assemble` writes them."""
+        return self._order is None
+
+
+def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
+    """Take a whole slot file apart, copying nothing.
+
+    `kind` is what the model's header says: a file doesn't name it. `max_tokens` is the context that
+    a restore must fit into.
+
+    Raises:
+        SlotFileError: anything that isn't exactly such a file.
+    """
+    cursor = Cursor(as_view(buffer))
+    tokens = _read_tokens(cursor, max_tokens=max_tokens)
+    cache = read_cache(cursor)
+    order = _rows_order(cache.block, tokens=len(tokens))
+    end: Boundary | None = None
+    if kind is not MemoryKind.PLAIN:
+        end = read_boundary(cursor, kind)
+        if end.end_tokens != len(tokens):
+            raise SlotFileError(
+                f"boundary state of {end.end_tokens} tokens, not {len(tokens)}", reason="position"
+            )
+        if end.sequence not in (None, cache.block.sequence):
+            raise SlotFileError("rows and window are of two slots", reason="sequence")
+    layout = Layout(
+        version=VERSION,
+        kind=kind,
+        rows=cache.block.layout,
+        window=None if end is None else end.window,
+        recurrent=None if end is None else end.recurrent,
+    )
+    start = cursor.at
+    checkpoints: tuple[Checkpoint, ...] = ()
+    if end is not None and cursor.starts_with(APPENDIX_MAGIC):
+        checkpoints = tuple(_checked(found, end) for found in read_checkpoints(cursor, kind))
+    if cursor.left:
+        raise SlotFileError(f"{cursor.left} bytes after the end", reason="trailing")
+    return SlotFile(
+        tokens=tokens,
+        layout=layout,
+        streams=cache.streams,
+        slot=cache.block.sequence,
+        checkpoints=checkpoints,
+        appendix=cursor.view[start:],
+        _cells=cache.block,
+        _order=order,
+        _boundary=None if end is None else end.raw,
+    )
+
+
+def file_tokens(buffer: Buffer) -> Ints:
+    """The token ids a slot file says it holds; a view. The state behind them isn't looked at.
+
+    Raises:
+        SlotFileError: the header isn't one of a text prompt in version 4.
+    """
+    return _read_tokens(Cursor(as_view(buffer)), max_tokens=MAX_POSITION)
+
+
+def _read_tokens(cursor: Cursor, *, max_tokens: int) -> Ints:
+    magic, version = cursor.u32s(2)
+    if magic != MAGIC:
+        raise SlotFileError(f"magic {magic:#x}", reason="magic")
+    if version != VERSION:
+        raise SlotFileError(f"version {version}, {VERSION} is known", reason="version")
+    count = cursor.number("I")
+    words = np.frombuffer(cursor.take(4 * count), "<i4")
+    if count < 4 or words[0] != -1 or words[1] != 1:
+        raise SlotFileError("the token list begins in an unknown way", reason="tokens")
+    found = int(words[2])
+    if not 0 <= found <= count - 4:
+        raise SlotFileError(f"{found} tokens in {count} words", reason="tokens")
+    tokens = words[3 : 3 + found]
+    if found != count - 4 or words[-1] != 0:
+        raise SlotFileError("the prompt holds more than text", reason="media")
+    if found > max_tokens:
+        raise SlotFileError(f"{found} tokens, at most {max_tokens} fit", reason="tokens")
+    if found and int(tokens.min()) < 0:
+        # Placeholders of media are negative, so such a prompt isn't told by its token ids.
+        raise SlotFileError("the prompt holds a token that isn't text", reason="media")
+    return tokens
+
+
+def _rows_order(cells: CellBlock, *, tokens: int) -> NDArray[np.intp] | None:
+    """Where each position's cell lies in the file; None when they lie in order.
+
+    A unified cache gives a slot whatever cells are free, so they may come in any order.
+    """
+    if len(cells.positions) != tokens:
+        raise SlotFileError(f"{len(cells.positions)} cells for {tokens} tokens", reason="tokens")
+    expected = np.arange(tokens, dtype=np.int32)
+    if np.array_equal(cells.positions, expected):
+        return None
+    order = np.argsort(cells.positions, kind="stable")
+    if not np.array_equal(cells.positions[order], expected):
+        raise SlotFileError("positions aren't those of the tokens", reason="position")
+    return order
+
+
+def _checked(found: Boundary, end: Boundary) -> Checkpoint:
+    if (found.window, found.recurrent) != (end.window, end.recurrent):
+        raise SlotFileError("a checkpoint of another layout", reason="checkpoints")
+    if found.end_tokens > end.end_tokens:
+        raise SlotFileError("a checkpoint from after the end", reason="checkpoints")
+    return Checkpoint(found.end_tokens, found.raw)
