@@ -72,6 +72,8 @@ EXAMPLES_FILE: Final = Path(__file__).with_name("router_examples.txt")
 #: a sentence put before it.
 FROM_A_LINE: Final = 8
 WITH_SENTENCE: Final = 0.3
+#: What a written request weighs: few say what many of a collector's do.
+WRITTEN_WEIGHT: Final = 3.0
 #: Parts that the sources are dealt into when a score is calibrated on what it hasn't seen.
 PARTS: Final = 6
 
@@ -121,7 +123,7 @@ SHAPES: Final = {
             "cue explain", "cue write", "cue code", "cue advice", "cue small-talk",
             "cue story-problem", "cue depth", "code shown", "formula", "foreign", "bare question",
         ),
-        strength=0.1,
+        strength=0.3,
         has_grams=True,
         prior=0.3,
     ),
@@ -135,7 +137,7 @@ SHAPES: Final = {
             "identifiers", "formula", "code shown", "cue explain", "cue advice",
             "cue story-problem", "foreign", "cue files", "file named",
         ),
-        strength=0.1,
+        strength=0.3,
         has_grams=True,
         prior=0.06,
     ),
@@ -170,6 +172,11 @@ class Row:
     def is_written(self) -> bool:
         """Whether it was written for learning."""
         return self.source.startswith("written/")
+
+    @property
+    def counts(self) -> float:
+        """What it weighs among examples of the request alone."""
+        return WRITTEN_WEIGHT if self.is_written else 1.0
 
     @property
     def least_tier(self) -> str:
@@ -358,7 +365,7 @@ def open_examples(rows: Sequence[Row]) -> list[Example]:
     found = []
     for row in rows:
         if not row.tools:
-            found.append(Example(row.query, (), row.needs_tool, row.source))
+            found.append(Example(row.query, (), row.needs_tool, row.source, row.counts))
         elif row.needs_tool:
             found.append(Example(row.query, (), True, row.source, OPEN_WEIGHT))
         elif looked(row.query).values["bare question"]:
@@ -368,7 +375,7 @@ def open_examples(rows: Sequence[Row]) -> list[Example]:
 
 def context_examples(rows: Sequence[Row]) -> list[Example]:
     """Whether the answer lies in earlier conversations."""
-    return [Example(row.query, (), row.needs_context, row.source) for row in rows]
+    return [Example(row.query, (), row.needs_context, row.source, row.counts) for row in rows]
 
 
 def depth_examples(rows: Sequence[Row]) -> list[Example]:
