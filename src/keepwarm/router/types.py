@@ -111,7 +111,7 @@ class MissCosts:
     depth_s: float = 2.0
     tools_told: float = 0.6
     context_told: float = 0.3
-    spoiled: float = 0.13
+    spoiled: float = 0.125
 
 
 @dataclass(frozen=True, slots=True)
