@@ -60,7 +60,7 @@ def requests_of(count: int) -> Iterator[Ended]:
 
 def _ended(number: int, talk: list[dict[str, str]]) -> Ended:
     body = {"model": "own", "messages": list(talk), "max_tokens": 64}
-    prompt = prompt_of("chat", body, fingerprint="bench", namespace="")
+    prompt = prompt_of(body, fingerprint="bench", namespace="")
     tokens = prompt.chars // _CHARS_PER_TOKEN
     warm = tokens - 100 if len(talk) > 2 else 0
     source = Source.SLOT if warm else Source.COLD
@@ -83,7 +83,6 @@ def _ended(number: int, talk: list[dict[str, str]]) -> Ended:
     return Ended(
         id=f"{number:016x}",
         api="chat",
-        client_api="chat",
         namespace="",
         model="own",
         body=body,

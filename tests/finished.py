@@ -26,11 +26,10 @@ def ended(number: int, messages: list[dict[str, Any]], **changes: Any) -> Ended:
     values: dict[str, Any] = {
         "id": f"request{number:05}",
         "api": "chat",
-        "client_api": "chat",
         "namespace": namespace,
         "model": "small",
         "body": body,
-        "prompt": prompt_of("chat", body, fingerprint="f", namespace=namespace),
+        "prompt": prompt_of(body, fingerprint="f", namespace=namespace),
         "plan": plan(),
         "tier": "none",
         "tier_reason": "own-prompt",

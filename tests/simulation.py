@@ -103,9 +103,7 @@ def request_of(
     is_alone: bool = False,
 ) -> Request:
     """A request with its identity and its real tokens."""
-    api = "completion" if "prompt" in body else "chat"
     prompt = prompt_of(
-        api,
         body,
         fingerprint=FINGERPRINT,
         namespace=namespace,

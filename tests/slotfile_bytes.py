@@ -14,7 +14,8 @@ Bytes = NDArray[np.uint8]
 
 
 def random_bytes(seed: int, *shape: int) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    # Without one bit of the exponent, so that none of it is NaN as F16 or F32.
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8) & np.uint8(0xBF)
 
 
 @dataclass(frozen=True)

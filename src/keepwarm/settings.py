@@ -257,6 +257,13 @@ class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="seconds running requests get at shutdown")
     ] = 30.0
+    strict_models: Annotated[
+        bool,
+        Meta(
+            description="refuse a request whose `model` is neither the engine's nor a tier; false: "
+            "any name gets the engine's model"
+        ),
+    ] = False
 
 
 class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -217,6 +218,8 @@ def main() -> int:
     parser.add_argument("--memory", choices=MODELS, default="plain", help="the model's kind")
     parser.add_argument("--list", action="store_true", help="name the kinds")
     options = parser.parse_args()
+    # So that file systems are given back and processes ended, whatever ends this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.list:
         sys.stdout.write("\n".join(FAULTS) + "\n")
         return 0

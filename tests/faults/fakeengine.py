@@ -37,6 +37,7 @@ class Fault(Enum):
     NO_COUNTS = "a reply without timings"
     STALL = "no answer until `resume` is set"
     STALL_MID_STREAM = "two events, and no more until `resume` is set"
+    STALL_AT_END = "all but the stream's end, and no more until `resume` is set"
     LOADING = "503, as while the model loads"
     REFUSED = "400, as for a prompt that is too long"
     UNABLE = "501, as for an infill by a model without its tokens"
@@ -339,7 +340,10 @@ class FakeEngine:
                 await asyncio.sleep(0)
             told = {} if fault is Fault.NO_COUNTS else {"timings": timings}
             last = _event({"delta": {}, "finish_reason": "stop"}, **told)
-            await response.write(last + b"data: [DONE]\n\n")
+            await response.write(last)
+            if fault is Fault.STALL_AT_END:
+                await self.resume.wait()
+            await response.write(b"data: [DONE]\n\n")
             self._say(slot)
         except (asyncio.CancelledError, ConnectionError):
             self.hung_up += 1

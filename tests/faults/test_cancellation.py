@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from random import Random
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import ClientConnectionResetError
 from fakeengine import Fault, tokenize
 from rig import Keepwarm, until
 
@@ -93,6 +95,26 @@ async def test_hanging_up_mid_stream_stops_the_engines_decode(keepwarm: Keepwarm
     # It was the client that left: nobody may think that the engine died.
     assert "engine_died" not in await keepwarm.metrics()
     assert "keepwarm_engine_restarts_total{" not in await keepwarm.metrics()
+
+
+async def test_a_client_that_leaves_behind_the_last_event_has_had_a_whole_reply(
+    keepwarm: Keepwarm,
+) -> None:
+    """As Codex and Aider do: they know that nothing follows, and don't wait for the end."""
+    keepwarm.engine.faults.append(Fault.STALL_AT_END)
+    url = f"{keepwarm.base}/v1/chat/completions"
+    response = await keepwarm.session.post(url, json=keepwarm.body("It counts?", stream=True))
+    said = b""
+    while b"finish_reason" not in said:
+        said += await response.content.readany()
+    response.close()
+    await keepwarm.settled()
+    async with keepwarm.session.get(f"{keepwarm.base}/keepwarm/requests/last") as reply:
+        record = await reply.json()
+    assert (record["status"], record["outcome"]) == (200, "answered")
+    assert record["tokens"]["prompt"] > 0
+    assert 'keepwarm_outcomes_total{outcome="answered"} 1.0' in await keepwarm.metrics()
+    await assert_well(keepwarm)
 
 
 async def test_a_whole_chat_reply_is_stopped_like_a_stream(keepwarm: Keepwarm) -> None:
@@ -300,3 +322,17 @@ async def test_a_crowd_that_hangs_up_at_random_leaves_every_slot_free(
         s.state is not SlotState.SERVING for s in keepwarm.runtime.dispatcher.scheduler.slots
     )
     await assert_well(keepwarm)
+
+
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_error(
+    keepwarm: Keepwarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left(*_: object) -> None:
+        raise ClientConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(keepwarm.runtime.router, "tier", left)
+    url = f"{keepwarm.base}/v1/chat/completions"
+    async with keepwarm.session.post(url, json=keepwarm.body()) as response:
+        assert response.status == 499  # which only a test can still read
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    await keepwarm.settled()

@@ -276,10 +276,10 @@ async def test_somebody_who_knocks_is_answered(keepwarm: Keepwarm) -> None:
 
 
 def test_every_planned_route_has_a_shape() -> None:
-    from keepwarm.gateway.asked import MESSAGES, PLANNED  # noqa: PLC0415
+    from keepwarm.gateway.asked import COUNTED, MESSAGES, PLANNED  # noqa: PLC0415
 
     planned = {route.path for route in ROUTES if route.way is Way.PLANNED}
-    assert planned == {*PLANNED, MESSAGES}
+    assert planned == {*PLANNED, *COUNTED, MESSAGES}
 
 
 @has_keys("root:root-key", operators=("root",))
@@ -376,3 +376,15 @@ async def test_bodies_are_held_within_bounds(keepwarm: Keepwarm) -> None:
     assert (await ask(keepwarm, "POST", CHAT, data=raw))[0] == 200, "it is let go of at the end"
     status, _, _ = await ask(keepwarm, "POST", CHAT, data=b" " * 5000)
     assert status == 413
+
+
+async def test_the_page_is_served_at_its_address(keepwarm: Keepwarm) -> None:
+    status, headers, _ = await ask(keepwarm, "GET", "/keepwarm")
+    assert (status, headers["location"]) == (301, "/keepwarm/")
+    status, headers, body = await ask(keepwarm, "GET", "/keepwarm/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    assert b"<script>" in body
+    status, _, body = await ask(keepwarm, "POST", "/keepwarm/store/1/eat", Content_Type="text/json")
+    assert status == 404
+    assert json.loads(body)["error"]["message"]

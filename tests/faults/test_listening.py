@@ -22,6 +22,7 @@ from keepwarm.engine.client import EngineClient
 from keepwarm.errors import ConfigError
 from keepwarm.gateway import door, listening
 from keepwarm.gateway.listening import Runner, listen
+from keepwarm.operate.gateway_client import Gateway
 from keepwarm.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -35,6 +36,7 @@ async def hello(_: web.Request) -> web.Response:
 async def listening_at(settings: ServerSettings) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/", hello)
+    app.router.add_get("/keepwarm/status", hello)
     runner = Runner(app)
     await runner.setup()
     try:
@@ -101,6 +103,14 @@ async def test_a_path_makes_it_a_socket_of_this_user_alone(tmp_path: Path) -> No
         server = await asyncio.start_unix_server(lambda *_: None, path)
         server.close()
         assert path.is_socket() or not path.exists()
+
+
+@pytest.mark.parametrize("form", ["{}", "unix:{}"])
+async def test_commands_ask_a_gateway_behind_a_socket(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "keepwarm.sock"
+    named = form.format(path)
+    async with listening_at(ServerSettings(host=str(path))), Gateway(named, None) as gateway:
+        assert await gateway.get("status") == {"said": "hello"}
 
 
 async def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:

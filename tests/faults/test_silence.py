@@ -9,6 +9,8 @@ import time
 from itertools import pairwise
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from fakeengine import Fault
 from rig import Keepwarm, until
@@ -197,3 +199,48 @@ async def test_nodes_fetch_outlasts_a_silence_longer_than_its_limit(keepwarm: Ke
 @pytest.mark.parametrize("server_settings", [ServerSettings(ping_s=0)], ids=["off"])
 async def test_without_pings_nodes_fetch_gives_up(keepwarm: Keepwarm) -> None:
     assert "imeout" in await in_node(keepwarm, limit_ms=2500)
+
+
+async def test_real_clients_read_a_pinged_stream(keepwarm: Keepwarm) -> None:
+    user: Any = {"role": "user", "content": "Which disk?"}
+    keepwarm.engine.faults.append(Fault.STALL)
+    waking = asyncio.ensure_future(resume_later(keepwarm))
+    async with openai.AsyncOpenAI(base_url=f"{keepwarm.base}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(
+            model="minimal", messages=[user], stream=True, max_tokens=8
+        )
+        said = [c.choices[0].delta.content or "" async for c in stream if c.choices]
+    assert "".join(said) == "It is noon."
+    await waking
+    keepwarm.engine.resume.clear()
+    keepwarm.engine.faults.append(Fault.STALL)
+    waking = asyncio.ensure_future(resume_later(keepwarm))
+    async with (
+        anthropic.AsyncAnthropic(base_url=keepwarm.base, api_key="none") as claude,
+        claude.messages.stream(model="minimal", messages=[user], max_tokens=8) as messages,
+    ):
+        assert await messages.get_final_text() == "It is noon."
+    await waking
+
+
+@pytest.mark.parametrize("server_settings", [ServerSettings(queue_timeout_s=2)], ids=["short"])
+async def test_real_clients_raise_a_late_refusal(keepwarm: Keepwarm) -> None:
+    user: Any = {"role": "user", "content": "Which disk?"}
+    keepwarm.engine.faults.extend([Fault.STALL, Fault.STALL])
+    first = [asyncio.ensure_future(keepwarm.ask(f"{n} disks?")) for n in range(2)]
+    await until(lambda: len(keepwarm.engine.busy) == 2)
+    async with openai.AsyncOpenAI(base_url=f"{keepwarm.base}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(
+            model="minimal", messages=[user], stream=True, max_tokens=8
+        )
+        with pytest.raises(openai.APIError, match="No slot was free"):
+            async for _ in stream:
+                pass
+    async with anthropic.AsyncAnthropic(base_url=keepwarm.base, api_key="none") as claude:
+        with pytest.raises(anthropic.APIStatusError, match="No slot was free"):
+            async with claude.messages.stream(
+                model="minimal", messages=[user], max_tokens=8
+            ) as messages:
+                await messages.get_final_text()
+    keepwarm.engine.resume.set()
+    await asyncio.gather(*first)

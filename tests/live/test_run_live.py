@@ -117,6 +117,9 @@ def test_every_client_reaches_the_keepwarm_that_runs_and_it_stays(
     assert told["base"] == served.base
     assert told["argv"][-3:] == ["ask", "--its", "own"]
     assert "127.0.0.1" in told["environment"]["NO_PROXY"]
+    if name == "claude":
+        assert told["argv"][0] == "--exclude-dynamic-system-prompt-sections"
+        assert told["environment"]["CLAUDE_CODE_AUTO_COMPACT_WINDOW"].isdecimal()
     assert "1 request, " in err
     assert out == ""
     assert "move-known" in err, "nobody is told that the gateway leaves the blocks where they are"
@@ -239,3 +242,35 @@ def test_what_is_printed_is_a_script_that_does_the_same(runs: Runs, name: str) -
     )
     # Nothing listens there: the stand-in was started, knew the address, and got no answer.
     assert "Connection refused" in done.stderr
+
+
+def test_an_agents_prompt_is_learned_the_first_time_and_kept_under_its_name(
+    tmp_path: Path, quick_model: Path, small_tiers: Path
+) -> None:
+    engine = {"model": str(quick_model), "slots": 2, "context": 4096, "threads": 1}
+    served = Served(
+        tmp_path,
+        engine=engine,
+        tiers={"dir": str(small_tiers)},
+        hygiene={"rules": ["move-known"]},
+    ).wait_ready()
+    try:
+        for agent, text in (("claude-cli/2.1.332 (external)", "help"), ("curl/8.1", "sing")):
+            messages = [
+                {"role": "system", "content": f"You {text} people who look after disks. " * 60},
+                {"role": "user", "content": "Is it there?"},
+            ]
+            body = {"messages": messages, "max_tokens": 2}
+            assert served.post("/v1/chat/completions", body, user_agent=agent).status == 200
+            served.settled()
+
+        def names() -> list[str]:
+            extents = served.get("/keepwarm/store")["extents"]
+            return [name for extent in extents for name in extent["pins"]]
+
+        served.until(lambda: "claude-cli/2.1.332" in names())
+        assert "learned" not in names(), "somebody else's prompt is learned the second time"
+    finally:
+        served.stop()
+    listed = Served.command("store", "ls", "--store", str(tmp_path / "store"), root=tmp_path)
+    assert "claude-cli/2.1.332" in listed.stdout

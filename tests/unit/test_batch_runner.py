@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from batchsamples import document, line
-from keepwarm.batch.drop import Drop
 from keepwarm.batch.job import Job, Paths, read_tasks
 from keepwarm.batch.journal import DiskFullError, Entry
 from keepwarm.batch.progress import Progress
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.senders import Answer, UnreachableError
 from keepwarm.batch.tasks import Task
+from keepwarm.batch.watched_directory import WatchedDirectory
 from keepwarm.core.prompt import SharedEnd
 from keepwarm.errors import ConfigError, EngineDownError
 
@@ -317,7 +317,7 @@ async def test_a_server_that_cant_fill_prefixes_is_served_all_the_same(tmp_path:
 
 
 def test_a_dropped_file_has_a_home_of_its_own_until_it_is_done(tmp_path: Path) -> None:
-    drop = Drop(tmp_path)
+    drop = WatchedDirectory(tmp_path)
     drop.prepare()
     dropped = tmp_path / "night.jsonl"
     dropped.write_bytes(line("a"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from batchsamples import document
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.effects import (
     Effect,
     FilledSlot,
@@ -25,7 +26,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, cleaned
+from keepwarm.gateway.asked import Asked, asked_of
 from keepwarm.tiers.tiering import Tiered
 
 SHARED = document(1)
@@ -38,9 +39,7 @@ def body(question: str) -> dict[str, Any]:
 
 
 def prompt(question: str, *, ends: tuple[SharedEnd, ...] = (END,)) -> Prompt:
-    return prompt_of(
-        "chat", body(question), fingerprint="f", namespace="n", shared_segments=1, ends=ends
-    )
+    return prompt_of(body(question), fingerprint="f", namespace="n", shared_segments=1, ends=ends)
 
 
 def marks(of: Prompt) -> set[bytes]:
@@ -53,24 +52,23 @@ def test_an_end_is_a_mark_of_all_who_share_it_and_changes_no_other() -> None:
     assert marks(plain) < marks(one)
     (added,) = marks(one) - marks(plain)
     assert added in marks(other)
-    assert added not in marks(prompt_of("chat", body("x"), fingerprint="f", namespace="m"))
+    assert added not in marks(prompt_of(body("x"), fingerprint="f", namespace="m"))
 
 
 def test_a_prefix_ends_at_its_end_and_is_all_static() -> None:
     whole = prompt("What is first?")
-    part = prefix_of(whole, segments_of("chat", body("What is first?")), END)
+    part = prefix_of(whole, segments_of(body("What is first?")), END)
     assert part.static == part.marks[-1]
     assert part.marks == whole.marks[: len(part.marks)]
     assert part.marks[-1].chars == whole.marks[0].chars + len(TIER["content"]) + 16 + END.chars
     assert not part.is_static_shared
-    before = prefix_of(whole, segments_of("chat", body("x")), SharedEnd(1, 0))
+    before = prefix_of(whole, segments_of(body("x")), SharedEnd(1, 0))
     assert before.static == whole.static
     assert before.is_static_shared
 
 
 def test_a_raw_prompts_end_is_counted_from_its_first_character() -> None:
     raw = prompt_of(
-        "completion",
         {"prompt": SHARED},
         fingerprint="f",
         namespace="n",
@@ -120,15 +118,16 @@ def test_hygiene_keeps_the_text_whose_characters_a_planner_has_counted() -> None
 
     def rewrites(**headers: str) -> dict[str, int]:
         named = {name.replace("_", "-"): text for name, text in headers.items()}
-        return dict(cleaned(Asked("chat", sent, "n", "/", named), hygiene).rewrites)
+        return dict(
+            asked_of(Asked("chat", sent, "n", "/", named), hygiene, SystemPlaces()).rewrites
+        )
 
     both = {"sort-tools": 2, "move-volatile": 1}
     assert rewrites() == rewrites(X_Keepwarm_Priority="interactive") == both
     assert rewrites(x_keepwarm_priority="Batch") == {"sort-tools": 2}
     assert rewrites(X_Keepwarm_Shared="0:40") == {"sort-tools": 2}
     plain = Asked("completion", sent, "n", "/", {})
-    assert cleaned(plain, hygiene) is plain
-    assert cleaned(plain, None) is plain
+    assert asked_of(plain, hygiene, SystemPlaces()) is plain
 
 
 class Desk:
@@ -166,7 +165,7 @@ def job(name: str, of: Prompt, **more: Any) -> Job:
 
 def warming(name: str = "warm") -> Job:
     whole = prompt("What is first?")
-    part = prefix_of(whole, segments_of("chat", body("What is first?")), END)
+    part = prefix_of(whole, segments_of(body("What is first?")), END)
     return job(name, part, priority=1, can_fill=True, must_save=True, static_tokens=380)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.bench.picture import GREY, TEAL, VIOLET, Mark, Panel, Row, picture, seconds_text
+from keepwarm.bench.picture import GREY, TEAL, VIOLET, Panel, Row, Value, picture, seconds_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 COLORS = {"before": GREY, "after": TEAL}
@@ -32,7 +32,7 @@ def texts(root: ET.Element) -> list[str]:
     return [t.text or "" for t in root.iter(SVG + "text")]
 
 
-ROWS = [Row("first", [Mark("before", 8.0), Mark("after", 0.5)])]
+ROWS = [Row("first", [Value("before", 8.0), Value("after", 0.5)])]
 
 
 def test_lengths_of_bars_are_as_their_values() -> None:
@@ -47,12 +47,12 @@ def test_every_value_and_label_can_be_read() -> None:
 
 
 def test_markup_in_names_is_text() -> None:
-    root = drawn([Panel("<b>&", [Row('"x" < y', [Mark("before", 1.0)])])], title="<svg>")
+    root = drawn([Panel("<b>&", [Row('"x" < y', [Value("before", 1.0)])])], title="<svg>")
     assert {"<svg>", "<b>&", '"x" < y'} <= set(texts(root))
 
 
 def test_dots_lie_a_decade_apart_for_ten_times_the_value() -> None:
-    rows = [Row("x", [Mark("before", v)]) for v in (0.01, 0.1, 1.0, 10.0)]
+    rows = [Row("x", [Value("before", v)]) for v in (0.01, 0.1, 1.0, 10.0)]
     root = drawn([Panel("Dots", rows, kind="dots")])
     at = [float(c.get("cx", "0")) for c in root.iter(SVG + "circle")]
     steps = [b - a for a, b in pairwise(at)]
@@ -61,7 +61,7 @@ def test_dots_lie_a_decade_apart_for_ten_times_the_value() -> None:
 
 
 def test_a_range_reaches_from_the_least_to_the_largest_value() -> None:
-    root = drawn([Panel("Dots", [Row("x", [Mark("after", 1.0, 0.1, 10.0)])], kind="dots")])
+    root = drawn([Panel("Dots", [Row("x", [Value("after", 1.0, 0.1, 10.0)])], kind="dots")])
     (line,) = [e for e in root.iter(SVG + "line") if e.get("stroke") == TEAL]
     (dot,) = root.iter(SVG + "circle")
     left, middle, right = (float(v or 0) for v in (line.get("x1"), dot.get("cx"), line.get("x2")))
@@ -69,7 +69,7 @@ def test_a_range_reaches_from_the_least_to_the_largest_value() -> None:
 
 
 def test_a_series_without_a_color_is_drawn_too() -> None:
-    root = drawn([Panel("Bars", [Row("x", [Mark("other", 1.0)])])])
+    root = drawn([Panel("Bars", [Row("x", [Value("other", 1.0)])])])
     assert len(bars(root, VIOLET)) == 1
 
 
@@ -81,7 +81,7 @@ def test_panels_without_marks_are_left_out() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_value_that_is_no_time_is_refused(value: float) -> None:
     with pytest.raises(ValueError):
-        drawn([Panel("Bars", [Row("x", [Mark("before", value)])])])
+        drawn([Panel("Bars", [Row("x", [Value("before", value)])])])
 
 
 def test_an_empty_picture_is_refused() -> None:
@@ -96,7 +96,7 @@ times = st.floats(min_value=1e-4, max_value=5e3)
 def test_everything_lies_within_the_picture(
     values: list[tuple[float, float, float]], as_bars: bool
 ) -> None:
-    marks = [Mark("before", sorted(v)[1], min(v), max(v)) for v in values]
+    marks = [Value("before", sorted(v)[1], min(v), max(v)) for v in values]
     root = drawn([Panel("x", [Row("r", [m]) for m in marks], kind="bars" if as_bars else "dots")])
     width, height = float(root.get("width", "0")), float(root.get("height", "0"))
     for element in root.iter():

@@ -55,6 +55,16 @@ def test_every_rule_is_in_the_list() -> None:
     assert written == set(RULES)
 
 
+@pytest.mark.parametrize("build", ["b10586-1a2b3c4", "b4404"])
+def test_an_engine_older_than_any_that_was_tried_is_found(build: str) -> None:
+    assert build in _only(replace(GOOD, build=build), "engine_old").what
+
+
+@pytest.mark.parametrize("build", ["", "b0-unknown", "b10587-1a2b", "b12352", "v1.0.0", "fake-1"])
+def test_other_engines_are_not(build: str) -> None:
+    assert diagnose(replace(GOOD, build=build)) == []
+
+
 def test_the_worst_comes_first_and_decides_the_exit_status() -> None:
     note = Finding("a", Severity.NOTE, "")
     unknown = Finding("b", Severity.UNKNOWN, "")

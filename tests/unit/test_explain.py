@@ -63,7 +63,7 @@ TOOLS = [tool("read"), tool("write"), tool("list")]
 
 
 def parts(*messages: dict[str, Any], **body: Any) -> Parts:
-    return parts_of("chat", {"messages": list(messages), **body})
+    return parts_of({"messages": list(messages), **body})
 
 
 def between(before: Parts, after: Parts) -> Difference:
@@ -260,18 +260,18 @@ def test_a_prompt_that_continues_another_does_not_differ() -> None:
 
 
 def test_a_raw_prompt_is_compared_too() -> None:
-    before = parts_of("completion", {"prompt": "Once upon a time there was " + SYSTEM})
-    after = parts_of("completion", {"prompt": "Once upon a time there is " + SYSTEM})
+    before = parts_of({"prompt": "Once upon a time there was " + SYSTEM})
+    after = parts_of({"prompt": "Once upon a time there is " + SYSTEM})
     found = between(before, after)
     assert (found.where, found.at_chars) == ("message", len("Once upon a time there "))
-    ids = parts_of("completion", {"prompt": [5, 6, 7, 8]})
-    assert between(ids, parts_of("completion", {"prompt": [5, 6, 9]})).where == "tokens"
+    ids = parts_of({"prompt": [5, 6, 7, 8]})
+    assert between(ids, parts_of({"prompt": [5, 6, 9]})).where == "tokens"
 
 
 def test_the_place_of_a_difference_is_counted_as_the_marks_count() -> None:
     body = {"messages": [system("S" * 300), user("u" * 10), said("a" * 20), user("changed here")]}
-    prompt = prompt_of("chat", body, fingerprint="f", namespace="n")
-    taken = parts_of("chat", body)
+    prompt = prompt_of(body, fingerprint="f", namespace="n")
+    taken = parts_of(body)
     ends = [chars_before(taken.segments, count) for count in range(1, 5)]
     assert set(ends) <= {mark.chars for mark in prompt.marks}
     assert ends[-1] == prompt.chars

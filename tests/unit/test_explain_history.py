@@ -26,17 +26,17 @@ def body(*texts: str, system: str = SYSTEM, **more: Any) -> dict[str, Any]:
 
 
 def remembered(name: str, asked: dict[str, Any], namespace: str = "ada") -> Remembered:
-    prompt = prompt_of("chat", asked, fingerprint="f", namespace=namespace)
+    prompt = prompt_of(asked, fingerprint="f", namespace=namespace)
     digests = frozenset(mark.digest for mark in prompt.marks)
-    return Remembered(name, namespace, parts_of("chat", asked), digests, 0.0)
+    return Remembered(name, namespace, parts_of(asked), digests, 0.0)
 
 
 def nearest(
     recent: Recent, asked: dict[str, Any], namespace: str = "ada", before_s: float = 1.0
 ) -> str | None:
-    prompt = prompt_of("chat", asked, fingerprint="f", namespace=namespace)
+    prompt = prompt_of(asked, fingerprint="f", namespace=namespace)
     marks = [mark.digest for mark in prompt.marks]
-    found = recent.nearest(marks, parts_of("chat", asked), namespace=namespace, before_s=before_s)
+    found = recent.nearest(marks, parts_of(asked), namespace=namespace, before_s=before_s)
     return found.id if found else None
 
 
@@ -161,7 +161,7 @@ def test_calls_are_kept_as_they_were_sent() -> None:
     def parts(arguments: str) -> Parts:
         function = {"name": "read", "arguments": arguments}
         call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-        return parts_of("chat", {"messages": [{"role": "user", "content": "x"}, call]})
+        return parts_of({"messages": [{"role": "user", "content": "x"}, call]})
 
     first = Remembered("1", "ada", parts('{"a": 1, "b": 2}'), frozenset(), 0.0)
     second = Remembered("2", "ada", parts('{"b": 2, "a": 1}'), frozenset(), 0.0)

@@ -14,9 +14,9 @@ import storesamples as samples
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Mean, Rates
 from keepwarm.errors import ConfigError, SnapshotError
-from keepwarm.fleet import second as second_module
+from keepwarm.fleet import second_level as second_module
 from keepwarm.fleet.objects import Seal, directory, read_seal
-from keepwarm.fleet.second import SecondLevel, message_ends
+from keepwarm.fleet.second_level import SecondLevel, message_ends
 from keepwarm.slotfile import Buffer, Layout
 from keepwarm.store.store import Store
 from keepwarm.store.types import Mark, Origin
@@ -126,7 +126,7 @@ async def node(
 def prompt(*texts: str, namespace: str = "a") -> Prompt:
     roles = ["system", *(["user", "assistant"] * len(texts))]
     body = {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
-    return prompt_of("chat", body, fingerprint="f", namespace=namespace)
+    return prompt_of(body, fingerprint="f", namespace=namespace)
 
 
 TALK = prompt("You are terse.", "hello", "hi", "and now?")

@@ -25,7 +25,8 @@ IMPURE = frozenset((
 # Who may be imported by whom: a module of one layer knows its own and those before it.
 # fmt: off
 LAYERS = (
-    "core", "slotfile", "tiers", "store", "engine", "explain", "deployment", "gateway", "cli",
+    "core", "api", "slotfile", "tiers", "store", "engine", "explain", "deployment", "gateway",
+    "cli",
 )
 # fmt: on
 # What decides and stands beside what keeps: as strict as the core.
@@ -34,12 +35,6 @@ PURE = (
     "explain/explanation.py",
     "explain/parts.py",
     "explain/recent.py",
-)
-# Some of these import others only for a type. The runtime's circle ends when what one running
-# engine is and what starts and stops it are two things; the proxy's when its exchange moves out.
-CIRCLES = frozenset(
-    {f"keepwarm.deployment.{name}" for name in ("explaining", "prefixes", "proof", "rebuild")}
-    | {"keepwarm.deployment.runtime", "keepwarm.gateway.ending", "keepwarm.gateway.proxy"}
 )
 LINES = 420
 # What a module's name may not be: it says nothing of what is in it.
@@ -142,7 +137,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         for name, path in names.items()
     }
     circular = {name for name in names if name in reached_from(name, imports)}
-    assert circular <= CIRCLES, f"these import each other: {sorted(circular - CIRCLES)}"
+    assert not circular, f"these import each other: {sorted(circular)}"
 
 
 def test_nothing_in_the_wheel_imports_what_is_outside_of_it() -> None:
@@ -172,7 +167,10 @@ def test_every_foreign_error_is_translated_but_in_the_supervisor() -> None:
             kinds = ast.unparse(node.type) if node.type else ""
             assert kinds, f"{name}:{node.lineno} catches everything"
             raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            assert kinds != "Exception" or raises, f"{name}:{node.lineno} swallows every error"
+            # A supervisor that ends of an error nobody thought of leaves the engine dead for ever.
+            is_supervisor = name == "deployment/supervision.py"
+            fine = kinds != "Exception" or raises or is_supervisor
+            assert fine, f"{name}:{node.lineno} swallows every error"
 
 
 def test_modules_have_names_that_say_something() -> None:

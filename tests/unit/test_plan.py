@@ -32,7 +32,7 @@ def marks(*names: str, step: int = CHARS // 4) -> tuple[Mark, ...]:
     return tuple(Mark(n.encode() * 16, (i + 1) * step) for i, n in enumerate(names))
 
 
-PROMPT = Prompt("chat", marks("a", "b", "c", "d"), 1, 1)
+PROMPT = Prompt(False, marks("a", "b", "c", "d"), 1, 1)
 DEMAND = Demand(PROMPT, reply_tokens=100, can_fill=True, namespace="me")
 
 
@@ -177,7 +177,7 @@ def test_the_slot_whose_loss_costs_least_is_overwritten() -> None:
 def test_a_long_static_part_that_nobody_holds_is_filled_on_its_own() -> None:
     assert best([slot(0)]).fill
     assert not best([slot(0)], demand=replace(DEMAND, can_fill=False)).fill
-    short = Prompt("chat", marks("a", "b", step=FILL_MIN_TOKENS), 0, 1)
+    short = Prompt(False, marks("a", "b", step=FILL_MIN_TOKENS), 0, 1)
     assert not best([slot(0)], demand=replace(DEMAND, prompt=short)).fill
 
 
@@ -194,7 +194,7 @@ def test_a_static_part_that_is_held_isnt_filled_again_however_long_it_was_though
 
 
 def test_a_prompt_of_token_ids_is_as_long_as_it_is() -> None:
-    prompt = Prompt("completion", (Mark(b"t" * 16, 400, 100),), -1, 1)
+    prompt = Prompt(True, (Mark(b"t" * 16, 400, 100),), -1, 1)
     assert prompt_tokens(replace(DEMAND, prompt=prompt), Rates()) == 100
 
 

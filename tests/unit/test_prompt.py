@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keepwarm.api.reading import Api, read
 from keepwarm.core.prompt import (
     BLOCK_CHARS,
     BLOCK_TOKENS,
-    Api,
     Prompt,
     SharedEnd,
     prefix_of,
@@ -59,8 +59,7 @@ def identity(
     shared_segments: int = 0,
 ) -> Prompt:
     return prompt_of(
-        api,
-        body,
+        read(api, body),
         fingerprint=fingerprint,
         namespace=namespace,
         shared_segments=shared_segments,
@@ -396,14 +395,12 @@ def test_token_prompts_have_exact_marks_every_block_and_at_the_end() -> None:
 def test_a_shared_end_gets_a_mark_that_only_depends_on_what_stands_before_it() -> None:
     def asked(text: str) -> tuple[Prompt, dict[str, Any]]:
         body = {"messages": [{"role": "user", "content": text}]}
-        prompt = prompt_of(
-            "chat", body, fingerprint="model", namespace="me", ends=[SharedEnd(0, 100)]
-        )
+        prompt = prompt_of(body, fingerprint="model", namespace="me", ends=[SharedEnd(0, 100)])
         return prompt, body
 
     first, body = asked(LONG)
     second, _ = asked(LONG[:100] + "otherwise")
-    part = prefix_of(first, segments_of("chat", body), SharedEnd(0, 100))
+    part = prefix_of(first, segments_of(body), SharedEnd(0, 100))
     assert part.marks[-1].chars == 100
     assert part.static == part.marks[-1]
     assert part.marks[-1].digest in [m.digest for m in second.marks]

@@ -64,7 +64,7 @@ def prover(store: SlowStore) -> Prover:
 
 def reply_to(made: Prover, question: str) -> None:
     body = {"messages": [RULES, {"role": "user", "content": question}]}
-    prompt = prompt_of("chat", body, fingerprint="model", namespace="me")
+    prompt = prompt_of(body, fingerprint="model", namespace="me")
     job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
     made.proved(
         job, PLAN, Counts(300, 10, 4), ttft_s=0.1, tier=Tiered(body=body, tier=None, reason="pass")

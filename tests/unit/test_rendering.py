@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.prompt import SHAPING
+from keepwarm.core.tiers import compose
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.errors import EngineDownError, EngineRefusedError
+from keepwarm.tiers.files import load_tiers
+from smalltiers import write_small_tiers
 
-ALL = {"response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"}
+ALL = {
+    *("response_format", "json_schema", "tool_choice", "reasoning_effort", "thinking"),
+    *("thinking_budget_tokens", "parallel_tool_calls"),
+}
 Template = Callable[[Mapping[str, Any]], str]
 
 
@@ -68,6 +78,83 @@ async def test_an_argument_that_changes_any_prompt_is_no_unrendered_one(
     template: Template, looked_at: set[str]
 ) -> None:
     assert await unrendered_arguments(Rendering(template)) == ALL - looked_at
+
+
+def test_whatever_is_tried_shapes_an_identity_where_it_is_rendered() -> None:
+    assert set(SHAPING) >= ALL
+
+
+def says(messages: Any) -> str:
+    return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def strict(body: Mapping[str, Any]) -> str:
+    if any(m["role"] == "system" for m in body["messages"][1:]):
+        raise EngineRefusedError("System message must be at the beginning.", status=400)
+    return says(body["messages"])
+
+
+def hoisting(body: Mapping[str, Any]) -> str:
+    first = [m for m in body["messages"] if m["role"] == "system"]
+    return says(first) + says(m for m in body["messages"] if m["role"] != "system")
+
+
+def dropping_developers(body: Mapping[str, Any]) -> str:
+    return says(m for m in body["messages"] if m["role"] != "developer")
+
+
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [
+        (lambda body: says(body["messages"]), SystemPlaces()),
+        (strict, SystemPlaces(several=False, late=False)),
+        (hoisting, SystemPlaces(late=False)),
+        (dropping_developers, SystemPlaces(developer=False)),
+    ],
+)
+async def test_where_a_template_takes_system_messages_is_found_by_rendering(
+    template: Template, takes: SystemPlaces
+) -> None:
+    assert await system_places(Rendering(template)) == takes
+
+
+def alternating(body: Mapping[str, Any]) -> str:
+    roles = [m["role"] for m in body["messages"]]
+    if any(a == b for a, b in pairwise(roles)):
+        raise EngineRefusedError("Roles must alternate.", status=400)
+    return strict(body)
+
+
+def without_assistants_first(body: Mapping[str, Any]) -> str:
+    if "assistant" in [m["role"] for m in body["messages"]]:
+        raise EngineRefusedError("No answers here.", status=400)
+    return strict(body)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (plain, ["system", "system", "user"]),
+        (strict, ["system", "user", "assistant", "user"]),
+        (alternating, ["system", "user", "assistant", "user"]),
+        (without_assistants_first, ["system", "user"]),
+    ],
+)
+async def test_tiers_are_laid_out_as_the_template_takes_them(
+    template: Template, roles: list[str], tmp_path: Path
+) -> None:
+    engine = Rendering(template)
+    tiers = load_tiers(write_small_tiers(tmp_path / "tiers"), "Keeper")
+    fitted = await fitted_tiers(engine, tiers, await system_places(engine))
+    standard = fitted.get("standard")
+    assert standard is not None
+    body = compose(standard, {"messages": [{"role": "user", "content": "Hello"}]})
+    assert [m["role"] for m in body["messages"]] == roles
+    template(body)
+    # The smaller tier's tokens still open the larger one's.
+    minimal = fitted.get("minimal")
+    assert minimal is not None
+    assert standard.messages[0].text.startswith(minimal.messages[0].text)
 
 
 async def test_an_argument_that_is_refused_somewhere_counts_as_rendered() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.core.prompt import Api, Mark, Prompt
+from keepwarm.core.prompt import Mark, Prompt
 from keepwarm.core.returns import Returns
 
 
-def turn(number: int, api: Api = "chat") -> Prompt:
-    return Prompt(api, (Mark(b"m" * 16, 10),), -1, number)
+def turn(number: int, is_raw: bool = False) -> Prompt:
+    return Prompt(is_raw, (Mark(b"m" * 16, 10),), -1, number)
 
 
 def answered(*turns: int) -> Returns:
@@ -20,8 +20,8 @@ def answered(*turns: int) -> Returns:
     return returns
 
 
-def chance(returns: Returns, number: int, *, namespace: str = "me", api: Api = "chat") -> float:
-    return returns.chance(namespace, turn(number, api)).value
+def chance(returns: Returns, number: int, *, namespace: str = "me", is_raw: bool = False) -> float:
+    return returns.chance(namespace, turn(number, is_raw)).value
 
 
 def test_before_anything_was_seen_half_of_the_first_turns_go_on_and_nearly_all_later_ones() -> None:
@@ -60,9 +60,9 @@ def test_what_one_tenant_does_says_nothing_of_another() -> None:
 
 def test_a_raw_prompt_doesnt_tell_its_turns() -> None:
     returns = answered(*[1] * 50)
-    assert chance(returns, 1, api="completion") == 0.5
+    assert chance(returns, 1, is_raw=True) == 0.5
     before = chance(returns, 1)
-    returns.observe("me", turn(1, "completion"))
+    returns.observe("me", turn(1, True))
     assert chance(returns, 1) == before
 
 

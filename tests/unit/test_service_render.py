@@ -12,8 +12,8 @@ from keepwarm.cli.main import app
 from keepwarm.service.installation import difference
 from keepwarm.service.presence import stop_timeout_s
 from keepwarm.service.render import (
-    Paths,
     Scope,
+    UnitPaths,
     Wanted,
     is_hidden,
     keepwarm_unit,
@@ -35,7 +35,7 @@ def _wanted(scope: Scope = Scope.SYSTEM, **changed: object) -> Wanted:
     values: dict[str, object] = {
         "scope": scope,
         "keepwarm": "/usr/local/bin/keepwarm",
-        "paths": Paths(model="/srv/models/model.gguf"),
+        "paths": UnitPaths(model="/srv/models/model.gguf"),
         "port": 8090,
     }
     return Wanted(**(values | changed))  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_print_gives_the_units_of_deploy(arguments: list[str], text: str, tmp_pa
 
 def test_rendering_the_examples_own_values_changes_no_setting() -> None:
     assert _settings(keepwarm_unit(SYSTEM, _wanted())) == _settings(SYSTEM)
-    paths = Paths(
+    paths = UnitPaths(
         model="/srv/models/model.gguf",
         engine="/usr/local/bin/llama-server",
         tiers="/opt/keepwarm/configs/prompt-tiers",
@@ -84,21 +84,21 @@ def test_only_the_command_differs_in_a_users_unit() -> None:
 
 
 def test_what_follows_the_dashes_goes_last() -> None:
-    paths = Paths(model="/m.gguf", engine="/opt/llama server")
+    paths = UnitPaths(model="/m.gguf", engine="/opt/llama server")
     text = keepwarm_unit(USER, _wanted(Scope.USER, paths=paths, extra=("-ngl", "99")))
     (line,) = values(text, "ExecStart")
     assert line.endswith('--engine "/opt/llama server" --port 8090 -- -ngl 99')
 
 
 def test_a_model_in_a_home_is_mounted_and_the_rest_of_the_home_is_not() -> None:
-    paths = Paths(model="/home/ann/m/model.gguf", also=("/home/ann/keepwarm", "/usr"))
+    paths = UnitPaths(model="/home/ann/m/model.gguf", also=("/home/ann/keepwarm", "/usr"))
     text = keepwarm_unit(SYSTEM, _wanted(paths=paths))
     assert values(text, "ProtectHome") == ["tmpfs"]
     assert values(text, "BindReadOnlyPaths") == ["/home/ann/keepwarm /home/ann/m/model.gguf"]
 
 
 def test_the_parts_of_a_split_model_are_mounted_together() -> None:
-    paths = Paths(model="/home/ann/m/big-00001-of-00003.gguf")
+    paths = UnitPaths(model="/home/ann/m/big-00001-of-00003.gguf")
     text = keepwarm_unit(SYSTEM, _wanted(paths=paths))
     assert values(text, "BindReadOnlyPaths") == ["/home/ann/m"]
 
@@ -117,7 +117,7 @@ def test_listening_beyond_loopback_opens_the_services_network() -> None:
 
 
 def test_the_plain_unit_warms_the_address_it_listens_on() -> None:
-    paths = Paths(model="/m.gguf", engine="/usr/bin/llama-server", chat_template="/t x.jinja")
+    paths = UnitPaths(model="/m.gguf", engine="/usr/bin/llama-server", chat_template="/t x.jinja")
     wanted = _wanted(
         Scope.USER, paths=paths, host="::", port=81, slots=2, context=4096, extra=("-ngl", "9")
     )

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from keepwarm.errors import ConfigError
-from keepwarm.settings import Settings, fields, load_settings
+from keepwarm.settings import Settings, client_environment, fields, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +171,34 @@ def test_every_setting_says_what_it_is() -> None:
         )
 
     assert [key for key, kind, _ in fields() if not described(kind) and key != "server.port"] == []
+
+
+def test_a_client_gets_the_users_environment_changed_and_no_proxy_to_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("TAKEN", "1")
+    monkeypatch.setenv("NO_PROXY", "intranet,localhost")
+    monkeypatch.delenv("no_proxy", raising=False)
+    made = client_environment({"TAKEN": None, "NEW": "2"})
+    assert (made["KEPT"], made["NEW"]) == ("1", "2")
+    assert "TAKEN" not in made
+    assert made["NO_PROXY"] == "intranet,localhost,127.0.0.1"
+    assert made["no_proxy"] == "127.0.0.1,localhost"
+
+
+def test_a_user_of_no_home_is_at_home_at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert load_settings()[1].config_home == Path("/.config")
+
+
+def test_defaults_of_a_command_count_where_no_source_says_otherwise(home: Path) -> None:
+    (home / "keepwarm.toml").write_text("[engine]\nslots = 3\n")
+    settings, _ = load_settings(defaults={"engine.slots": 2, "engine.context": 8192})
+    assert (settings.engine.slots, settings.engine.context) == (3, 8192)

@@ -33,7 +33,7 @@ def scheduler(*, slots: int, queue: int, tenants: int = 2) -> Scheduler:
 
 def job(name: str, *, priority: int = 0) -> Job:
     """`a1` is a request of tenant `a`."""
-    prompt = prompt_of("completion", {"prompt": name}, fingerprint="f", namespace=name[0])
+    prompt = prompt_of({"prompt": name}, fingerprint="f", namespace=name[0])
     return Job(name, name[0], prompt, arrived_s=0.0, deadline_s=9.0, priority=priority)
 
 

@@ -88,7 +88,7 @@ def test_positions_never_leave_the_prompt(
 
 
 def test_a_prompt_matches_at_the_last_mark_that_is_held() -> None:
-    prompt = Prompt("chat", tuple(MARKS), -1, 1)
+    prompt = Prompt(False, tuple(MARKS), -1, 1)
     content = Content("", {MARKS[0].digest: exact(1), MARKS[2].digest: about(70)}, 90)
     assert content.match(prompt) == (2, about(70))
     # What is promised is only what is counted: the estimate promises nothing.

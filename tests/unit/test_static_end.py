@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from keepwarm.api.reading import read
+from keepwarm.core.prompt import segment_of
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.static_end import common_length, static_body, static_tokens
@@ -73,7 +75,7 @@ async def test_what_shapes_the_rendering_is_rendered_with_and_nothing_else() -> 
 def test_a_chats_static_part_is_its_leading_system_messages() -> None:
     late = {"role": "system", "content": "By the way."}
     body = {"messages": [SYSTEM, {**SYSTEM, "role": "developer"}, USER, late], "tools": [TOOL]}
-    static = static_body("chat", body)
+    static = static_body(body)
     assert static is not None
     assert [m["role"] for m in static["messages"]] == ["system", "developer"]
     assert static["tools"] == [TOOL]
@@ -82,20 +84,25 @@ def test_a_chats_static_part_is_its_leading_system_messages() -> None:
 def test_a_response_is_read_as_the_chat_it_becomes() -> None:
     flat = {"type": "function", "name": "clock", "description": "", "parameters": {}}
     body = {"instructions": "You help.", "input": "Hello", "tools": [flat]}
-    static = static_body("responses", body)
-    assert static == {"messages": [SYSTEM], "tools": [TOOL]}
-    items = [{"type": "message", "role": "system", "content": "More."}, USER]
-    static = static_body("responses", {"instructions": "You help.", "input": items})
+    static = static_body(read("responses", body))
     assert static is not None
-    assert [m["content"] for m in static["messages"]] == ["You help.", "More."]
+    assert static["messages"] == [SYSTEM]
+    # As the engine has it: what a template prints of a tool is all of it.
+    assert static["tools"] == [
+        {"type": "function", "function": {**TOOL["function"], "description": "", "strict": True}}
+    ]
+    items = [{"type": "message", "role": "system", "content": "More."}, USER]
+    static = static_body(read("responses", {"instructions": "You help.", "input": items}))
+    assert static is not None
+    assert [segment_of(m).text for m in static["messages"]] == ["You help.", "More."]
 
 
 def test_a_raw_prompt_has_no_static_part() -> None:
-    assert static_body("completion", {"prompt": "Hello"}) is None
+    assert static_body({"prompt": "Hello"}) is None
 
 
 @pytest.mark.parametrize("messages", [None, 5, "text", [None, 3], [[]], [{"role": 7}]])
 def test_what_isnt_messages_has_no_leading_ones(messages: object) -> None:
-    static = static_body("chat", {"messages": messages})
+    static = static_body({"messages": messages})
     assert static is not None
     assert static["messages"] == []

@@ -108,3 +108,33 @@ async def test_who_looks_for_an_engine_that_is_known_to_be_gone_does_not_wait_fo
     async with asyncio.timeout(5):
         await supervisor.look()
     watching.cancel()
+
+
+async def test_a_start_that_fails_in_a_way_nobody_thought_of_is_tried_again() -> None:
+    class Odd(_Gone):
+        def __init__(self) -> None:
+            super().__init__()
+            self.starts = 0
+            self.failures: list[KeepwarmError] = []
+            self.back = asyncio.Event()
+
+        async def engine_again(self) -> None:
+            self.starts += 1
+            if self.starts == 1:
+                raise ZeroDivisionError
+
+        def engine_failed(self, error: KeepwarmError, *, gave_up: bool) -> None:
+            assert not gave_up
+            self.failures.append(error)
+
+        def engine_back(self) -> None:
+            self.process = EngineProcess(["false"], port=9)
+            self.back.set()
+
+    deployment = Odd()
+    watching = asyncio.create_task(Supervisor(deployment, hang_timeout_s=30).watch())
+    async with asyncio.timeout(10):
+        await deployment.back.wait()
+    assert len(deployment.failures) == 1
+    assert not watching.done()
+    watching.cancel()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from keepwarm.core.prompt import Api, Prompt, prompt_of
+from keepwarm.api.reading import Api
+from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.tiers import TierSet
 from keepwarm.errors import RequestError
 from keepwarm.tiers.files import load_tiers
@@ -15,6 +16,7 @@ from keepwarm.tiers.tiering import Tiered, apply_tier, asked_tier, has_own_syste
 from smalltiers import write_small_tiers
 
 USER = {"role": "user", "content": "Is the disk there?"}
+ASKED: dict[str, Any] = {"messages": [USER]}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
 
 
@@ -31,10 +33,9 @@ def put(
     return apply_tier(api, body, found, "explicit")
 
 
-def identity(tiered: Tiered, namespace: str, *, api: Api = "chat") -> Prompt:
+def identity(tiered: Tiered, namespace: str) -> Prompt:
     return prompt_of(
-        api,
-        tiered.body,
+        tiered.chat,
         fingerprint="model",
         namespace=namespace,
         shared_segments=tiered.shared_segments,
@@ -54,17 +55,17 @@ def test_an_argument_that_renders_nothing_leaves_a_tier_shared(tiers: TierSet) -
 
 
 def test_a_header_wins_over_the_models_name(tiers: TierSet) -> None:
-    assert asked_tier("chat", {"model": "minimal"}, "standard", tiers) == "standard"
-    assert asked_tier("chat", {"model": "minimal"}, None, tiers) == "minimal"
-    assert asked_tier("chat", {"model": "gpt-5"}, None, tiers) == ""
-    assert asked_tier("chat", {"model": 7}, None, tiers) == ""
-    assert asked_tier("chat", {"model": "auto"}, None, tiers) == "auto"
-    assert asked_tier("completion", {"model": "minimal"}, "minimal", tiers) == ""
+    assert asked_tier({**ASKED, "model": "minimal"}, "standard", tiers) == "standard"
+    assert asked_tier({**ASKED, "model": "minimal"}, None, tiers) == "minimal"
+    assert asked_tier({**ASKED, "model": "gpt-5"}, None, tiers) == ""
+    assert asked_tier({**ASKED, "model": 7}, None, tiers) == ""
+    assert asked_tier({**ASKED, "model": "auto"}, None, tiers) == "auto"
+    assert asked_tier({"prompt": "x", "model": "minimal"}, "minimal", tiers) == ""
 
 
 def test_an_unknown_tier_in_the_header_is_refused_and_the_known_are_named(tiers: TierSet) -> None:
     with pytest.raises(RequestError, match=r"minimal, standard, auto"):
-        asked_tier("chat", {}, "grand", tiers)
+        asked_tier(ASKED, "grand", tiers)
 
 
 def test_the_tiers_text_comes_first_and_the_clients_messages_after_it(tiers: TierSet) -> None:
@@ -115,7 +116,7 @@ def test_what_a_client_adds_to_the_head_is_its_own(tiers: TierSet, own: dict[str
 
 def test_a_clients_own_system_message_stays_its_own(tiers: TierSet) -> None:
     body = {"messages": [{"role": "system", "content": "House rules."}, USER]}
-    assert has_own_system("chat", body)
+    assert has_own_system(body)
     tiered = put(tiers, body)
     assert any("House rules." in str(m["content"]) for m in tiered.body["messages"])
     mine, yours = identity(tiered, "me"), identity(tiered, "you")
@@ -127,7 +128,7 @@ def test_a_clients_own_system_message_stays_its_own(tiers: TierSet) -> None:
 def test_a_response_gets_the_same_messages_as_a_chat(tiers: TierSet) -> None:
     chat = put(tiers, {"messages": [USER]}, tier="standard")
     response = put(tiers, {"input": USER["content"]}, tier="standard", api="responses")
-    assert identity(chat, "me").marks == identity(response, "me", api="responses").marks
+    assert identity(chat, "me").marks == identity(response, "me").marks
 
 
 @pytest.mark.parametrize(

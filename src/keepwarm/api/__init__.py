@@ -1,1 +1,1 @@
-"""What the door lets in: routes, headers, web sites and bodies. Decisions only, no I/O."""
+"""The door: what it lets in, and a request read once, in chat's terms. Decisions only, no I/O."""

@@ -40,7 +40,6 @@ class _Message(msgspec.Struct):
 class _ToolFunction(msgspec.Struct):
     name: _Text = None
     description: _Text = None
-    parameters: _Object | None = None
 
 
 class _Tool(msgspec.Struct):

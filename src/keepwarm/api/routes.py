@@ -94,7 +94,9 @@ def _table() -> Iterator[Route]:
     for path in (*_CHAT, *_RESPONSES, *_COMPLETIONS):
         yield Route("POST", path, Way.PLANNED)
     yield Route("POST", "/v1/messages", Way.PLANNED)
-    for path in (*_COUNTS, *_READS_TEXT):
+    for path in _COUNTS:
+        yield Route("POST", path, Way.PLANNED)
+    for path in _READS_TEXT:
         yield Route("POST", path, Way.PASSED)
     for path in ("/props", "/lora-adapters"):
         yield Route("GET", path, Way.PASSED)
@@ -230,11 +232,16 @@ def methods_of(raw_path: str) -> tuple[str, ...]:
 
 
 def access_of(raw_path: str) -> Access:
-    """The strictest access to a path by any method; what isn't in the table is an API's."""
+    """The strictest access to a path by any method.
+
+    What isn't in the table is an API's, but for pages of ours that there aren't.
+    """
     found = [find(method, raw_path) for method in ("GET", "POST", "DELETE")]
     accesses = {one.route.access for one in found if one}
     strictest = (Access.OWN, Access.SITE, Access.API, Access.OPEN)
-    return next((access for access in strictest if access in accesses), Access.API)
+    path = normal_path(raw_path) or ""
+    unknown = Access.OWN if path.startswith("/keepwarm") else Access.API
+    return next((access for access in strictest if access in accesses), unknown)
 
 
 # What the engine is told of a request. Everything else is between the client and us: a key,

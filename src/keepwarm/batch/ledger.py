@@ -29,7 +29,7 @@ import msgspec
 
 from keepwarm.batch.job import Paths
 from keepwarm.batch.journal import DiskFullError, disk_errors
-from keepwarm.errors import ConfigError, RequestError
+from keepwarm.errors import ConfigError, ConflictError, NotFoundError
 
 log = logging.getLogger("keepwarm")
 
@@ -47,18 +47,6 @@ CREATE TABLE IF NOT EXISTS refuse (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 # Names that we make: an upload under way, a file, a batch's journal and what SQLite puts beside it.
 _OURS = re.compile(r"part-[0-9a-f]{32}|file-[0-9a-f]{24}|batch_[0-9a-f]{24}\.journal(-wal|-shm)?")
-
-
-class NotFoundError(RequestError):
-    """There is no such file or batch, or not for this key."""
-
-    status = 404
-
-
-class ConflictError(RequestError):
-    """It can't be done while something else is under way."""
-
-    status = 409
 
 
 class Ledger:

@@ -101,6 +101,7 @@ class Night:
         self._due = sorted(
             (t.deadline_s, i) for i, t in enumerate(tree.tasks) if t.deadline_s is not None
         )
+        self._slack_until_s = -math.inf
         self._needs, self._hard, self._waiters = self._edges()
         for leaf in range(len(tree.tasks)):
             if not self._needs[leaf]:
@@ -236,17 +237,26 @@ class Night:
         return self._priorities[0][0] if self._priorities else None
 
     def _urgent(self, now_s: float) -> int | None:
-        """The ready task that is due first, if what is due by some time leaves no slack."""
+        """The ready task that is due first, if what is due by some time leaves no slack.
+
+        Tasks that end only give slack, so until the moment that was found last there is no need to
+        look again.
+        """
+        if now_s < self._slack_until_s:
+            return None
         due_s = 0.0
         first: int | None = None
+        slack_until_s = math.inf
+        self._due = [due for due in self._due if due[1] not in self._ended]
         for deadline_s, leaf in self._due:
-            if leaf in self._ended:
-                continue
             due_s += self._seconds(leaf)
             if first is None and leaf in self._is_ready:
                 first = leaf
-            if first is not None and now_s + due_s * _DEADLINE_MARGIN >= deadline_s:
+            latest_s = deadline_s - due_s * _DEADLINE_MARGIN
+            if first is not None and now_s >= latest_s:
                 return first
+            slack_until_s = min(slack_until_s, latest_s)
+        self._slack_until_s = slack_until_s
         return None
 
     def _open_next(self, lane: int, priority: int) -> Work | None:

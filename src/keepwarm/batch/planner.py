@@ -19,8 +19,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keepwarm.batch.cut import cut
 from keepwarm.batch.night import FillBranch, Night, RunTask
+from keepwarm.batch.node_shares import cut
 from keepwarm.batch.tree import PrefixTree
 
 # Seconds to restore a token's state over seconds to prefill it: 20 ms against 9.3 s for 2,000

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from keepwarm.core.prompt import Api
+from keepwarm.api.reading import Api
 from keepwarm.errors import ConfigError
 
 URLS: dict[str, Api] = {

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keepwarm.api.reading import read
 from keepwarm.batch.tasks import Task
 from keepwarm.core.plan import FILL_MIN_TOKENS
-from keepwarm.core.prompt import Segment, SharedEnd, prompt_of, segments_of
+from keepwarm.core.prompt import Segment, SharedEnd, is_raw, prompt_of, segments_of
 from keepwarm.core.rates import Rates
 
 # How far back from a parting white space is looked for. Scripts without spaces have none; there the
@@ -198,7 +199,8 @@ def _flatten(
     body = task.body
     model = body.get("model")
     tier = model if isinstance(model, str) and (model in tier_tokens or model == _AUTO) else ""
-    if task.api == "completion":
+    chat = read(task.api, task.body)
+    if is_raw(chat):
         tier = ""
         prompt = body.get("prompt")
         text = prompt if isinstance(prompt, str) else None
@@ -206,15 +208,14 @@ def _flatten(
         # Token ids and lists of prompts are left to the gateway: each is a root of its own.
         head, head_chars = ("", 0) if text is not None else (task.custom_id, 0)
     else:
-        mark = prompt_of(task.api, body, fingerprint="", namespace="").marks[0]
+        mark = prompt_of(chat, fingerprint="", namespace="").marks[0]
         head, head_chars = mark.digest.hex(), mark.chars
-        segments = segments_of(task.api, body)
+        segments = segments_of(chat)
     key = (task.api, tier, head)
     root = roots.setdefault(key, len(listed))
     if root == len(listed):
         label = tier or ("own tools" if head_chars else "no tier")
-        if task.api != "chat":
-            label += f", {task.api}"
+        label += "" if task.url.endswith("/chat/completions") else f", {task.api}"
         listed.append(Root(label, tier, tier_tokens.get(tier, 0)))
     parts = [f"{root}\0"]
     starts = []

@@ -25,7 +25,7 @@ from keepwarm import __version__
 from keepwarm.bench.arms import KEEPWARM, NO_CACHE, Record
 from keepwarm.bench.lineup import Lineup
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.picture import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
+from keepwarm.bench.picture import GREY, ORANGE, TEAL, Panel, Row, Value, picture, seconds_text
 from keepwarm.bench.report import rich_table
 from keepwarm.bench.results import Figure, Prefix, Report, Sample, select, ttfts
 from keepwarm.bench.run import prefixes_of
@@ -274,17 +274,17 @@ def _prefilled(samples: Sequence[Sample]) -> int:
 def demo_picture(report: Report) -> str:
     """The demo as a picture: each identical request, and new conversations by tier."""
     words = {NO_CACHE: WITHOUT, KEEPWARM: "Keepwarm"}
-    requests: dict[int, list[Mark]] = {}
+    requests: dict[int, list[Value]] = {}
     for arm in (NO_CACHE, KEEPWARM):
         for s in select(report.samples, scenario=IDENTICAL, arm=arm):
-            requests.setdefault(s.run, []).append(Mark(words[arm], s.ttft_s))
+            requests.setdefault(s.run, []).append(Value(words[arm], s.ttft_s))
     tiers = []
     for prefix in report.prefixes:
         marks = []
         for when in (HOT, AFTER_KILL):
             times = ttfts(select(report.samples, scenario=NEW, step=f"{prefix.tier}, {when}"))
             if times:
-                marks.append(Mark(when, median(times), min(times), max(times)))
+                marks.append(Value(when, median(times), min(times), max(times)))
         if marks:
             tiers.append(Row(f"{prefix.tier}, {prefix.tokens:,} tokens", marks))
     panels = [

@@ -29,7 +29,7 @@ GREY, ORANGE, TEAL, VIOLET = "#98a2b3", "#f0a35e", "#0f766e", "#7c3aed"
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Value:
     """One value, in seconds, of one series; `low` and `high` where it stands for several."""
 
     series: str
@@ -44,7 +44,7 @@ class Row:
     """Marks that belong together, below one another at one label."""
 
     label: str
-    marks: Sequence[Mark]
+    marks: Sequence[Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _panel(panel: Panel, colors: Mapping[str, str], y: float) -> tuple[list[str]
     return parts, bottom + 36
 
 
-def _values(mark: Mark) -> list[float]:
+def _values(mark: Value) -> list[float]:
     return [v for v in (mark.value, mark.low, mark.high) if v is not None]
 
 
@@ -179,7 +179,7 @@ def _tick_text(tick_s: float) -> str:
     return f"{tick_s:g} s" if tick_s >= 1 else f"{tick_s * 1e3:g} ms"
 
 
-def _mark(mark: Mark, color: str, scale: _Scale, y: float) -> list[str]:
+def _mark(mark: Value, color: str, scale: _Scale, y: float) -> list[str]:
     x = scale.x(mark.value)
     parts = []
     end = x

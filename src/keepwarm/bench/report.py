@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
-from keepwarm.bench.picture import GREY, ORANGE, TEAL, Mark, Panel, Row, picture, seconds_text
+from keepwarm.bench.picture import GREY, ORANGE, TEAL, Panel, Row, Value, picture, seconds_text
 from keepwarm.bench.results import Amount, Duration, Figure, Report, Sample, select, ttfts
 from keepwarm.bench.scenarios import SETTLING
 from keepwarm.bench.stats import Summary, median, summarize
@@ -236,10 +236,10 @@ def svg(report: Report) -> str:
 
 
 def _rows(report: Report, scenario: str) -> list[Row]:
-    rows: dict[str, list[Mark]] = {}
+    rows: dict[str, list[Value]] = {}
     for line in lines_of(report.samples, scenario):
         t = line.ttft
-        mark = Mark(line.arm, t.median, t.minimum, t.maximum)
+        mark = Value(line.arm, t.median, t.minimum, t.maximum)
         rows.setdefault(line.step, []).append(mark)
     if not rows:
         for d in (d for d in report.durations if d.scenario == scenario):
@@ -250,5 +250,5 @@ def _rows(report: Report, scenario: str) -> list[Row]:
                     for e in report.durations
                     if (e.scenario, e.step, e.arm) == (scenario, d.step, d.arm)
                 ]
-                rows[d.step].append(Mark(d.arm, median(these), min(these), max(these)))
+                rows[d.step].append(Value(d.arm, median(these), min(these), max(these)))
     return [Row(step, marks) for step, marks in rows.items()]

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from keepwarm.batch.drop import Drop
 from keepwarm.batch.hours import Hours, parse_hours
 from keepwarm.batch.job import Job, Paths, read_tasks
 from keepwarm.batch.planner import plan as plan_night
 from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.tree import build_tree
+from keepwarm.batch.watched_directory import WatchedDirectory
 from keepwarm.cli import options as opt
 from keepwarm.cli.batch_session import Session, estimated_tiers, read_key, session
 from keepwarm.cli.batch_view import NightBar, plan_as_dict, show_end, show_line_errors, show_plan
@@ -264,7 +264,7 @@ def watch(
         store=store,
     )
     wishes = _wishes(config, flags, base, key_file, parallel, hours, attempts, wait, True)
-    asyncio.run(_watch(wishes, Drop(directory), once=once, every_s=every))
+    asyncio.run(_watch(wishes, WatchedDirectory(directory), once=once, every_s=every))
 
 
 def _wishes(
@@ -382,7 +382,7 @@ async def _run_file(
         job.close()
 
 
-async def _watch(wishes: _Wishes, drop: Drop, *, once: bool, every_s: float) -> None:
+async def _watch(wishes: _Wishes, drop: WatchedDirectory, *, once: bool, every_s: float) -> None:
     async with _stoppable() as stop:
         drop.prepare()
         while not stop.wanted.is_set():
@@ -402,7 +402,13 @@ async def _watch(wishes: _Wishes, drop: Drop, *, once: bool, every_s: float) -> 
 
 
 async def _run_dropped(
-    wishes: _Wishes, drop: Drop, paths: Paths, there: Session, stop: _Stop, *, once: bool
+    wishes: _Wishes,
+    drop: WatchedDirectory,
+    paths: Paths,
+    there: Session,
+    stop: _Stop,
+    *,
+    once: bool,
 ) -> bool:
     """Run one file and put it away; False if tasks of it are left."""
     try:

@@ -10,7 +10,12 @@ from keepwarm.operate.gateway_client import DEFAULT_URL, Gateway, GatewayError
 
 __all__ = ["DEFAULT_URL", "Gateway", "GatewayError", "Key", "Url"]
 
-Url = Annotated[str, typer.Option("--url", metavar="URL", help="Address of a running Keepwarm.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", metavar="URL", help="Address of a running Keepwarm, or its socket's path."
+    ),
+]
 Key = Annotated[
     str | None,
     typer.Option(

@@ -21,14 +21,7 @@ from keepwarm.operate.propose import propose
 from keepwarm.operate.run import Session, printed
 from keepwarm.operate.started import write_private
 from keepwarm.settings import Places, Settings, gateway_key, load_settings, user_environment
-from keepwarm.tiers.files import tools_template
-
-# What every gateway that is started for a client has where its owner says nothing else: the blocks
-# that change are moved, and nobody waits for tiers that the client won't ask for.
-_FOR_CLIENTS: dict[str, Any] = {
-    "hygiene.rules": ["drop-billing", "move-known"],
-    "tiers.wait": False,
-}
+from keepwarm.tiers.files import deployed_tiers, tools_template
 
 
 def run(
@@ -105,8 +98,9 @@ def _settings_to_start(
     if loaded is None:
         return None
     settings, places = loaded
+    defaults = _for_clients(settings, places)
     if settings.engine.upstream:
-        return load_settings(file=config, defaults=_FOR_CLIENTS)[0]
+        return load_settings(file=config, defaults=defaults)[0]
     remembered = home / "model"
     chosen = Path(settings.engine.model or _remembered(remembered) or _ask()).expanduser()
     chosen = chosen.absolute()
@@ -117,10 +111,25 @@ def _settings_to_start(
         # Where the state can't be written, the store is as temporary as the rest.
         fitting |= {"store.dir": str(home / "store"), "batch.dir": str(home / "batches")}
     flags = {"engine.model": str(chosen)}
-    ready, _ = load_settings(file=config, flags=flags, defaults={**fitting, **_FOR_CLIENTS})
+    ready, _ = load_settings(file=config, flags=flags, defaults={**fitting, **defaults})
     if model or not settings.engine.model:
         write_private(remembered, f"{chosen}\n")
     return ready
+
+
+def _for_clients(settings: Settings, places: Places) -> dict[str, Any]:
+    """What a gateway for clients has where its owner says nothing else.
+
+    The blocks that change are moved, and of the tiers, which these clients don't ask for, only the
+    smallest is warmed, while nobody waits.
+    """
+    _, tiers = deployed_tiers(settings.tiers, places)
+    smallest = min(tiers, key=lambda tier: tier.static_chars)
+    return {
+        "hygiene.rules": ["drop-billing", "move-known"],
+        "tiers.warm": [smallest.name],
+        "tiers.wait": False,
+    }
 
 
 def _remembered(file: Path) -> str:

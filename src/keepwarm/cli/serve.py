@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from keepwarm.cli import options as opt
-from keepwarm.engine.early import begin
+from keepwarm.engine.beginning import begin
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import Places, Settings
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from keepwarm.cli.output import err
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.deployment.runtime import Runtime
-from keepwarm.engine.early import Beginning
+from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.app import make_app
 from keepwarm.gateway.listening import Runner, is_unix, listen

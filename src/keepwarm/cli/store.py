@@ -100,7 +100,10 @@ def _line(extent: Listed) -> str:
 
 
 def _short(pin: str) -> str:
-    return pin[: pin.rindex(":") + 9] if pin.startswith("learned:") else pin
+    if not pin.startswith("learned:"):
+        return pin
+    plain, _, agent = pin.partition("~")
+    return f"{plain[: plain.rindex(':') + 9]} {agent}".rstrip()
 
 
 def _ago(then_s: float) -> str:

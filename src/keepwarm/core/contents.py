@@ -19,6 +19,10 @@ from keepwarm.core.tree import Tokens, common_tokens
 # The engine keeps a checkpoint so many tokens before a prompt's end (llama.cpp b11549: a prompt
 # asked again evaluates 4 tokens of a model that can't be cut).
 _PROMPT_END_TOKENS = 4
+# And one before the last piece of a longer prefill: it computes so many tokens at a time.
+_UBATCH_TOKENS = 512
+# A sliding window's cache has room for the window and such a piece, in multiples of so many cells.
+_CELLS = 256
 
 
 def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None) -> Content:
@@ -64,7 +68,13 @@ def after_restore(job: Job, stored: Stored, tokens: int, ids: Tokens | None) -> 
 
 
 def after_reply(
-    job: Job, before: Content | None, counts: Counts, said: Mark | None, *, returns: Chance
+    job: Job,
+    before: Content | None,
+    counts: Counts,
+    said: Mark | None,
+    *,
+    returns: Chance,
+    window_tokens: int = 0,
 ) -> Content:
     """A slot whose request was answered to the end.
 
@@ -89,6 +99,7 @@ def after_reply(
     content.end = (said or prompt.marks[-1]).digest
     content.states = _states(job, before, marks, cached=counts.cached, prompt_tokens=counts.prompt)
     content.states = (*content.states, total)
+    content.held_from = _held_from(before, counts.cached, total, window_tokens)
     return content
 
 
@@ -97,6 +108,18 @@ def _kept(before: Content | None, cached: int) -> Tokens | None:
     if before is None or before.ids is None or cached <= 0:
         return None
     return before.ids[:cached]
+
+
+def _held_from(before: Content | None, cached: int, total: int, window_tokens: int) -> int:
+    """From where a sliding window's cache still has its cells: it has room for a batch more."""
+    if before is None or not cached:
+        kept = 0
+    elif cached >= before.tokens:
+        kept = before.held_from
+    else:  # cut there, or gone back to a checkpoint, which holds the window alone
+        kept = max(cached - window_tokens, before.held_from)
+    cells = -(-(window_tokens + _UBATCH_TOKENS) // _CELLS) * _CELLS
+    return max(kept, total - cells)
 
 
 def _states(
@@ -111,6 +134,11 @@ def _states(
     kept = [at for at in before.states if at <= cached] if before else []
     asked_at = marks.get(job.prompt.asked.digest) if job.prompt.asked else None
     made = [asked_at.tokens] if asked_at and asked_at.tokens > cached else []
+    if prompt_tokens - cached > _UBATCH_TOKENS + _PROMPT_END_TOKENS:
+        made.append(prompt_tokens - _UBATCH_TOKENS - _PROMPT_END_TOKENS)
+        static = marks.get(job.prompt.static.digest) if job.prompt.static else None
+        if static and static.tokens > cached:
+            made.append(static.tokens)  # the first user message
     return tuple(sorted({*kept, *made, max(prompt_tokens - _PROMPT_END_TOKENS, 1)}))
 
 

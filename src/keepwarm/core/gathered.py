@@ -14,8 +14,13 @@ from typing import Any
 _META = ("created", "model", "system_fingerprint", "object", "usage", "id", "timings")
 
 
-def gather_chat(events: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def gather_chat(events: Iterable[Mapping[str, Any]], *, opening: str = "") -> dict[str, Any] | None:
     """Put the events of a `chat.completion.chunk` stream together.
+
+    Args:
+        events: in order.
+        opening: the client's own words that the reply goes on from; a whole reply begins with them,
+            a stream doesn't.
 
     Returns:
         The completion; what holds `error`, if the stream ended in one; None if it isn't complete.
@@ -33,6 +38,8 @@ def gather_chat(events: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     meta["object"] = "chat.completion"
     ordered = [choices[index] for index in sorted(choices)]
+    for choice in ordered if opening else ():
+        choice["message"]["content"] = opening + (choice["message"]["content"] or "")
     whole: dict[str, Any] = {"choices": ordered}
     whole |= {key: meta.pop(key) for key in _META if key in meta}
     return whole | {key: value for key, value in meta.items() if key != "prompt_progress"}

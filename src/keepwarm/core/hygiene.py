@@ -1,16 +1,18 @@
 """Prompt hygiene: named rules that take what changes out of the front of a prompt, by consent.
 
-Theory of operation. Each rule is off unless a deployment names it, works on a request's decoded
+Theory of operation. Each rule is off unless a deployment names it (but for the billing line, which
+says nothing to a model and makes all that stands behind it cold), works on a request's decoded
 body before anything else reads it, and says how often it changed something, so nothing is rewritten
 in silence. A body that no rule applies to is returned as it came: the same object.
 
 - `drop-billing`: a line of accounting that a client puts before its system prompt, new with each
-  request and meant for its vendor (`_BILLING`), and lines that the deployment names, are left out.
+  session or request and meant for its vendor (`_BILLING`), is left out always; with the rule, so
+  are lines that the deployment names.
 - `move-volatile`: a line of the system prompt that only tells a date, a time or an id goes behind
   a message of the user. What holds for a day or a conversation goes behind the *first* one, where
   it stands still while the conversation grows. What may be new with each request goes behind the
   *last* one; the next request has that message without it, so what comes behind is prefilled again
-  then, and nothing before it.
+  then, and nothing before it. So goes a JSON object of metadata that ends a system prompt.
 - `move-known`: the blocks of coding agents' prompts that tell the directory, the repository's
   status and the day go before the question in the first message of the user (`moved_blocks`).
 - `sort-tools`: tools are listed by name and their keys stand in one order. The JSON values are the
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from keepwarm.core.moved_blocks import is_agent, take_blocks
+from keepwarm.core.moved_blocks import is_agent, metadata_start, take_blocks
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.volatile import find_volatile
 
@@ -52,7 +54,8 @@ _LIST: Mapping[Kind, str] = {"chat": "messages", "responses": "input", "messages
 # cc_entrypoint=cli; cch=36ee5;`, of which `cch` is new with each request. Seen in
 # github.com/anthropics/claude-code/issues/68900 and github.com/ggml-org/llama.cpp/pull/21793.
 _PAIR = r"[ \t]*[\w-]{1,40}=[^;\s]{0,200}(?:;|(?=[ \t\r]*$))"
-_BILLING = (re.compile(rf"(?m)^(?:x-anthropic-billing-header:(?:{_PAIR})+[ \t\r]*)+\n?"),)
+_BILLED = "x-anthropic-billing-header:"
+_BILLING = re.compile(rf"(?m)^(?:{_BILLED}(?:{_PAIR})+[ \t\r]*)+\n?")
 # A longer line isn't tried against a deployment's expressions, whose cost nobody bounds.
 _MOST_DROPPED_CHARS = 1000
 
@@ -112,8 +115,9 @@ class Hygiene:
             keeps_text: only tools may be changed, since somebody counts the texts' characters.
         """
         rewrites: dict[str, int] = {}
-        if "drop-billing" in self.rules and not keeps_text:
-            body, rewrites["drop-billing"] = _drop(kind, body, self.drop_lines)
+        if not keeps_text:
+            named = self.drop_lines if "drop-billing" in self.rules else ()
+            body, rewrites["drop-billing"] = _drop(kind, body, named)
         if "move-known" in self.rules and not keeps_text:
             body, rewrites["move-known"] = _move_known(kind, body)
         if "move-volatile" in self.rules and not keeps_text:
@@ -123,11 +127,10 @@ class Hygiene:
         return Cleaned(body, {rule: rewrites[rule] for rule in RULES if rewrites.get(rule)})
 
 
-def hygiene_of(rules: Sequence[str], drop_lines: Sequence[str]) -> Hygiene | None:
-    """The rules by name; None if there are none. Raises: ValueError as the two checks below."""
+def hygiene_of(rules: Sequence[str], drop_lines: Sequence[str]) -> Hygiene:
+    """The rules by name. Raises: ValueError as the two checks below."""
     check_rules(rules)
-    expressions = compile_lines(drop_lines)
-    return Hygiene(frozenset(rules), expressions) if rules else None
+    return Hygiene(frozenset(rules), compile_lines(drop_lines))
 
 
 def check_rules(rules: Sequence[str]) -> None:
@@ -179,8 +182,8 @@ def _drop(
 
     def change(text: str) -> str:
         nonlocal dropped
-        for pattern in _BILLING:
-            text, count = pattern.subn("", text)
+        if _BILLED in text:
+            text, count = _BILLING.subn("", text)
             dropped += count
         if not expressions:
             return text
@@ -200,15 +203,20 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if not isinstance(messages, list):
         return body, 0
     questions = [i for i, message in enumerate(messages) if _is_question(message)]
-    moved: list[str] = []
+    moved: list[tuple[str, str]] = []
     is_left = False
 
     def change(text: str) -> str:
         nonlocal is_left
+        blocks: list[str] = []
+        while start := metadata_start(text):
+            blocks.insert(0, text[start:].rstrip())
+            text = text[:start].rstrip("\n")
         lines = text.split("\n")
         taken = _volatile_lines(lines)
         kept = [line for i, line in enumerate(lines) if i not in taken]
-        moved.extend(taken.values())
+        moved.extend((line, _tells(line)) for line in taken.values())
+        moved.extend((block, "now") for block in blocks)
         is_left = is_left or any(line.strip() for line in kept)
         return "\n".join(kept)
 
@@ -218,13 +226,17 @@ def _move(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return body, 0
     messages = list(messages if is_text else out[place])
     for index, what in ((questions[0], "day"), (questions[-1], "now")):
-        if lines := [line for line in moved if _tells(line) == what]:
+        if lines := [line for line, told in moved if told == what]:
             messages[index] = _with_lines(messages[index], lines, kind)
     return {**out, place: messages[0]["content"] if is_text else messages}, len(moved)
 
 
 def _move_known(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """An agent's changing blocks in front of the first question; how many there were."""
+    """An agent's changing blocks in front of the first question; how many there were.
+
+    A system message directly behind that question goes to the beginning of the user's message:
+    what it says is the same in each session, and stood behind what never is.
+    """
     tools = body.get("tools")
     items = body.get(_LIST[kind])
     if not isinstance(tools, list) or not isinstance(items, list):
@@ -239,32 +251,54 @@ def _move_known(kind: Kind, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return text
 
     _over_system(kind, body, gather)
-    taken = take_blocks(texts)
-    if not taken.blocks:
+    behind = _system_texts(items[first + 1 : first + 2])
+    taken = take_blocks([*texts, *behind])
+    if not taken.blocks and not behind:
         return body, 0
     rest = iter(taken.texts)
     out = _over_system(kind, body, lambda _: next(rest))
     messages = list(out[_LIST[kind]])
-    messages[first] = _before_question(messages[first], "\n\n".join(taken.blocks))
-    return {**out, _LIST[kind]: messages}, len(taken.blocks)
+    messages[first] = _before_question(messages[first], list(rest), taken.blocks)
+    if behind:
+        del messages[first + 1]
+    return {**out, _LIST[kind]: messages}, len(taken.blocks) + bool(behind)
 
 
-def _before_question(message: Mapping[str, Any], added: str) -> dict[str, Any]:
-    """A user's message with a text in front of its last text, which is what the user asks.
+def _system_texts(messages: Sequence[object]) -> list[str]:
+    """The texts of a system message; none if it isn't one, or has something else in it."""
+    if not messages or not _is_system(messages[0]):
+        return []
+    content = messages[0].get("content") if isinstance(messages[0], Mapping) else None
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        return []
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    return [text for text in texts if isinstance(text, str)] if all(texts) else []
 
-    What a client puts before the question (its reminders) is the same in the next session.
+
+def _before_question(
+    message: Mapping[str, Any], opening: Sequence[str], blocks: Sequence[str]
+) -> dict[str, Any]:
+    """A user's message with texts at its beginning, and in front of its last text, the question.
+
+    What a client puts between them (its reminders) is the same in the next session, or changes as
+    rarely as the blocks do.
     """
     content = message["content"]
+    before = "".join(f"{text.strip()}\n\n" for text in blocks)
+    begin = "".join(f"{text.strip()}\n\n" for text in opening if text.strip())
     if isinstance(content, str):
-        return {**message, "content": f"{added}\n\n{content}"}
+        return {**message, "content": f"{begin}{before}{content}"}
     parts = list(content)
-    for index in range(len(parts) - 1, -1, -1):
-        part = parts[index]
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            parts[index] = {**part, "text": f"{added}\n\n{part['text']}"}
-            break
-    else:
-        parts.insert(0, {"type": "text", "text": added})
+    places = [
+        index
+        for index, part in enumerate(parts)
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    ]
+    if not places:
+        return {**message, "content": [{"type": "text", "text": (begin + before).rstrip()}, *parts]}
+    for index, added in ((places[-1], before), (places[0], begin)):
+        parts[index] = {**parts[index], "text": f"{added}{parts[index]['text']}"}
     return {**message, "content": parts}
 
 

@@ -26,7 +26,8 @@ class Job:
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
     False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
     among the tenants' jobs, lower first.
-    `reply_tokens` is what each of its `replies` may come to.
+    `reply_tokens` is what each of its `replies` may come to. `agent` names the coding agent and
+    its version that ask; empty: somebody else.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Job:
     is_refused: bool = False
     counted_s: float = 0.0
     reuses: bool = True
+    agent: str = ""
 
     def demand(self) -> Demand:
         """What the plan needs to know of it."""

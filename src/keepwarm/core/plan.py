@@ -121,7 +121,9 @@ class Machine:
     `cuttable`: a slot or snapshot can be reused up to any token; otherwise (sliding windows,
     recurrent models) only to its very end. `pool_tokens` is the context all slots share, None where
     each has its own part. `slack_tokens` of a restored prefix may be computed again. `slot_tokens`
-    is what a slot may hold, 0 if that isn't known.
+    is what a slot may hold, 0 if that isn't known; `window_tokens` the model's sliding window, 0 if
+    it has none. `appends`: its template renders a history the same whatever follows;
+    `tells_time`: it prints the date or the time, so that what was rendered once may be past.
     """
 
     row_bytes: int
@@ -129,6 +131,9 @@ class Machine:
     can_save: bool
     pool_tokens: int | None
     slack_tokens: int = 0
+    window_tokens: int = 0
+    appends: bool = True
+    tells_time: bool = False
     slot_tokens: int = 0
 
 
@@ -184,16 +189,24 @@ def doubt_tokens(
 
     0 where the marks decide: the prompt is counted already, or goes on from a slot's end (what is
     behind that is new). In doubt is what was said before, up to the model's last message; what is
-    behind that is new, and in doubt only if it is long.
+    behind that is new, and in doubt only if it is long. Where a template may write the history
+    otherwise once a user asks anew, the marks say nothing of a slot that was asked before that.
     """
     if demand.ids is not None or not demand.reuses or demand.is_refused:
         return 0
-    contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
-    if any(content.goes_on(demand.prompt) for content in contents):
-        return 0
-    reuses = [c.reuse(demand.prompt, None, cuttable=machine.cuttable).tokens for c in contents]
-    known = max([*reuses, stored.tokens if stored else 0])
     prompt = demand.prompt
+    contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
+    if not machine.appends:
+        contents = [c for c in contents if c.match(prompt)[0] > prompt.asked_index]
+    if any(content.goes_on(prompt) for content in contents):
+        return 0
+    reuses = [
+        c.reuse(
+            demand.prompt, None, cuttable=machine.cuttable, window_tokens=machine.window_tokens
+        ).tokens
+        for c in contents
+    ]
+    known = max([0, *reuses, stored.tokens if stored else 0])
     before = max(prompt.answered_index, prompt.static_index, 0)
     new = int((prompt.chars - prompt.marks[before].chars) * rates.tokens_per_char.value)
     total = prompt_tokens(demand, rates)
@@ -212,11 +225,7 @@ def choose(
     now_s: float,
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
-    idle = [
-        (slot, _reuse(demand, slot, cuttable=machine.cuttable))
-        for slot in slots
-        if slot.state == "idle"
-    ]
+    idle = [(slot, _reuse(demand, slot, machine)) for slot in slots if slot.state == "idle"]
     if not demand.reuses or demand.is_refused:
         stored = None
     total = _total_tokens(demand, [reuse for _, reuse in idle], stored, rates)
@@ -273,13 +282,19 @@ def _lacking_tokens(demand: Demand, option: Option, rates: Rates) -> int:
     return static_tokens(demand, rates) - option.reuse_tokens
 
 
-def _reuse(demand: Demand, slot: Slot, *, cuttable: bool) -> Reuse:
+def _reuse(demand: Demand, slot: Slot, machine: Machine) -> Reuse:
     """What of a prompt a slot spares."""
     if slot.content is None or slot.is_foreign(demand.namespace) or not demand.reuses:
         return NOTHING
     is_whole = demand.ids is not None
     ids = demand.ids if is_whole else demand.static_ids
-    return slot.content.reuse(demand.prompt, ids, is_whole=is_whole, cuttable=cuttable)
+    return slot.content.reuse(
+        demand.prompt,
+        ids,
+        is_whole=is_whole,
+        cuttable=machine.cuttable,
+        window_tokens=machine.window_tokens,
+    )
 
 
 def _total_tokens(
@@ -332,7 +347,8 @@ def _options(
     source = Source.SLOT if kept else Source.COLD
     ttft = rates.prefill_s(total - kept)
     option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
-    out.append((option, lost, min(reuse.certain, kept)))
+    certain = 0 if machine.tells_time and demand.ids is None else min(reuse.certain, kept)
+    out.append((option, lost, certain))
     if stored and stored.tokens > kept and not (goes_on and kept and demand.ids is None):
         restored = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)

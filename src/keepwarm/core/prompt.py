@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -40,11 +40,10 @@ _TURN_CHARS = 16
 # messages, and of none that is so long that together they would fill the memory.
 _REMEMBERED_SEGMENTS, _REMEMBERED_CHARS = 512, 1 << 15
 
-Api = Literal["chat", "responses", "completion"]
-
-# Arguments that may change how the template renders; those that this engine's doesn't look at are
-# taken out of a body before (`engine.rendering`).
-_HEAD_KEYS = (
+# What of a body, besides its messages, may change how they render: the one list of it. What this
+# engine's template doesn't look at is found by rendering (`engine.rendering`) and taken out of a
+# body before it is compared.
+SHAPING = (
     "tools",
     "functions",
     "chat_template_kwargs",
@@ -54,7 +53,16 @@ _HEAD_KEYS = (
     "reasoning_effort",
     "lora",
     "thinking",
+    "thinking_budget_tokens",
+    "parallel_tool_calls",
+    "tool_choice",
 )
+# Where nothing is said, a model may call a tool or not.
+_NO_CHOICE = "auto"
+# A picture or a sound is a few hundred tokens or some thousands, whatever its bytes.
+_MEDIA_CHARS = 4096
+# Longer values in a part that isn't text are its bytes: a digest stands for them.
+_MOST_PART_CHARS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,21 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One message in canonical form; `extra` is what a template may render besides the text."""
+    """One message in canonical form; `extra` is what a template may render besides the text.
+
+    `media` counts its pictures and sounds, of which `extra` has the digests.
+    """
 
     role: str
     text: str
     extra: str = ""
+    media: int = 0
+
+    @property
+    def chars(self) -> int:
+        """What it weighs, in characters: a message costs its role and its media their tokens."""
+        text = len(self.text) + len(self.extra)
+        return text + _TURN_CHARS + self.media * _MEDIA_CHARS
 
 
 class SharedEnd(NamedTuple):
@@ -89,18 +107,20 @@ class SharedEnd(NamedTuple):
 class Prompt:
     """A request's identity.
 
-    `marks` are in order of position; `static_index` is the index of the static end's mark, or -1
-    if there is nothing static; `turns` counts how often the model is asked in it: by a user, or
-    by a tool's result; `is_static_shared`: the static part is a tier's and nothing else.
-    `asked_index` is the mark before its last user message, `answered_index` the one behind the
-    last message of the model's (-1: there is none); `ids` are the tokens of a prompt given as such.
+    `is_raw`: it isn't rendered of messages. `marks` are in order of position; `static_index` is
+    the index of the static end's mark, or -1 if there is nothing static; `turns` counts how often
+    the model is asked in it: by a user, or by a tool's result; `is_static_shared`: the static part
+    is a tier's and nothing else. `asked_index` is the mark before its last user message,
+    `answered_index` the one behind the last message of the model's (-1: there is none); `ids` are
+    the tokens of a prompt given as such.
     """
 
-    api: Api
+    is_raw: bool
     marks: tuple[Mark, ...]
     static_index: int
     turns: int
     is_static_shared: bool = False
+    has_media: bool = False
     asked_index: int = -1
     answered_index: int = -1
     ids: Tokens | None = None
@@ -126,7 +146,6 @@ class Prompt:
 
 
 def prompt_of(
-    api: Api,
     body: Mapping[str, Any],
     *,
     fingerprint: str,
@@ -137,9 +156,9 @@ def prompt_of(
     """Read the identity of a request.
 
     Args:
-        api: whose body it is; `completion` takes `prompt` as text or token ids.
-        body: the decoded JSON body. Wrong types are taken as they are: the engine, not
-            Keepwarm, tells the client what is wrong with its request.
+        body: a request in chat's terms (`keepwarm.api.reading`), or one of a raw prompt: text or
+            token ids. Wrong types are taken as they are: the engine, not Keepwarm, tells the
+            client what is wrong with its request.
         fingerprint, namespace: what the digests are keyed by.
         shared_segments: so many messages (and the head) are a tier's, the same for all
             namespaces; only what follows is the tenant's own.
@@ -148,14 +167,14 @@ def prompt_of(
     """
     own = _digest(b"keepwarm/1", fingerprint.encode(), namespace.encode())
     key = _digest(b"keepwarm/1", fingerprint.encode(), b"") if shared_segments else own
-    if api == "completion":
+    if is_raw(body):
         return _raw_prompt(raw_of(body), key, [e.chars for e in ends])
     head = head_of(body)
     # Key order is kept: templates print tools in the order given, so another order is another
     # prompt.
     text = dump(head) if head else ""
     marks = [Mark(_digest(key, _bytes(text)), len(text))]
-    segments = segments_of(api, body)
+    segments = segments_of(body)
     statics = _leading(segments, shared_segments)
     has_static = bool(statics or head.get("tools")) and _asks_at(segments, statics)
     static_index = asked_index = answered_index = -1
@@ -177,7 +196,8 @@ def prompt_of(
             answered_index = len(marks) - 1
     static_shared = has_static and 0 < statics == shared_segments
     return Prompt(
-        *(api, tuple(marks), static_index, _turns(segments), static_shared),
+        *(False, tuple(marks), static_index, _turns(segments), static_shared),
+        has_media=any(segment.media for segment in segments),
         asked_index=asked_index,
         answered_index=answered_index,
     )
@@ -214,65 +234,58 @@ def prefix_of(prompt: Prompt, segments: Sequence[Segment], end: SharedEnd) -> Pr
         segments: the same body's, by `segments_of`.
         end: where the part ends.
     """
-    head_chars = 0 if prompt.api == "completion" else prompt.marks[0].chars
-    before = sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[: end.segment])
+    head_chars = 0 if prompt.is_raw else prompt.marks[0].chars
+    before = sum(s.chars for s in segments[: end.segment])
     chars = head_chars + before + end.chars
     index = max(i for i, mark in enumerate(prompt.marks) if mark.chars <= chars or i == 0)
     shared = prompt.is_static_shared and index <= prompt.static_index
-    return Prompt(prompt.api, prompt.marks[: index + 1], index, 0, shared)
+    return Prompt(prompt.is_raw, prompt.marks[: index + 1], index, 0, shared)
 
 
 def head_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a body shapes how its messages render, in the order of `_HEAD_KEYS`."""
-    head = {k: body[k] for k in _HEAD_KEYS if body.get(k) not in (None, [], {})}
-    if body.get("tool_choice") == "none":
-        head["tool_choice"] = "none"
+    """What of a body shapes how its messages render, in the order of `SHAPING`."""
+    head = {k: body[k] for k in SHAPING if body.get(k) not in (None, [], {})}
+    if head.get("tool_choice") == _NO_CHOICE:
+        del head["tool_choice"]
     return head
 
 
-def segments_of(api: Api, body: Mapping[str, Any]) -> list[Segment]:
-    """The messages of a body in canonical form, system text first."""
-    out: list[Segment] = []
-    if api == "responses":
-        if body.get("instructions"):
-            out.append(Segment("system", str(body["instructions"])))
-        items = body.get("input")
-        if isinstance(items, str):
-            return [*out, Segment("user", items)]
-    else:
-        items = body.get("messages")
+def is_raw(body: Mapping[str, Any]) -> bool:
+    """Whether a body has a prompt of its own rather than messages to render."""
+    return "messages" not in body
+
+
+def segments_of(body: Mapping[str, Any]) -> list[Segment]:
+    """The messages of a body in chat's terms, in canonical form; none of a raw prompt."""
+    items = body.get("messages")
     listed = items if isinstance(items, list) else []
-    return out + [segment_of(item) for item in listed if isinstance(item, Mapping)]
+    return [segment_of(item) for item in listed if isinstance(item, Mapping)]
 
 
 def segment_of(message: Mapping[str, Any]) -> Segment:
-    """One message, tool call or tool result in canonical form.
+    """One message in canonical form.
 
     Clients send back what the model said in many shapes (`content` null, empty or absent, reasoning
     left out, white space trimmed, arguments parsed and printed again); those are one segment here.
     Where their tokens differ all the same, the engine's `cache_n` tells.
     """
-    role = str(message.get("role") or message.get("type") or "")
-    text, extra = _text(message.get("content"))
+    role = str(message.get("role") or "")
+    text, extra, media = _text(message.get("content"))
     if role in ("assistant", "model"):
         text = text.strip()
     calls = message.get("tool_calls")
     if isinstance(calls, list):
         functions = (c.get("function", c) for c in calls if isinstance(c, Mapping))
         extra += "".join(_call(f) for f in functions if isinstance(f, Mapping))
-    if role == "function_call":
-        extra += _call(message)
-    if role == "function_call_output":
-        text = str(message.get("output", ""))
-    return Segment(role, text, extra)
+    return Segment(role, text, extra, media)
 
 
-def _text(content: object) -> tuple[str, str]:
-    """Text of a content field, and a canonical form of its parts that aren't text."""
+def _text(content: object) -> tuple[str, str, int]:
+    """Text of a content field, a canonical form of its other parts, and how many are media."""
     if content is None:
-        return "", ""
+        return "", "", 0
     if isinstance(content, str):
-        return content, ""
+        return content, "", 0
     texts: list[str] = []
     extra: list[str] = []
     for part in content if isinstance(content, list) else [content]:
@@ -281,8 +294,22 @@ def _text(content: object) -> tuple[str, str]:
         elif part.get("type") in ("text", "input_text", "output_text"):
             texts.append(str(part.get("text", "")))
         elif part.get("type") not in ("thinking", "redacted_thinking", "reasoning"):
-            extra.append(_dump(part))
-    return "\n".join(texts), "".join(extra)
+            extra.append(_dump(_shortened(part)))
+    return "\n".join(texts), "".join(extra), len(extra)
+
+
+def _shortened(value: object) -> object:
+    """A part with digests for the bytes it brings: two pictures are two prompts, and none is long.
+
+    base64 of 4 MB would be counted as a million tokens.
+    """
+    if isinstance(value, str) and len(value) > _MOST_PART_CHARS:
+        return _digest(_bytes(value)).hex()
+    if isinstance(value, Mapping):
+        return {key: _shortened(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shortened(one) for one in value]
+    return value
 
 
 def _call(call: Mapping[str, Any]) -> str:
@@ -347,7 +374,7 @@ def _marked(before: Mark, segment: Segment, cuts: tuple[int, ...]) -> tuple[Mark
     h.update(b"\0")
     h.update(_bytes(segment.extra))
     h.update(b"\0end")
-    chars = before.chars + len(text) + len(segment.extra) + _TURN_CHARS
+    chars = before.chars + segment.chars
     marks.append(Mark(h.digest(), chars))
     return tuple(marks)
 
@@ -370,12 +397,12 @@ def _raw_prompt(prompt: object, key: bytes, cuts: Sequence[int] = ()) -> Prompt:
     """Identity of a `/completion` prompt: text, token ids, or anything else (never shared)."""
     if isinstance(prompt, str):
         marks = _segment_marks(Mark(key, 0), Segment("raw", prompt), cuts)
-        return Prompt("completion", marks, -1, 1)
+        return Prompt(True, marks, -1, 1)
     if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
         ids = as_tokens(prompt)
-        return Prompt("completion", token_marks(prompt, key), -1, 1, ids=ids)
+        return Prompt(True, token_marks(prompt, key), -1, 1, ids=ids)
     opaque = _digest(key, _bytes(_dump(prompt)))
-    return Prompt("completion", (Mark(opaque, len(_dump(prompt))),), -1, 1)
+    return Prompt(True, (Mark(opaque, len(_dump(prompt))),), -1, 1)
 
 
 def token_marks(tokens: Sequence[int], key: bytes) -> tuple[Mark, ...]:

@@ -61,7 +61,7 @@ class Returns:
 
     def observe(self, namespace: str, prompt: Prompt) -> None:
         """A prompt was answered."""
-        if prompt.api == "completion":
+        if prompt.is_raw:
             return  # text or tokens: where a turn ends isn't known
         if prompt.turns > 1:
             before = self._first if prompt.turns == 2 else self._later
@@ -70,6 +70,6 @@ class Returns:
 
     def chance(self, namespace: str, prompt: Prompt) -> Chance:
         """The chance that a prompt's conversation goes on; what is seen later counts in it too."""
-        if prompt.api == "completion":
+        if prompt.is_raw:
             return first_turn()
         return (self._later if prompt.turns > 1 else self._first)[namespace]

@@ -10,6 +10,38 @@ empty other slots, save, restore, fill, save, and at last `Start`, which hands t
 gateway until `finished`. A step that fails only costs warmth: a failed restore leaves an empty slot
 and the request goes on cold.
 
+What happens to a waiting request, each time that something has changed (`_dispatch`):
+1. The engine is down, or a request that must be alone has a slot: nobody begins.
+2. Requests are looked at by priority, then in turn (`turns`); one that is being counted is passed.
+3. What the store has of it is looked up, and what is on its way into the store counts as well.
+4. Another request fills its static part: it waits for that, rather than prefill the same beside it.
+5. What it begins with is being saved: it waits, if that is shorter than a prefill.
+6. Its marks leave more in doubt than counting costs: its prompt is counted.
+7. The plan with the least estimated time to first token is chosen (`plan.choose`).
+8. There is none while no slot is idle, or no room is left in the pool: later requests wait, too.
+9. Its slot is led through the plan's steps.
+
+What an event does to a slot:
+
+| event          | idle                | preparing                 | serving                       |
+|----------------|---------------------|---------------------------|-------------------------------|
+| a plan (9)     | preparing           |                           |                               |
+| `step_done`    |                     | the next step; behind the |                               |
+|                |                     | last one serving, or idle |                               |
+|                |                     | if no job is to be served |                               |
+| `finished`     |                     |                           | idle, or saved if cheap;      |
+|                |                     |                           | without counts looked at      |
+| `retry`        |                     |                           | idle, content unknown         |
+| `cancelled`    |                     | its job is gone; a fill   | as `finished`                 |
+|                |                     | for nobody is broken off  |                               |
+| `tick`         | saved or emptied,   |                           |                               |
+|                | if that is worth it |                           |                               |
+| `drain`        | saved, if worth it  |                           |                               |
+| `engine_down`  | empty               | idle, empty; job waits    | idle, empty                   |
+| `engine_slept` | empty               |                           |                               |
+
+Saved, emptied and looked at are steps, so such a slot is preparing until they are done.
+
 Invariants (tested as a Hypothesis state machine):
 1. A slot has at most one job, and an idle slot has none.
 2. A job ends exactly once: by `finished`, by `cancelled`, or by a `Fail` effect.
@@ -69,6 +101,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.returns import Returns, first_turn
 from keepwarm.core.slots import Content, Slot, SlotState, loss
 from keepwarm.core.tree import Tokens
+from keepwarm.core.turns import Turns, is_full, order
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
@@ -134,15 +167,14 @@ class Scheduler:
     _fresh: dict[bytes, _Fresh] = field(default_factory=dict)
     _absorbing: dict[str, Content] = field(default_factory=dict)
     _returns: Returns = field(default_factory=Returns)
-    # The last turn that was given to a tenant's jobs, and the last one that was served.
-    _turns: dict[tuple[str, int], int] = field(default_factory=dict)
-    _served: dict[int, int] = field(default_factory=dict)
+    _turns: Turns = field(default_factory=Turns)
 
     def submit(self, job: Job, now_s: float) -> list[Effect]:
         """A request has come."""
-        if self._is_full(job):
+        waiting = [self.jobs[j] for j in self._queue]
+        if is_full(waiting, job, limit=self.queue_limit, tenants=self.tenants):
             return [Fail(job.id, "queue_full")]
-        self._take_turn(job)
+        self._turns.take(job)
         self.jobs[job.id] = job
         self._queue.append(job.id)
         return self._dispatch(now_s)
@@ -317,6 +349,15 @@ class Scheduler:
             effects += self._thin_out(now_s)
         return [*effects, *self._dispatch(now_s)]
 
+    def is_quiet(self, now_s: float) -> bool:
+        """Whether the next tick, too, does nothing if the last one did: nobody waits or is served.
+
+        Every slot has been idle for so long that all was done for which idleness is waited for.
+        """
+        idle_since_s = max((slot.idle_since_s for slot in self.slots), default=now_s)
+        is_long = now_s - idle_since_s > max(SAVE_AFTER_IDLE_S, ERASE_AFTER_IDLE_S)
+        return is_long and not self._queue and not self.busy
+
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
@@ -380,49 +421,25 @@ class Scheduler:
         """Whether any slot is prepared or serving."""
         return any(slot.state is not SlotState.IDLE for slot in self.slots)
 
-    def _is_full(self, job: Job) -> bool:
-        """Whether no more of a job's kind may wait, or no more of its tenant's.
-
-        A batch's jobs are counted apart: many that can wait must not keep out one that can't. And
-        where there are several tenants, one of them can't fill the queue for all.
-        """
-        alike = [self.jobs[j] for j in self._queue]
-        alike = [other for other in alike if (other.priority > 0) == (job.priority > 0)]
-        share = self.queue_limit if self.tenants == 1 else max(self.queue_limit // 2, 1)
-        own = sum(other.namespace == job.namespace for other in alike)
-        return len(alike) >= self.queue_limit or own >= share
-
-    def _take_turn(self, job: Job) -> None:
-        """Where a new job stands among the tenants' (start-time fair queueing).
-
-        Each tenant's jobs stand one turn apart, from the turn that is served now on: who sends many
-        at once has them served between the few of the others. One tenant's are first come, first
-        served.
-        """
-        last = self._turns.get((job.namespace, job.priority), 0)
-        job.turn = max(last, self._served.get(job.priority, 0)) + 1
-        self._turns[job.namespace, job.priority] = job.turn
-
     def _dispatch(self, now_s: float) -> list[Effect]:
-        """Give idle slots to waiting requests, in turn."""
+        """Give idle slots to waiting requests; the numbers are those of the module's text."""
         effects: list[Effect] = []
-        if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):
+        if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):  # 1
             return effects
-        for job_id in sorted(self._queue, key=lambda j: (self.jobs[j].priority, self.jobs[j].turn)):
-            job = self.jobs[job_id]
+        for job in sorted(map(self.jobs.__getitem__, self._queue), key=order):  # 2
             if job.is_counting:
                 continue
-            stored = self._stored(job)
-            if self._waits_for_fill(job, stored):
+            stored = self._stored(job)  # 3
+            if self._waits_for_fill(job, stored):  # 4
                 job.waited_for_fill = True
                 continue
-            if self._waits_for_save(job, stored):
+            if self._waits_for_save(job, stored):  # 5
                 continue
-            if self._must_count(job, stored):
+            if self._must_count(job, stored):  # 6
                 job.is_counting = True
                 effects.append(CountPrompt(job.id, self._uncounted(job)))
                 continue
-            plan = choose(
+            plan = choose(  # 7
                 job.demand(),
                 self.slots,
                 stored,
@@ -430,17 +447,19 @@ class Scheduler:
                 rates=self.rates,
                 now_s=now_s,
             )
-            if plan is None:
+            if plan is None:  # 8
                 break
-            self._queue.remove(job_id)
-            self._served[job.priority] = max(self._served.get(job.priority, 0), job.turn)
-            effects += self._begin(job, plan, now_s)
+            self._queue.remove(job.id)
+            self._turns.served(job)
+            effects += self._begin(job, plan, now_s)  # 9
             if job.is_alone:
                 break
         return effects
 
     def _stored(self, job: Job) -> Stored | None:
         """The longest of what the store holds and what is on its way into it."""
+        if self.machine.tells_time and job.ids is None:
+            return None
         stored = self.lookup(job.prompt, job.namespace, job.ids)
         if not self._fresh:
             return stored
@@ -463,6 +482,9 @@ class Scheduler:
         if job.chat is None or job.is_counted or not any(s.state == "idle" for s in self.slots):
             return False
         idle = [slot for slot in self.slots if slot.state is SlotState.IDLE]
+        if self.machine.tells_time:
+            held = [s.content for s in idle if s.content and not s.is_foreign(job.namespace)]
+            return not any(content.goes_on(job.prompt) for content in held)
         doubt = doubt_tokens(job.demand(), idle, stored, machine=self.machine, rates=self.rates)
         return self.rates.prefill_s(doubt) > COUNT_IF_TIMES * self.rates.count_s(job.prompt.chars)
 
@@ -523,7 +545,10 @@ class Scheduler:
         """Tokens of a job's prompt that some content spares."""
         if content.namespace not in ("", job.namespace):
             return 0
-        return content.reuse(job.prompt, job.ids, cuttable=self.machine.cuttable).tokens
+        machine = self.machine
+        return content.reuse(
+            job.prompt, job.ids, cuttable=machine.cuttable, window_tokens=machine.window_tokens
+        ).tokens
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]
@@ -618,6 +643,7 @@ class Scheduler:
                 )
         elif isinstance(step, RestoreSlot) and isinstance(outcome, RestoredSlot) and job:
             slot.content = after_restore(job, step.stored, outcome.tokens, outcome.ids)
+            slot.content.held_from = max(outcome.tokens - self.machine.window_tokens, 0)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
@@ -669,7 +695,11 @@ class Scheduler:
         if not job.is_final:
             self._returns.observe(job.namespace, job.prompt)
         returns = self._returns.chance(job.namespace, job.prompt)
-        slot.content = after_reply(job, slot.content, counts, said, returns=returns)
+        slot.content = after_reply(
+            *(job, slot.content, counts, said),
+            returns=returns,
+            window_tokens=self.machine.window_tokens,
+        )
         if said and self._is_kept(job, said):
             # Asked and answered before, word for word: there is nothing new to save.
             slot.content.saved_tokens = slot.content.tokens
@@ -679,7 +709,8 @@ class Scheduler:
         self.rates.decode_cost.observe(
             context_tokens=looked_back, tokens=counts.decoded, seconds=counts.decode_s
         )
-        if counts.prompt >= 64 and job.prompt.marks[-1].tokens is None:
+        is_text = job.prompt.marks[-1].tokens is None and not job.prompt.has_media
+        if counts.prompt >= 64 and is_text:
             self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))
 
     def _is_kept(self, job: Job, said: Mark) -> bool:

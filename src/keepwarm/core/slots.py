@@ -60,7 +60,8 @@ class Content:
     rendering, a fill or a slot file), None if none was; `marks` says where the prompt's marks are,
     for the ordinary step that needs no count. `states` are the ends at which a model that can't be
     cut can go on: its own end, and the engine's checkpoints (message starts and prompt ends), exact
-    where a slot file has told them and estimated otherwise.
+    where a slot file has told them and estimated otherwise; `held_from` is the first position whose
+    cells a sliding window's cache still has.
 
     `saved_tokens` is how much of it the store holds too, `turns` as its prompt's (0: nobody has
     asked yet), `returns` the chance that it goes on; `namespace` whose it is ('' for a tier alone);
@@ -80,6 +81,7 @@ class Content:
     is_savable: bool = True
     ids: Tokens | None = None
     states: tuple[int, ...] = ()
+    held_from: int = 0
     end: bytes | None = None
     chat: Mapping[str, Any] | str | None = None
 
@@ -101,13 +103,20 @@ class Content:
         return self.end is not None and any(m.digest == self.end for m in reversed(prompt.marks))
 
     def reuse(
-        self, prompt: Prompt, ids: Tokens | None, *, is_whole: bool = True, cuttable: bool
+        self,
+        prompt: Prompt,
+        ids: Tokens | None,
+        *,
+        is_whole: bool = True,
+        cuttable: bool,
+        window_tokens: int = 0,
     ) -> Reuse:
         """What of this content a prompt, counted or not, can start from.
 
         Ids decide as far as both are known; behind them, and without them, the marks do. A model
-        that can't be cut goes on from the last state before that place. Not `is_whole`: `ids` are
-        those of the prompt's static part.
+        that can't be cut goes on from the last state before that place, or, with a sliding window,
+        from the place itself if the cells before it are still held. Not `is_whole`: `ids` are those
+        of the prompt's static part.
         """
         index, position = self.match(prompt)
         place, certain = position.tokens, self._promised(prompt, index)
@@ -120,6 +129,8 @@ class Content:
         place = min(place, self.tokens)
         if cuttable:
             return Reuse(index, place, min(certain, place))
+        if window_tokens and place - window_tokens >= self.held_from:
+            return Reuse(index, place, 0)
         state = max((at for at in self.states if at <= place + _STATE_SLACK_TOKENS), default=0)
         # Where an estimate is off by a token or two nothing is promised, so nothing is broken.
         return Reuse(index if state else -1, min(state, place), 0)

@@ -34,10 +34,10 @@ __all__ = [
     "NEED_MORE",
     "ContextRole",
     "Message",
-    "Segment",
     "Tier",
     "TierSet",
     "TierSource",
+    "TierText",
     "Volatile",
     "build_tiers",
     "compose",
@@ -89,7 +89,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class TierText:
     """The text that one tier brings, and where it goes."""
 
     tier: str
@@ -129,7 +129,7 @@ class Tier:
     name: str
     description: str
     extends: str | None
-    segments: tuple[Segment, ...]
+    segments: tuple[TierText, ...]
     tools: tuple[dict[str, Any], ...]
     need_more: tuple[str, ...] = ()
     is_default: bool = False
@@ -150,6 +150,11 @@ class Tier:
     def static_chars(self) -> int:
         """Characters of all static texts and of the tools as JSON."""
         return self.text_chars + len(json.dumps(self.tools))
+
+    @property
+    def takes_in_system(self) -> bool:
+        """Whether a system message that opens a request goes into the tier's own messages."""
+        return self.client_role is not ContextRole.SYSTEM
 
     def with_context_role(self, role: ContextRole) -> Tier:
         """This tier with the texts of all extending tiers, and the client's, moved to `role`."""
@@ -262,8 +267,8 @@ def compose(tier: Tier, body: Mapping[str, Any]) -> dict[str, Any]:
     composed = dict(body)
     static = tier.messages
     own_system = _opening_system_text(messages)
-    if own_system is not None and tier.client_role is not ContextRole.SYSTEM:
-        static = _lay_out((*tier.segments, Segment("", own_system, tier.client_role)))
+    if own_system is not None and tier.takes_in_system:
+        static = _lay_out((*tier.segments, TierText("", own_system, tier.client_role)))
         messages = messages[1:]
     composed["messages"] = [{"role": m.role, "content": m.text} for m in static] + messages
     tools = _join_tools(tier, body.get("tools"))
@@ -294,7 +299,7 @@ def render_text(text: str, *, agent_name: str, source: str) -> str:
     return _PLACEHOLDER.sub(fill, text)
 
 
-def _lay_out(segments: Sequence[Segment]) -> tuple[Message, ...]:
+def _lay_out(segments: Sequence[TierText]) -> tuple[Message, ...]:
     first, *others = segments
     merged = [first.text, *(s.text for s in others if s.role is ContextRole.MERGE)]
     messages = [Message("system", "\n\n".join(merged))]
@@ -356,7 +361,7 @@ def _join(chain: Sequence[TierSource], agent_name: str) -> Tier:
         if not text:
             raise TierError(f"{where} is empty.")
         role = ContextRole.SYSTEM if source is chain[0] else source.context_role
-        segments.append(Segment(source.name, text, role))
+        segments.append(TierText(source.name, text, role))
     if chain[0].text is None:
         raise TierError(f"{chain[0].folder}: a tier that extends nothing needs a system.md.")
     if own.text is None and not own.tools:
@@ -375,7 +380,7 @@ def _join(chain: Sequence[TierSource], agent_name: str) -> Tier:
     )
 
 
-def _check_need_more(own: TierSource, segments: Sequence[Segment]) -> None:
+def _check_need_more(own: TierSource, segments: Sequence[TierText]) -> None:
     """A word that no text explains would never be said: the tier could not be left."""
     for word in own.need_more:
         if not any(f"{NEED_MORE} {word}" in segment.text for segment in segments):

@@ -9,6 +9,7 @@ carried out at once. Store work that nobody waits for (taking a saved file in) r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -59,6 +60,9 @@ from keepwarm.store.types import Origin
 log = logging.getLogger("keepwarm")
 
 _TICK_S = 0.1
+# While nothing can happen by time alone. A wake costs 0.3 ms (two cores), so that ten a second were
+# most of what an idle gateway cost.
+_QUIET_TICK_S = 2.0
 # A slot that its client left is looked at so often, and for so long: a batch of 2,048 tokens takes
 # minutes on the slowest machines.
 _LOOK_EVERY_S = 0.02
@@ -114,6 +118,7 @@ class Dispatcher:
         self._fills: dict[FillSlot, asyncio.Task[Outcome]] = {}
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
         self._is_closed = False
+        self._has_event = asyncio.Event()
 
     @property
     def rates(self) -> Rates:
@@ -141,6 +146,8 @@ class Dispatcher:
         Raises:
             QueueFullError, DeadlineError: it was not forwarded and holds nothing.
         """
+        if isinstance(static, dict) and self._counter.tells_time:
+            static = None  # it may render otherwise by the time it is filled
         known = job.prompt.static and self._statics.get(job.prompt.static.digest)
         known = static if isinstance(static, list) else known
         if known:
@@ -173,7 +180,9 @@ class Dispatcher:
         )
 
     def know_static(self, digest: bytes, tokens: list[int]) -> None:
-        """Remember a static part's tokens."""
+        """Remember a static part's tokens, unless its template renders it otherwise later on."""
+        if self._counter.tells_time:
+            return
         self._statics[digest] = tokens
         self._statics.move_to_end(digest)
         if len(self._statics) > _KNOWN_STATICS:
@@ -237,6 +246,7 @@ class Dispatcher:
         return Grant(plan, queued_s=now_s - began_s - prepared_s, prepared_s=prepared_s)
 
     def _perform(self, effects: list[Effect]) -> None:
+        self._has_event.set()
         for effect in effects:
             if isinstance(effect, Start):
                 self._resolve(effect.job, effect.plan)
@@ -494,4 +504,10 @@ class Dispatcher:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._perform(self.scheduler.tick(time.monotonic()))
+            now_s = time.monotonic()
+            effects = self.scheduler.tick(now_s)
+            self._perform(effects)
+            if not effects and self.scheduler.is_quiet(now_s):
+                self._has_event.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_event.wait(), _QUIET_TICK_S)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.explain.explainer import Identity
 from keepwarm.explain.parts import parts_of
 from keepwarm.explain.recent import SHARED, Remembered
 
-if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
 
-
-def observe_deployment(runtime: Runtime) -> None:
+def observe_deployment(runtime: Deployment) -> None:
     """Set the metrics that say what holds at this moment."""
     if not hasattr(runtime, "dispatcher"):
         return
@@ -31,7 +28,7 @@ def observe_deployment(runtime: Runtime) -> None:
     )
 
 
-async def begin_explaining(runtime: Runtime) -> None:
+async def begin_explaining(runtime: Deployment) -> None:
     """Open the history beside the store, and let prompts be compared with the tiers."""
     identity = Identity(
         runtime.fingerprint, await _described(runtime), cuttable=runtime.machine.cuttable
@@ -42,13 +39,13 @@ async def begin_explaining(runtime: Runtime) -> None:
         target = targets.get(f"tier:{tier.name}")
         if target is None or target.prompt is None:
             continue
-        parts = parts_of("chat", compose(tier, {"messages": []}))
+        parts = parts_of(compose(tier, {"messages": []}))
         digests = frozenset(mark.digest for mark in target.prompt.marks)
         tiers.append(Remembered(target.name, SHARED, parts, digests, runtime.started_s))
     await runtime.explainer.open(runtime.store.settings.root, identity, tiers)
 
 
-async def _described(runtime: Runtime) -> dict[str, str]:
+async def _described(runtime: Deployment) -> dict[str, str]:
     """What the fingerprint is made of, in names that mean something to people."""
     launch = runtime.launch
     template = str((await runtime.client.props()).get("chat_template", ""))

@@ -11,16 +11,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from keepwarm.core.memory import MemoryKind
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.router import TierCost
-
-if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 
@@ -35,8 +32,8 @@ class UnprovedError(Exception):
 class Prefixes:
     """See the module. `warm` is called each time an engine has come up."""
 
-    def __init__(self, runtime: Runtime, *, leaves: bool, on_progress: Progress | None) -> None:
-        """As `Runtime` takes them."""
+    def __init__(self, runtime: Deployment, *, leaves: bool, on_progress: Progress | None) -> None:
+        """As the runtime takes them."""
         self._runtime = runtime
         self._leaves = leaves
         self._on_progress = on_progress

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+import time
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Target, tier_targets
 from keepwarm.errors import EngineError, SnapshotError, TierError
 from keepwarm.store.types import Origin, Pin
 from keepwarm.tiers.tiering import Tiered
 
-if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
-
 log = logging.getLogger("keepwarm")
 
 # A prefix is learned when it is seen for the second time within this many distinct ones.
 _SEEN_LIMIT = 4096
+# A template with the date in it is warmed anew when the date changes; one with the time isn't.
+_WARM_ANEW_AFTER_S = 3600.0
 
 
 class Prover:
     """Counts hits and misses; pins what comes again; looks into broken promises."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Deployment) -> None:
         self._runtime = runtime
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()
         self._mending = asyncio.Lock()
+        self._warmed_anew_s = -_WARM_ANEW_AFTER_S
 
     def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
         """Compare what was promised with what the engine reused."""
@@ -82,6 +83,9 @@ class Prover:
                 runtime.metrics.miss("template_changed")
                 log.warning("the template renders the tiers otherwise than before: warming again")
                 lost = await self._drop_stale(moved)
+                if time.monotonic() < self._warmed_anew_s + _WARM_ANEW_AFTER_S:
+                    return  # a clock: what is warmed now is stale in a minute
+                self._warmed_anew_s = time.monotonic()
             elif plan.restore is None:
                 runtime.metrics.miss("slot_lost")
                 return
@@ -132,17 +136,26 @@ class Prover:
         return moved
 
     def _learn(self, job: Job) -> None:
-        """Count a client's own static part; the second time it is pinned."""
+        """Count a client's own static part; the second time it is pinned.
+
+        That of a coding agent is pinned at once, under the agent's name, where what changes in it
+        is moved (`move-known`): it comes again as long as that version is used.
+        """
         static = job.prompt.static
         assert static
         if len(self._seen) >= _SEEN_LIMIT:
             self._seen.pop(next(iter(self._seen)))
         seen = self._seen.pop(static.digest, 0) + 1
         self._seen[static.digest] = seen
-        name = f"learned:{job.namespace}:{static.digest.hex()}"
+        plain = f"learned:{job.namespace}:{static.digest.hex()}"
+        name = f"{plain}~{job.agent}" if job.agent else plain
+        is_stable = job.agent and "move-known" in self._runtime.settings.hygiene.rules
         is_long = (job.static_tokens or FILL_MIN_TOKENS) >= FILL_MIN_TOKENS
-        is_known = name in self._pinning or self._runtime.store.pin_named(name)
-        if seen >= 2 and is_long and not is_known:
+        # Another version may send the same prompt.
+        is_known = name in self._pinning or any(
+            pin.name.partition("~")[0] == plain for pin in self._runtime.store.pins()
+        )
+        if (seen >= 2 or is_stable) and is_long and not is_known:
             self._pinning.add(name)
             task = self._runtime.supervise(self._pin(job, name))
             task.add_done_callback(lambda _: self._pinning.discard(name))
@@ -154,14 +167,18 @@ class Prover:
         hit = runtime.store.lookup([static.digest], namespace=job.namespace)
         if hit is None or not hit.is_exact:
             return
-        await runtime.store.pin(
-            name,
-            hit.extent_id,
-            hit.at_tokens,
-            origin=Origin.LEARNED,
-            digest=static.digest,
-            prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
-        )
+        try:
+            await runtime.store.pin(
+                name,
+                hit.extent_id,
+                hit.at_tokens,
+                origin=Origin.LEARNED,
+                digest=static.digest,
+                prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
+            )
+        except SnapshotError as error:  # evicted meanwhile, or the disk is full
+            log.info("a prefix that clients repeat isn't kept: %s", error)
+            return
         log.info("learned a prefix of %d tokens that clients repeat", hit.at_tokens)
         await self._forget_oldest()
 

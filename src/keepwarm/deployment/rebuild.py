@@ -10,15 +10,12 @@ import logging
 import math
 import time
 import uuid
-from typing import TYPE_CHECKING
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.warm import Target, keep
 from keepwarm.errors import KeepwarmError
-
-if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
 
 log = logging.getLogger("keepwarm")
 
@@ -26,7 +23,7 @@ log = logging.getLogger("keepwarm")
 _PRIORITY = 2
 
 
-async def rebuild(runtime: Runtime, target: Target) -> Stored | None:
+async def rebuild(runtime: Deployment, target: Target) -> Stored | None:
     """Fill, save and pin a tier's prefix; None, and a line in the log, if that failed."""
     assert target.prompt
     job = Job(

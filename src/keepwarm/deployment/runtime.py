@@ -16,10 +16,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from enum import StrEnum
 from typing import Any
 
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.core.job import Job
 from keepwarm.core.memory import MemoryKind
@@ -29,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
 from keepwarm.deployment.prefixes import Prefixes, UnprovedError
@@ -40,12 +42,12 @@ from keepwarm.deployment.warm import (
     Progress,
 )
 from keepwarm.engine.attach import plan_launch, seen_again
-from keepwarm.engine.client import EngineClient
+from keepwarm.engine.beginning import Beginning, prepare, start_process
+from keepwarm.engine.client import EngineClient, names_of
 from keepwarm.engine.counting import PromptCounter
-from keepwarm.engine.early import Beginning, prepare, start_process
 from keepwarm.engine.fingerprint import fingerprint, memory_kind
 from keepwarm.engine.process import EngineProcess
-from keepwarm.engine.rendering import unrendered_arguments
+from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
     DeadlineError,
@@ -53,6 +55,7 @@ from keepwarm.errors import (
     EngineError,
     EngineReplacedError,
     KeepwarmError,
+    NotFoundError,
     UnknownFlagError,
 )
 from keepwarm.explain.explainer import Explainer, Sink
@@ -64,9 +67,11 @@ from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
 from keepwarm.tiers.router_files import load_router
 from keepwarm.tiers.routing import TierRouter
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import AUTO, Tiered
 
 log = logging.getLogger("keepwarm")
+
+_CANCEL_AGAIN_S = 1.0
 
 
 class State(StrEnum):
@@ -80,14 +85,24 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class Runtime:
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once isn't always enough: a cancellation that comes with what a task awaits is lost in a
+    `wait_for` (Python 3.11), and a stop would wait for that task for ever.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
+
+
+class Runtime(Deployment):
     """See the module. Make it, `start` it, hand it to the HTTP server, `stop` it."""
 
-    fingerprint: str
-    client: EngineClient
-    counter: PromptCounter
-    dispatcher: Dispatcher
-    store: Store
+    prefixes: Prefixes
+    prover: Prover
 
     def __init__(
         self,
@@ -129,6 +144,9 @@ class Runtime:
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
+        # Set once the engine is up and has been asked; see `engine.rendering`.
+        self.takes = SystemPlaces()
+        self.model_names: tuple[str, ...] = ()
         self.hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self.metrics = Metrics()
         self.tracing = start_tracing(trace_export())
@@ -236,6 +254,20 @@ class Runtime:
             await self._process.stop()
             self._process = None
 
+    def check_model(self, name: object) -> None:
+        """Refuse a model that isn't here, where the settings say so.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        if not self.settings.server.strict_models or not name:
+            return
+        known = (*self.tiers.names, AUTO, *self.model_names)
+        if name not in known:
+            raise NotFoundError(
+                f"There is no model {str(name)[:80]!r} here. There are: {', '.join(known)}."
+            )
+
     async def _open_all(self) -> None:
         """Learn what the engine is, open the store that fits, and set up the scheduler."""
         props = await self.client.props()
@@ -243,7 +275,7 @@ class Runtime:
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
         # The one keeps the engine's loop busy, the other its HTTP threads.
-        self.probed, self.router.unrendered = await asyncio.gather(
+        self.probed, self.router.unrendered, self.takes = await asyncio.gather(
             probe(
                 self.client,
                 self.launch.slot_dir,
@@ -252,6 +284,12 @@ class Runtime:
                 is_ours=self.launch.attached is None,
             ),
             unrendered_arguments(self.client),
+            system_places(self.client),
+        )
+        if self.settings.server.strict_models:
+            self.model_names = names_of(await self.client.models())
+        self.tiers = self.router.tiers = await fitted_tiers(
+            self.client, self._beginning.tiers, self.takes
         )
         if not self.probed.is_usable:
             log.warning(
@@ -268,7 +306,7 @@ class Runtime:
             # A slot's own limit is the model's trained context, which the pool may exceed.
             options = self.launch.options
             pool = options.context_tokens if options else slot_tokens
-        self.counter = PromptCounter(self.client)
+        self.counter = PromptCounter(self.client, template=str(props.get("chat_template") or ""))
         await self.counter.prepare()
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
@@ -295,6 +333,9 @@ class Runtime:
             # A prefix that doesn't fill its window is reused but for its last token.
             slack_tokens=int(self.probed.kind is MemoryKind.SLIDING_WINDOW),
             slot_tokens=slot_tokens,
+            appends=self.counter.appends,
+            tells_time=self.counter.tells_time,
+            window_tokens=self.launch.model.window_tokens if self.launch.model else 0,
         )
         self.slot_store = SlotStore(
             self.store,
@@ -355,9 +396,7 @@ class Runtime:
         if hasattr(self, "client"):
             # What still runs has had its time; each client is told.
             self.client.http.abort()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self.explainer.close()
         if self.tracing:
             await asyncio.to_thread(self.tracing.close)

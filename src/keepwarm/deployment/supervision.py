@@ -20,12 +20,13 @@ from typing import Protocol
 
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.process import EngineProcess
-from keepwarm.errors import EngineReplacedError, KeepwarmError
+from keepwarm.errors import EngineReplacedError, EngineStartError, KeepwarmError
 
 log = logging.getLogger("keepwarm")
 
 _POLL_S = 0.03
 _HEALTH_EVERY_S = 2.0
+_HEALTH_TIMEOUT_S = 5.0
 # Once it didn't answer it is asked more often; an attached one is given up after a second, since
 # its process can't be seen.
 _AGAIN_S = 0.2
@@ -45,7 +46,7 @@ _SAID = {
 }
 
 
-class Deployment(Protocol):
+class EngineLife(Protocol):
     """What the supervisor needs of the runtime."""
 
     client: EngineClient
@@ -119,10 +120,8 @@ class Growth:
 class Supervisor:
     """See the module."""
 
-    def __init__(
-        self, deployment: Deployment, *, hang_timeout_s: float, max_rss_bytes: int = 0
-    ) -> None:
-        self._deployment = deployment
+    def __init__(self, life: EngineLife, *, hang_timeout_s: float, max_rss_bytes: int = 0) -> None:
+        self._life = life
         self._hang_timeout_s = hang_timeout_s
         self._growth = Growth(max_rss_bytes)
         self._suspected = asyncio.Event()
@@ -168,19 +167,17 @@ class Supervisor:
                 await self._recover(reason)
             else:
                 self._tell_asking(self._answered)
-                if self._has_outgrown() and await self._deployment.engine_rest():
+                if self._has_outgrown() and await self._life.engine_rest():
                     await self._recover("outgrown")
 
     def _has_outgrown(self) -> bool:
-        process = self._deployment.process
+        process = self._life.process
         if process is None or not self._growth.limit_bytes:
             return False
         rss_bytes = process.resident_bytes()
         if rss_bytes is None:
             return False
-        due = self._growth.observe(
-            rss_bytes, is_idle=self._deployment.is_idle, now_s=time.monotonic()
-        )
+        due = self._growth.observe(rss_bytes, is_idle=self._life.is_idle, now_s=time.monotonic())
         if due:
             log.warning("the engine has grown to %.0f MB: it is renewed", rss_bytes / 1e6)
         return due
@@ -198,7 +195,7 @@ class Supervisor:
         Returns:
             None if all is well, `unanswered`, or what `_SAID` has.
         """
-        process = self._deployment.process
+        process = self._life.process
         waits = [asyncio.ensure_future(self._suspected.wait())]
         if process:
             waits.append(asyncio.ensure_future(process.exited.wait()))
@@ -212,10 +209,12 @@ class Supervisor:
         self._answered = len(self._asking)
         if process and process.exited.is_set():
             return "died"
-        if await self._deployment.client.health():
-            if process and not self._deployment.may_sleep:
+        # An engine that hangs doesn't answer this either: it must not take longer than a hang may.
+        patience_s = min(_HEALTH_TIMEOUT_S, self._hang_timeout_s)
+        if await self._life.client.health(timeout_s=patience_s):
+            if process and not self._life.may_sleep:
                 return None
-            is_same = await self._deployment.is_same_engine()
+            is_same = await self._life.is_same_engine()
             # One of our own can't be another one: its process would have ended.
             return None if process or is_same else "replaced"
         if process and process.exited.is_set():
@@ -231,7 +230,7 @@ class Supervisor:
     async def _recover(self, reason: str) -> None:
         """Bring the engine back, however long that takes."""
         self._is_recovering = True
-        self._deployment.engine_lost(reason)
+        self._life.engine_lost(reason)
         self._growth.restarted()
         self._tell_asking(len(self._asking))
         log.warning("the engine %s; restarting it", _SAID[reason])
@@ -244,13 +243,18 @@ class Supervisor:
 
     async def _try(self, *, gave_up: bool) -> bool:
         try:
-            await self._deployment.engine_again()
+            await self._life.engine_again()
         except KeepwarmError as error:
             log.error("the engine didn't come back: %s", error)
             gave_up = gave_up or isinstance(error, EngineReplacedError)
-            self._deployment.engine_failed(error, gave_up=gave_up)
+            self._life.engine_failed(error, gave_up=gave_up)
             return False
-        self._deployment.engine_back()
+        except Exception as error:  # nobody else would bring the engine back
+            log.error("the engine didn't come back", exc_info=error)
+            failure = EngineStartError(f"It can't be started again ({type(error).__name__}).")
+            self._life.engine_failed(failure, gave_up=gave_up)
+            return False
+        self._life.engine_back()
         return True
 
 

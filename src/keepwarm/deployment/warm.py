@@ -104,7 +104,6 @@ async def tier_targets(
         tokens = await static_tokens(counter, static)
         await check_tools(counter.client, static, tier.name)
         prompt = prompt_of(
-            "chat",
             static,
             fingerprint=fingerprint,
             namespace="",

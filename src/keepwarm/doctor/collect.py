@@ -109,6 +109,7 @@ def _identified(
         kind="llama-server" if status is None else "keepwarm",
         state=str((status or {}).get("state", "")),
         status=str((status or {}).get("status", "")),
+        build=str(props.get("build_info") or ""),
         slots=int(props.get("total_slots") or 0) or None,
         slot_tokens=int(generation.get("n_ctx") or 0) or None,
         template=str(props.get("chat_template") or ""),

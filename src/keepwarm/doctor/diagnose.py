@@ -11,6 +11,7 @@ from keepwarm.doctor.finding import Finding
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     server.no_answer,
     server.not_ready,
+    server.engine_old,
     server.idle_slots_cleared,
     server.idle_slots_unknown,
     server.slots_unset,

@@ -75,6 +75,7 @@ class Facts:
     `kind` is what answers at `url`; `none` where nothing does, for `failure`'s reason.
     `flags` None: the command line can't be seen. `keeps_idle` is what a small experiment found: a
     slot still holds its tokens after another one has worked; None for `untried`'s reason.
+    `build` is what the engine calls itself.
     `rendered` is a short conversation through the model's template.
     """
 
@@ -82,6 +83,7 @@ class Facts:
     kind: Literal["keepwarm", "llama-server", "none"]
     today: date
     failure: str = ""
+    build: str = ""
     state: str = ""
     status: str = ""
     slots: int | None = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from keepwarm.core.memory import MemoryKind
 from keepwarm.doctor.facts import Facts
 from keepwarm.doctor.finding import Finding, Severity
 
 # What a request needs behind its static part: a question, some turns, an answer.
 _ROOM_TOKENS = 1024
+
+# The oldest build whose slots, counts and flags were compared with what Keepwarm counts on.
+OLDEST_BUILD = 10587
 
 
 def no_answer(facts: Facts) -> Finding | None:
@@ -35,6 +40,22 @@ def not_ready(facts: Facts) -> Finding | None:
         "Its engine doesn't come up; its log says why."
         if is_failed
         else "Ask again when it is warm.",
+    )
+
+
+def engine_old(facts: Facts) -> Finding | None:
+    """The engine is older than any that Keepwarm counts on."""
+    match = re.fullmatch(r"b(\d+)\b.*", facts.build)
+    # Builds without a number, as in packages of others, are "b0"; later ones are called "v1.0".
+    if match is None or not 0 < int(match[1]) < OLDEST_BUILD:
+        return None
+    return Finding(
+        "engine_old",
+        Severity.WARNING,
+        f"The engine is llama.cpp {facts.build}, older than b{OLDEST_BUILD}, the oldest that "
+        "Keepwarm counts on.",
+        "Upgrade it. Until then Keepwarm leaves out the flags that it doesn't know, and is cold "
+        "where its slot files aren't understood.",
     )
 
 

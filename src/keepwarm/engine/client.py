@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -45,10 +46,10 @@ class EngineClient:
         self.http = EngineHttp(base_url, api_key=api_key, opens_ahead=opens_ahead)
         self._erases_first = False
 
-    async def health(self) -> bool:
-        """Whether the engine is up and its model loaded."""
+    async def health(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the engine is up and its model loaded, and says so within a time."""
         try:
-            await self._call("GET", "/health", timeout_s=5)
+            await self._call("GET", "/health", timeout_s=timeout_s)
         except EngineError:
             # A proxy before a dead server answers too, with an error or with a page.
             return False
@@ -85,6 +86,16 @@ class EngineClient:
     async def render(self, body: Mapping[str, Any]) -> str:
         """The rendered prompt of a chat body (`/apply-template`)."""
         return str((await self._call("POST", "/apply-template", body)).get("prompt", ""))
+
+    async def count(self, body: Mapping[str, Any]) -> int:
+        """The tokens of a chat body's prompt, pictures included."""
+        try:
+            told = await self._call("POST", "/v1/chat/completions/input_tokens", body)
+            return int(told["input_tokens"])
+        except EngineRefusedError as error:
+            if error.refused_status != HTTPStatus.NOT_FOUND:
+                raise
+        return len(await self.tokenize(await self.render(body)))  # an engine without that page
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of rendered text, special tokens parsed, as the engine does for a prompt.
@@ -224,3 +235,14 @@ def _message(raw: bytes) -> str:
         return str(value["error"]["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         return raw[:200].decode("utf-8", "replace")
+
+
+def names_of(models: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an engine calls its models: ids and aliases of its `/v1/models`."""
+    listed = models.get("data")
+    out: list[str] = []
+    for model in listed if isinstance(listed, list) else ():
+        if isinstance(model, Mapping):
+            aliases = model.get("aliases")
+            out += [str(model.get("id")), *(aliases if isinstance(aliases, list) else ())]
+    return tuple(dict.fromkeys(out))

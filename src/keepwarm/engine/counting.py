@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,26 @@ _CONVERSATION = {
         {"role": "user", "content": "  And now?\n"},
     ]
 }
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look it up.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    },
+}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+# What a template may write otherwise once more follows: reasoning, tools, calls and their results.
+_HISTORY: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What hour is it in Oslo?"},
+    {"role": "assistant", "content": "", "reasoning_content": "A clock.", "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "Clock says noon."},
+    {"role": "assistant", "content": "Noon.", "reasoning_content": "So it is noon."},
+    {"role": "user", "content": "And in Rome, please?"},
+    {"role": "assistant", "content": "Noon.", "reasoning_content": "The same."},
+    {"role": "user", "content": "And in Cairo?"},
+]
 # What may follow an end of turn: line breaks, spaces, letters, digits, another special token.
 _FOLLOWING = ("\n", " and on", "word", "42", "\n\n  x", "é", "\t")
 
@@ -56,16 +77,22 @@ class _Cut:
 class PromptCounter:
     """See the module. All methods are called on one event loop."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, *, template: str = "") -> None:
+        """`template` is the text of the engine's chat template, as far as that is known."""
         self.client = client
+        self.tells_time = "strftime_now" in template
+        """Whether the template prints the date or the time: what was rendered once may be past."""
         self._cut: _Cut | None = None
         self._known: OrderedDict[str, Tokens] = OrderedDict()
         self._chars = 0
+        self.appends = False
+        """Whether the template renders a history the same whatever follows it."""
         self.tokenized_chars = 0
         """Characters that the engine was given to tokenise: what counting has cost."""
 
     async def prepare(self) -> None:
-        """Find out where texts may be cut. Raises: EngineDownError."""
+        """Find out where texts may be cut, and what becomes of them. Raises: EngineDownError."""
+        self.appends = await self._does_append()
         try:
             text = await self.client.render(_CONVERSATION)
             for written in _TURN_ENDS:
@@ -76,6 +103,22 @@ class PromptCounter:
             raise
         except EngineError:
             return  # a template that refuses such a conversation: whole texts, then
+
+    async def _does_append(self) -> bool:
+        """Whether what was rendered stays as it was when a user asks anew."""
+        steps = [_HISTORY[:4], _HISTORY[:6], _HISTORY]
+        try:
+            texts = [
+                await self.client.render({"messages": step, "tools": [_TOOL]}) for step in steps
+            ]
+        except EngineDownError:
+            raise
+        except EngineError:
+            return False
+        return all(
+            0 <= text.rfind(step[-1]["content"]) < common_chars(text, later)
+            for (text, later), step in zip(pairwise(texts), steps, strict=False)
+        )
 
     async def _proved(self, written: str, text: str) -> _Cut | None:
         before, _, behind = text.partition(written)

@@ -7,6 +7,7 @@ from typing import Any
 import xxhash
 
 from keepwarm.core.memory import MemoryKind
+from keepwarm.engine.gguf_header import ModelHeader
 from keepwarm.engine.launch import Launch
 from keepwarm.engine.tuning import without_rows
 
@@ -25,12 +26,13 @@ def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
         launch.identity.kind,
         launch.identity.build,
         launch.model.file_id if launch.model else _described(props),
+        _rope(launch.model, props),
         str(props.get("chat_template", "")),
         form,
     ]
     if options:
         parts += [options.kv_type_k, options.kv_type_v, options.flash_attention]
-        parts += [str(options.swa_full), *_adapters(options.extra)]
+        parts += [str(options.swa_full), *_that_matter(options.extra)]
         parts += options.tuning.rows_identity
     for part in parts:
         raw = part.encode()
@@ -41,23 +43,61 @@ def fingerprint(launch: Launch, props: dict[str, Any], *, form: str) -> str:
 
 def _described(props: dict[str, Any]) -> str:
     """A server whose model file can't be seen is known by all that it says of the model."""
-    keys = ("model_path", "model_alias", "model_ftype", "bos_token", "eos_token")
+    keys = ("model_path", "model_ftype", "bos_token", "eos_token")
     return "\n".join(f"{key}={props.get(key)}" for key in keys)
 
 
-def _adapters(extra: tuple[str, ...]) -> list[str]:
-    """Arguments of a binary that change what it computes; ports and the like don't matter."""
-    harmless = {"-t", "--threads", "-lv", "--verbosity"}
+def _rope(model: ModelHeader | None, props: dict[str, Any]) -> str:
+    """Which of a model's rope factors are used: a slot's context decides (LongRoPE)."""
+    slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 0)
+    if model is None:
+        return str(slot_tokens)  # whether it matters can't be seen
+    if not model.rope_switch_tokens:
+        return ""
+    return "long" if slot_tokens > model.rope_switch_tokens else "short"
+
+
+# Arguments of llama-server that don't change what a token's KV state is, by how many values they
+# take: where and how fast it computes, what it lets in, what it logs, how it samples, what it
+# keeps. What isn't listed counts, so a flag that is new or unknown costs warmth, never a wrong
+# answer.
+_ONE_VALUE = """
+-t --threads -tb --threads-batch -C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb
+--cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -ngl
+--gpu-layers --n-gpu-layers -sm --split-mode -ts --tensor-split -mg --main-gpu -dev --device
+--numa -ot --override-tensor -ncmoe --n-cpu-moe -fit --fit -a --alias --tags --host --port
+--reuse-port --path --api-prefix --api-key --api-key-file --ssl-key-file --ssl-cert-file -to
+--timeout --threads-http --slot-save-path -sps --slot-prompt-similarity -cram --cache-ram -ctxcp
+--ctx-checkpoints --swa-checkpoints --cache-reuse --sleep-idle-seconds -np --parallel -lv
+--verbosity --log-verbosity --log-file --log-colors -n --predict --n-predict -s --seed --samplers
+--sampling-seq --temp --top-k --top-p --min-p --top-nsigma --typical --repeat-last-n
+--repeat-penalty --presence-penalty --frequency-penalty --xtc-probability --xtc-threshold
+--mirostat --mirostat-lr --mirostat-ent --dynatemp-range --dynatemp-exp --grammar --grammar-file
+-j --json-schema --json-schema-file --reasoning-format --reasoning-budget
+"""
+_NO_VALUE = """
+--mlock --mmap --no-mmap -dio --direct-io -ndio --no-direct-io --no-repack -nr --repack --no-host
+-cmoe --cpu-moe -kvo --kv-offload -nkvo --no-kv-offload --op-offload --no-op-offload --warmup
+--no-warmup --perf --no-perf --offline --metrics --slots --no-slots --props --webui --no-webui -v
+--verbose --log-verbose --log-disable --log-prefix --no-log-prefix --log-timestamps
+--no-log-timestamps -cb --cont-batching -nocb --no-cont-batching --cache-prompt --no-cache-prompt
+--cache-idle-slots --no-cache-idle-slots --ignore-eos
+"""
+_HARMLESS = dict.fromkeys(_ONE_VALUE.split(), 1) | dict.fromkeys(_NO_VALUE.split(), 0)
+
+
+def _that_matter(extra: tuple[str, ...]) -> list[str]:
+    """Arguments of a binary that may change what it computes."""
     out: list[str] = []
-    skip = False
+    skip = 0
     without = without_rows(extra)
     for index, argument in enumerate(extra):
-        if index in without:
-            continue
         if skip:
-            skip = False
-        elif argument in harmless:
-            skip = True
+            skip -= 1
+        elif index in without:
+            continue
+        elif argument in _HARMLESS:
+            skip = _HARMLESS[argument]
         else:
             out.append(argument)
     return out

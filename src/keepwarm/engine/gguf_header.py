@@ -61,7 +61,9 @@ class ModelHeader:
     `window_tokens` is the sliding window, 0 where there is none; `train_context_tokens` what the
     model was trained for; `layers` how many it has; `row_bytes` what one token's keys and values
     take at most as f16 (0 where the header doesn't tell); `file_id` a hash of size, header and
-    sampled blocks, so that two fine-tunes of one shape differ.
+    sampled blocks, so that two fine-tunes of one shape differ; `rope_switch_tokens` is the context
+    of a slot beyond which the engine rotates by the model's long factors instead of its short ones,
+    0 where there are none.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class ModelHeader:
     file_id: str
     layers: int = 0
     row_bytes: int = 0
+    rope_switch_tokens: int = 0
 
 
 def read_model(path: Path) -> ModelHeader:
@@ -215,6 +218,7 @@ def _header(path: Path, fields: dict[str, Any], size: int, file_id: str) -> Mode
         file_id=file_id,
         layers=int(fields.get(f"{arch}.block_count") or 0),
         row_bytes=_row_bytes(arch, fields),
+        rope_switch_tokens=_rope_switch(fields, arch),
     )
 
 
@@ -230,3 +234,13 @@ def _row_bytes(arch: str, fields: dict[str, Any]) -> int:
     keys = int(fields.get(f"{arch}.attention.key_length") or usual)
     values = int(fields.get(f"{arch}.attention.value_length") or usual)
     return kv_heads * (keys + values) * 2
+
+
+def _rope_switch(fields: dict[str, Any], arch: str) -> int:
+    """llama.cpp's `get_rope_factors`: long ones if a slot's context is larger than the original.
+
+    Other kinds of scaling don't depend on the context that is asked for.
+    """
+    kind = str(fields.get(f"{arch}.rope.scaling.type") or "longrope")
+    original = fields.get(f"{arch}.rope.scaling.original_context_length") or 0
+    return int(original) if kind in ("longrope", "none") else 0

@@ -12,6 +12,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineDownError, EngineError
 
@@ -24,8 +27,10 @@ _TRIED: Mapping[str, tuple[Any, ...]] = {
         {"type": "json_schema", "json_schema": {"name": "hour", "schema": _SCHEMA}},
     ),
     "json_schema": (_SCHEMA,),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "required"),
     "reasoning_effort": ("low", "medium", "high"),
+    "thinking_budget_tokens": (0, 1024),
+    "parallel_tool_calls": (True, False),
     "thinking": ({"type": "enabled", "budget_tokens": 1024}, {"type": "disabled"}),
 }
 # A template may look at one of them only beside tools, a system message or an earlier turn.
@@ -62,6 +67,70 @@ async def unrendered_arguments(client: EngineClient) -> frozenset[str]:
     names = list(_TRIED)
     found = await asyncio.gather(*map(is_unrendered, names))
     return frozenset(name for name, is_so in zip(names, found, strict=True) if is_so)
+
+
+async def system_places(client: EngineClient) -> SystemPlaces:
+    """Where the template takes system messages: what it refuses, drops or puts elsewhere, it
+    doesn't take there.
+
+    Raises:
+        EngineDownError: the engine can't be reached.
+    """
+    first, second, asked, said, again = "Alpha rules.", "Beta rules.", "Gamma?", "Delta.", "Eta?"
+    opening = [_says("system", first), _says("user", asked)]
+    bodies = (
+        opening,
+        [_says("system", first), _says("system", second), _says("user", asked)],
+        [*opening, _says("assistant", said), _says("system", second), _says("user", again)],
+        [_says("developer", first), _says("user", asked)],
+    )
+    plain, several, late, developer = await asyncio.gather(
+        *(_rendered(client, {"messages": messages}) for messages in bodies)
+    )
+    if plain is None or not _in_order(plain, first, asked):
+        return SystemPlaces()  # it takes none at all: nothing of ours would help
+    return SystemPlaces(
+        several=_in_order(several, first, second, asked),
+        late=_in_order(late, first, asked, said, second, again),
+        developer=_in_order(developer, first, asked),
+    )
+
+
+async def fitted_tiers(client: EngineClient, tiers: TierSet, takes: SystemPlaces) -> TierSet:
+    """The tiers, laid out as the template takes them.
+
+    Where it takes no second system message, the texts of extending tiers stand in a user's
+    message, which nests exactly, or, if it refuses that too, in the first system message.
+
+    Raises:
+        EngineDownError: the engine can't be reached.
+    """
+    if takes.several or all(_systems(tier) < 2 for tier in tiers):
+        return tiers
+    for role in (ContextRole.USER, ContextRole.MERGE):
+        moved = tiers.with_context_role(role)
+        asked = [compose(tier, {"messages": [_says("user", "Hello")]}) for tier in moved]
+        if None not in await asyncio.gather(*(_rendered(client, body) for body in asked)):
+            return moved
+    return tiers
+
+
+def _systems(tier: Tier) -> int:
+    return sum(message.role in SYSTEM_ROLES for message in tier.messages)
+
+
+def _says(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _in_order(text: str | None, *words: str) -> bool:
+    """Whether a rendered prompt holds these words, one behind the other."""
+    at = 0
+    for word in words:
+        at = text.find(word, at) if text is not None else -1
+        if at < 0:
+            return False
+    return True
 
 
 async def _rendered(client: EngineClient, body: Mapping[str, Any]) -> str | None:

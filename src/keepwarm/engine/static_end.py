@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keepwarm.core.prompt import Api
+from keepwarm.core.prompt import SHAPING, is_raw
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.core.tree import Tokens, as_tokens, common_tokens
 from keepwarm.engine.counting import PromptCounter
@@ -28,8 +28,6 @@ _EARLIER_TURN = [
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "7 mild steps"},
 ]
-# What else of a body reaches the template.
-ARGUMENTS = ("tools", "chat_template_kwargs", "tool_choice", "reasoning_effort", "response_format")
 
 
 async def static_tokens(counter: PromptCounter, static: Mapping[str, Any]) -> list[int]:
@@ -63,7 +61,7 @@ async def _earlier(counter: PromptCounter, static: Mapping[str, Any]) -> Tokens 
 
 
 def _with_turns(static: Mapping[str, Any], turns: list[dict[str, str]]) -> dict[str, Any]:
-    request = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
+    request = {key: static[key] for key in SHAPING if static.get(key) is not None}
     request["messages"] = [*static["messages"], *turns]
     return request
 
@@ -82,44 +80,16 @@ def common_length(first: list[int], second: list[int]) -> int:
     return common_tokens(as_tokens(first), as_tokens(second))
 
 
-def static_body(api: Api, body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The static part of any API's body in the shape of chat completions.
-
-    llama-server converts its other APIs to chat before it renders them; this follows its shapes as
-    far as the static part goes. None where there is nothing to render (raw prompts).
-    """
-    if api == "completion":
+def static_body(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The static part of a request in chat's terms; None where nothing is rendered."""
+    if is_raw(body):
         return None
-    if api == "chat":
-        return {**body, "messages": _leading(body.get("messages"))}
-    system = body.get("instructions")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += _leading(body.get("input"))
-    out: dict[str, Any] = {"messages": messages}
-    tools = [_tool(tool) for tool in body.get("tools") or [] if isinstance(tool, Mapping)]
-    if tools:
-        out["tools"] = tools
-    if body.get("chat_template_kwargs"):
-        out["chat_template_kwargs"] = body["chat_template_kwargs"]
-    return out
+    return {**body, "messages": _leading(body["messages"])}
 
 
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(tool.get("function"), Mapping):
-        return dict(tool)
-    function = {
-        "name": tool.get("name"),
-        "description": tool.get("description", ""),
-        "parameters": tool.get("parameters") or {},
-    }
-    return {"type": "function", "function": function}
-
-
-def rendered_from(api: Api, body: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
+def rendered_from(body: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
     """What a request's prompt is counted from: a chat body, or its text; None if neither."""
-    if api == "completion":
+    if is_raw(body):
         prompt = body.get("prompt")
         return prompt if isinstance(prompt, str) else None
-    if api != "chat":
-        return None
     return body

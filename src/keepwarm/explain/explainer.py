@@ -190,7 +190,7 @@ class Explainer:
         history = self._history
         if history is None:
             return
-        parts = parts_of(ended.api, ended.body)
+        parts = parts_of(ended.body)
         digests = [mark.digest for mark in ended.prompt.marks]
         opening = _opening(parts, key=history.salt)
         like: Remembered | None = None
@@ -348,7 +348,7 @@ def _agrees_tokens(ended: Ended, parts: Parts, like: Remembered, nearest: Neares
     if difference is not None and difference.where in ("tool", "argument"):
         # Tools may be rendered behind the system text, but no plan counts on that.
         return 0
-    if ended.api == "completion":
+    if prompt.is_raw:
         share = difference.at_chars / max(difference.part_chars, 1) if difference else 1.0
         return int(share * counts.prompt)
     chars = (

@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keepwarm.core.prompt import Api, Segment, dump, head_of, raw_of, segments_of
+from keepwarm.core.prompt import Segment, dump, head_of, is_raw, raw_of, segments_of
 from keepwarm.core.texts import common_chars, common_tail_chars
-
-# Role and turn tokens that `prompt` counts for each message.
-_TURN_CHARS = 16
 
 
 class Tool(NamedTuple):
@@ -51,22 +48,21 @@ class Parts:
         return Parts(self.tools, self.arguments, (*self.segments, reply), (*self.sent, None))
 
 
-def parts_of(api: Api, body: Mapping[str, Any]) -> Parts:
-    """Take a request's body apart."""
-    if api == "completion":
+def parts_of(body: Mapping[str, Any]) -> Parts:
+    """Take a request apart: in chat's terms, or of a raw prompt."""
+    if is_raw(body):
         return Parts((), (), (_raw_segment(raw_of(body)),), (None,))
     head = head_of(body)
     tools = head.pop("tools", None)
     listed = tools if isinstance(tools, list) else []
-    segments = tuple(segments_of(api, body))
-    items = body.get("input" if api == "responses" else "messages")
+    segments = tuple(segments_of(body))
+    items = body["messages"]
     sent = [m for m in items if isinstance(m, Mapping)] if isinstance(items, list) else []
-    lead: list[Mapping[str, Any] | None] = [None] * (len(segments) - len(sent))
     return Parts(
         tuple(Tool(_tool_name(tool), dump(tool)) for tool in listed),
         tuple((key, dump(value)) for key, value in head.items()),
         segments,
-        (*lead, *sent),
+        tuple(sent),
     )
 
 
@@ -85,7 +81,7 @@ def _tool_name(tool: object) -> str:
 
 def chars_before(segments: Sequence[Segment], index: int) -> int:
     """Characters of the messages before one, as a prompt's marks count them behind the head."""
-    return sum(len(s.text) + len(s.extra) + _TURN_CHARS for s in segments[:index])
+    return sum(s.chars for s in segments[:index])
 
 
 def likeness_chars(before: Parts, after: Parts) -> int:

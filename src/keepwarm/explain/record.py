@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from keepwarm.core.plan import Plan, Source
-from keepwarm.core.prompt import Api, Prompt
+from keepwarm.core.prompt import Prompt
 from keepwarm.core.reply import Counts, Reply
 from keepwarm.explain.difference import Cause, Difference
 from keepwarm.explain.explanation import Explanation, advice_for, place_of
@@ -25,14 +25,13 @@ class Ended:
     """What is known of a request at its end, gathered on the event loop.
 
     Times are seconds of the monotonic clock, `at_s` is the wall clock's at the request's arrival.
-    `client_api` is how the client spoke, `api` in whose terms `body` is. `plan` is None if it never
-    got a slot. `status` 0: no answer. `trouble` is an error's kind. `prefill_s_per_token` is what
-    the rates said. `engine` tells lives of the engine apart. `rewrites` is what hygiene changed.
+    `api` is how the client spoke, `body` is in chat's terms. `plan` is None if it never got a slot.
+    `status` 0: no answer. `trouble` is an error's kind. `prefill_s_per_token` is what the rates
+    said. `engine` tells lives of the engine apart. `rewrites` is what was changed on the way.
     """
 
     id: str
-    api: Api
-    client_api: str
+    api: str
     namespace: str
     model: str
     body: Mapping[str, Any]
@@ -100,7 +99,7 @@ def record_of(
     out: dict[str, Any] = {
         "id": ended.id,
         "at": round(ended.at_s, 3),
-        "api": ended.client_api,
+        "api": ended.api,
         "model": ended.model,
         "tier": ended.tier,
         "tier_reason": ended.tier_reason,
@@ -202,7 +201,7 @@ def _steps(ended: Ended) -> dict[str, Any] | None:
 
 def _prompt(ended: Ended) -> dict[str, Any]:
     tools = ended.body.get("tools")
-    items = ended.body.get("input" if ended.api == "responses" else "messages")
+    items = ended.body.get("messages")
     messages = [m for m in items if isinstance(m, Mapping)] if isinstance(items, list) else []
     return {
         "chars": ended.prompt.chars,

@@ -72,7 +72,7 @@ class Front:
         if path == "/keepwarm/":
             # What it shows comes from /keepwarm/fleet, which asks for the key.
             return Response(self._html, media_type="text/html", headers=self._html_headers)
-        if path != _OPEN:
+        if path != _OPEN and request.method != "OPTIONS":  # a preflight has no key
             # Before the body: who has no key makes nobody hold one.
             self._keys.namespace(request.headers)
         if path in _PAGES:

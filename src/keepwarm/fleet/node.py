@@ -26,7 +26,7 @@ from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.objects import Seal
-from keepwarm.fleet.second import Objects, SecondLevel
+from keepwarm.fleet.second_level import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
 from keepwarm.store.lock import OwnerLock
 
@@ -71,6 +71,10 @@ class _FetchingDispatcher(Dispatcher):
         return best
 
 
+# What a reply without a limit is taken to come to.
+_LONG_REPLY_TOKENS = 512
+
+
 def backlog_s(dispatcher: Dispatcher) -> float:
     """An estimate of the seconds until the engine is through with the prompts it was given."""
     scheduler, rates = dispatcher.scheduler, dispatcher.rates
@@ -83,7 +87,7 @@ def backlog_s(dispatcher: Dispatcher) -> float:
     if all(slot.state is not SlotState.IDLE for slot in scheduler.slots):
         # A slot gets free when a reply ends: half of what the shortest may come to.
         least = min((j.reply_tokens for j in scheduler.jobs.values() if j.plan), default=0)
-        work += rates.decode_s_per_token.value * least / 2
+        work += rates.decode_s_per_token.value * min(least, _LONG_REPLY_TOKENS) / 2
     return work
 
 
@@ -157,7 +161,6 @@ class NodeRuntime(Runtime):
                 continue
             static = compose(tier, {"messages": []})
             prompt = prompt_of(
-                "chat",
                 static,
                 fingerprint=self.fingerprint,
                 namespace="",

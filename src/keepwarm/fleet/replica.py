@@ -107,7 +107,8 @@ class Node:
         Closing it early (the client has gone) ends the request at the engine, too.
         """
         self._asked += 1
-        headers = [(n, v) for n, v in ask.headers if n.lower() not in _HOP]
+        # The name that the client asked for goes along: the node's door looks at it.
+        headers = [(n, v) for n, v in ask.headers if n.lower() not in _HOP - {"host"}]
         async with self._session.request(
             ask.method, self._url + ask.path, headers=headers, data=ask.body or None
         ) as reply:

@@ -12,19 +12,21 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
-from keepwarm.core.anthropic import chat_request
-from keepwarm.core.hints import NODE_HEADER
-from keepwarm.core.hygiene import Hygiene
-from keepwarm.core.prompt import Api, prompt_of
+from keepwarm.api.arrival import arrived
+from keepwarm.api.reading import Api, read
+from keepwarm.api.steering import SystemPlaces
+from keepwarm.core.hints import NODE_HEADER, is_planned
+from keepwarm.core.hygiene import Hygiene, hygiene_of
+from keepwarm.core.prompt import prompt_of
 from keepwarm.errors import KeepwarmError, TooLargeError
 from keepwarm.fleet.costs import Costs
 from keepwarm.fleet.routing import Report, Want
-from keepwarm.gateway.asked import PLANNED, cleaned_body
+from keepwarm.gateway.asked import PLANNED
 
 _MESSAGES = "/v1/messages"
 # An estimate that serves until a node has reported what it measured (English text, common models).
@@ -106,13 +108,16 @@ def ask_of(
         # Whatever is wrong with a body is for the node to say; any node can.
         with contextlib.suppress(msgspec.MsgspecError, KeepwarmError):
             decoded = msgspec.json.decode(body, type=dict)
-            api = PLANNED.get(path, "chat")
-            if api != "completion":
-                kind = "messages" if path == _MESSAGES else api
-                decoded = cleaned_body(hygiene, kind, decoded, dict(headers)).body
-            if path == _MESSAGES:
-                decoded = chat_request(decoded)
-            prefixes, ends = _marks(api, decoded, headers)
+            kind = "messages" if path == _MESSAGES else PLANNED[path]
+            told = dict(headers)
+            came = arrived(
+                kind,
+                decoded,
+                hygiene=hygiene or hygiene_of((), ()),
+                takes=SystemPlaces(),
+                keeps_text=is_planned(told),
+            )
+            prefixes, ends = _marks(came.api, came.body, headers)
     return Ask(
         method=method,
         path=path_qs,
@@ -125,14 +130,14 @@ def ask_of(
 
 
 def _marks(
-    api: Api, body: Mapping[str, Any], headers: Sequence[tuple[str, str]]
+    api: Api, body: dict[str, Any], headers: Sequence[tuple[str, str]]
 ) -> tuple[list[int], list[int]]:
     told = {name.lower(): value for name, value in headers}
     who = f"{told.get('authorization', '')}\0{told.get('x-api-key', '')}"
     whose = hashlib.blake2b(who.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     # A tier is composed in by the node; which one is asked for is part of what the prompt is.
     tier = f"{told.get('x-keepwarm-tier', '')}\0{body.get('model', '')}"
-    prompt = prompt_of(api, body, fingerprint=f"fleet\0{tier}", namespace=whose)
+    prompt = prompt_of(read(api, body), fingerprint=f"fleet\0{tier}", namespace=whose)
     marks = [mark for mark in prompt.marks if mark.chars > 0]
     return (
         [int.from_bytes(mark.digest[:8], "little") for mark in marks],

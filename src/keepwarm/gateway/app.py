@@ -72,6 +72,10 @@ class _Site:
         body = {"status": "ok" if ready else runtime.state.value, "detail": runtime.status}
         return _json(body, status=200 if ready else 503)
 
+    async def here(self, _: web.Request) -> web.StreamResponse:
+        """Nothing but the status."""
+        return web.Response()
+
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""
         runtime = self._runtime
@@ -125,7 +129,7 @@ class _Site:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        return _json(runtime.router.decide("chat", body, explain=True).to_json())
+        return _json(runtime.router.decide(body, explain=True).to_json())
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
         """The engine's `/slots`; of them only which are at work, where others' are among them."""

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from keepwarm.api.arrival import arrived, session_of
+from keepwarm.api.dialect import OPENAI, Dialect
+from keepwarm.api.reading import Api, read
+from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.hints import (
     PRIORITY_HEADER,
     SHARED_HEADER,
@@ -13,10 +17,9 @@ from keepwarm.core.hints import (
     parse_ends,
     parse_priority,
 )
-from keepwarm.core.hygiene import Cleaned, Hygiene, Kind
-from keepwarm.core.prompt import Api, SharedEnd, segments_of
+from keepwarm.core.hygiene import Hygiene
+from keepwarm.core.prompt import SharedEnd, is_raw, segments_of
 from keepwarm.errors import RequestError
-from keepwarm.gateway.dialect import OPENAI, Dialect
 from keepwarm.tiers.tiering import Tiered
 
 # An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.
@@ -34,12 +37,21 @@ PLANNED: Mapping[str, Api] = {
     INFILL: "completion",
 }
 
+# Paths that ask how long a prompt is, and the client's API.
+COUNTED: Mapping[str, str] = {
+    "/v1/messages/count_tokens": "messages",
+    "/v1/responses/input_tokens": "responses",
+    "/responses/input_tokens": "responses",
+    "/v1/chat/completions/input_tokens": "chat",
+    "/chat/completions/input_tokens": "chat",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request: whose, of which API, to which path of the engine, and how it is answered.
 
-    `rewrites` counts what hygiene changed in the body.
+    `rewrites` counts what was changed in the body on its way; `chat` is the body in chat's terms.
     """
 
     api: Api
@@ -49,11 +61,21 @@ class Asked:
     headers: Mapping[str, str]
     dialect: Dialect = OPENAI
     rewrites: Mapping[str, int] = field(default_factory=dict)
+    chat: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the body once."""
+        object.__setattr__(self, "chat", read(self.api, self.body))
 
     @property
     def is_infill(self) -> bool:
         """Whether code for a gap is asked for."""
         return self.path.startswith(INFILL)
+
+    @property
+    def session(self) -> str:
+        """Which conversation its client says it belongs to; '' where it doesn't say."""
+        return session_of(self.body, self.headers)
 
     @property
     def priority(self) -> int:
@@ -73,10 +95,10 @@ class Asked:
             RequestError: the header can't be read or names a segment that isn't there.
         """
         named = parse_ends(self.headers.get(SHARED_HEADER, ""))
-        if not named or self.api == "completion":
+        if not named or is_raw(self.chat):
             return named
-        own = len(segments_of(self.api, self.body))
-        shift = len(segments_of(self.api, tiered.body)) - own
+        own = len(segments_of(self.chat))
+        shift = len(segments_of(tiered.chat)) - own
         for end in named:
             if end.segment > own or (end.segment == own and end.chars):
                 raise RequestError(
@@ -85,21 +107,24 @@ class Asked:
         return [SharedEnd(max(end.segment + shift, 0), end.chars) for end in named]
 
 
-def cleaned(asked: Asked, hygiene: Hygiene | None) -> Asked:
-    """The request with its body cleaned."""
-    if hygiene is None or asked.api == "completion":
-        return asked
-    body, rewrites = cleaned_body(hygiene, asked.api, asked.body, asked.headers)
-    return replace(asked, body=body, rewrites=rewrites) if rewrites else asked
-
-
-def cleaned_body(
-    hygiene: Hygiene | None, kind: Kind, body: dict[str, Any], headers: Mapping[str, str]
-) -> Cleaned:
-    """A client's body as it goes on; the same one if no rule applies.
+def asked_of(asked: Asked, hygiene: Hygiene, takes: SystemPlaces, *, kind: str = "") -> Asked:
+    """The request as it goes on, from one that has the body its client sent.
 
     A batch's texts are kept: its planner has cut them at places that are counted in characters.
+
+    Args:
+        asked: as it came.
+        hygiene: the deployment's rules.
+        takes: where the running template takes system messages.
+        kind: the client's API, where it isn't the engine's.
+
+    Raises:
+        RequestError: there is something in it that can't be served.
     """
-    if hygiene is None:
-        return Cleaned(body, {})
-    return hygiene.clean(kind, body, keeps_text=is_planned(headers))
+    keeps_text = is_planned(asked.headers)
+    api, body, rewrites = arrived(
+        kind or asked.api, asked.body, hygiene=hygiene, takes=takes, keeps_text=keeps_text
+    )
+    if body is asked.body and api == asked.api:
+        return asked
+    return replace(asked, api=api, body=body, rewrites=rewrites)

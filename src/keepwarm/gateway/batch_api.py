@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import BodyPartReader, web
 
+from keepwarm.api.mending import decode_body
 from keepwarm.batch.hours import parse_hours
 from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
@@ -27,7 +28,7 @@ from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeEr
 from keepwarm.gateway.asked import Asked
 from keepwarm.gateway.batch_service import BatchService
 from keepwarm.gateway.door import Answer, SlowBodyError, namespace_of, read_body
-from keepwarm.gateway.proxy import Proxy, decode_body
+from keepwarm.gateway.proxy import Proxy
 from keepwarm.gateway.shared_prefix import warm_prefix
 
 _PURPOSES = ("batch", "user_data")

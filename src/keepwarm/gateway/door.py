@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from keepwarm.api.dialect import OPENAI, Dialect, dialect_of
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
 from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
 from keepwarm.deployment.runtime import Runtime
@@ -28,7 +29,6 @@ from keepwarm.errors import (
     RequestError,
     TooLargeError,
 )
-from keepwarm.gateway.dialect import OPENAI, Dialect, dialect_of
 
 log = logging.getLogger("keepwarm")
 
@@ -95,6 +95,9 @@ class HeldBodies:
             del self._held[namespace]
 
 
+# What proxies write into their logs for it; it reaches nobody.
+_CLIENT_LEFT = 499
+
 # What is read of a request by its handler: whose it is, and its line of the table.
 _NAMESPACE = web.RequestKey("namespace", str)
 _FOUND = web.RequestKey("found", Found)
@@ -139,6 +142,10 @@ class Door:
             response = error_response(error, dialect)
             response.headers.update(error.headers)
             return response
+        except ConnectionError:
+            # The client has left; there is nobody to tell, and nothing that an owner should see.
+            log.debug("%s %s: its client has left", request.method, request.path)
+            return web.Response(status=_CLIENT_LEFT)
 
     @property
     def unrouted(self) -> Middleware:

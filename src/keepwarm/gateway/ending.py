@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from keepwarm.api.dialect import Anthropic
 from keepwarm.explain.record import Ended
-from keepwarm.gateway.dialect import Anthropic
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime
-    from keepwarm.gateway.proxy import Exchange
+    from keepwarm.gateway.exchange import Exchange
 
 
 def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
@@ -23,10 +23,7 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     runtime.explainer.ended(
         Ended(
             id=exchange.id,
-            api=exchange.asked.api,
-            client_api="messages"
-            if isinstance(exchange.asked.dialect, Anthropic)
-            else exchange.asked.api,
+            api="messages" if isinstance(exchange.asked.dialect, Anthropic) else exchange.asked.api,
             namespace=exchange.asked.namespace,
             model=str(exchange.asked.body.get("model") or "")[:100],
             body=tiered.shaping,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from keepwarm.api.dialect import Dialect
 from keepwarm.core.job import Job
 from keepwarm.core.plan import prompt_tokens
 from keepwarm.errors import EngineRefusedError
-from keepwarm.gateway.dialect import Dialect
 
 if TYPE_CHECKING:
     from keepwarm.deployment.runtime import Runtime

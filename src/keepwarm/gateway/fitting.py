@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from keepwarm.core.prompt import is_raw
 from keepwarm.errors import EngineError, EngineRefusedError
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ async def refuse_too_long(runtime: Runtime, asked: Asked) -> None:
             estimate, since no more was counted than had to be.
     """
     room = runtime.slot_tokens
-    prompt = asked.body.get("prompt") if asked.api == "completion" else None
+    prompt = asked.body.get("prompt") if is_raw(asked.chat) else None
     if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
         if len(prompt) >= room:
             raise _too_long(len(prompt), room)
         return
-    texts = list(_texts(asked.api, asked.body))
+    texts = list(_texts(asked.chat))
     chars = sum(map(len, texts))
     if chars < room:
         return
@@ -68,17 +69,13 @@ async def refuse_too_long(runtime: Runtime, asked: Asked) -> None:
         raise _too_long(counted * len(text) // seen, room)
 
 
-def _texts(api: str, body: Mapping[str, Any]) -> Iterator[str]:
+def _texts(body: Mapping[str, Any]) -> Iterator[str]:
     """The texts that are in the prompt whatever the template; wrong types are left out."""
-    if api == "completion":
+    if is_raw(body):
         prompt = body.get("prompt")
         yield from [prompt] if isinstance(prompt, str) else []
         return
-    if isinstance(instructions := body.get("instructions"), str):
-        yield instructions
-    listed = body.get("messages") if api == "chat" else body.get("input")
-    if isinstance(listed, str):
-        yield listed
+    listed = body["messages"]
     for message in listed if isinstance(listed, list) else []:
         if isinstance(message, dict):
             yield from _said(message)

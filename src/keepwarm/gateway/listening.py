@@ -13,8 +13,8 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from keepwarm.api.dialect import OPENAI
 from keepwarm.errors import ConfigError
-from keepwarm.gateway.dialect import OPENAI
 from keepwarm.settings import ServerSettings
 
 # A request's head must be there by then, and a kept connection is used again by then.

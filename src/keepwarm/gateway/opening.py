@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
+from keepwarm.api.dialect import Dialect
 from keepwarm.errors import EngineRefusedError, KeepwarmError
-from keepwarm.gateway.dialect import Dialect
 
 # A refusal that is known by then has its status; what comes later is an event.
 _OPEN_S = 0.9

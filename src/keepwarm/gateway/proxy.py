@@ -13,21 +13,19 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from keepwarm.api.bodies import check_body
+from keepwarm.api.dialect import StreamTranslator, dialect_of
+from keepwarm.api.mending import decode_body
+from keepwarm.api.reading import can_gather, opening_of
 from keepwarm.api.routes import request_headers
-from keepwarm.core.anthropic import chat_request
-from keepwarm.core.hygiene import told
+from keepwarm.core.client_name import agent_of
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.reply import Reply, read_reply
-from keepwarm.deployment.dispatcher import Grant
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
@@ -38,12 +36,11 @@ from keepwarm.errors import (
     EngineError,
     EngineUnreachableError,
     KeepwarmError,
-    RequestError,
 )
-from keepwarm.gateway.asked import MESSAGES, PLANNED, Asked, cleaned, cleaned_body
-from keepwarm.gateway.dialect import Anthropic, StreamTranslator, dialect_of
+from keepwarm.gateway.asked import COUNTED, MESSAGES, PLANNED, Asked, asked_of
 from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
+from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_fits, reply_limit
 from keepwarm.gateway.fitting import refuse_too_long
@@ -62,6 +59,7 @@ from keepwarm.tiers.tiering import HEADER, Tiered
 
 log = logging.getLogger("keepwarm")
 
+_CHAT_PATH = "/v1/chat/completions"
 # How often a request whose engine died before it answered is planned again.
 _RETRIES = 2
 # How the reply to a streamed request begins.
@@ -76,51 +74,6 @@ _CRASHES = (
 )
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One request on its way; what is known of it grows."""
-
-    id: str
-    asked: Asked
-    received_s: float
-    tiered: Tiered
-    job: Job
-    static: dict[str, Any] | None
-    grant: Grant | None = None
-    first_byte_s: float | None = None
-    streamed: bool = False
-    status: int = 0
-    trouble: str = ""
-    reply: Reply | None = None
-    may_escalate: bool = False
-    is_left: bool = False
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What the client is told of what happened."""
-        tier = self.tiered.tier.name if self.tiered.tier else "none"
-        out = {"X-Keepwarm-Request-Id": self.id, HEADER: f"{tier}; {self.tiered.reason}"}
-        if self.job.filled_tokens:
-            # They were prefilled before the engine's own count of this reply began.
-            out["X-Keepwarm-Filled"] = str(self.job.filled_tokens)
-        if self.asked.rewrites:
-            out["X-Keepwarm-Hygiene"] = told(self.asked.rewrites)
-        if plan := self.grant.plan if self.grant else self.job.plan:
-            out["X-Keepwarm-Plan"] = plan.source.value
-            out["X-Keepwarm-Slot"] = str(plan.slot)
-        if self.grant:
-            route_s = self.job.arrived_s - self.received_s
-            out["Server-Timing"] = ", ".join(
-                f"{name};dur={seconds * 1e3:.2f}"
-                for name, seconds in (
-                    ("route", route_s),
-                    ("queue", self.grant.queued_s),
-                    ("restore", self.grant.prepared_s),
-                )
-            )
-        return out
-
-
 class Proxy:
     """Forwards planned requests (`handle`) and everything else (`pass_through`)."""
 
@@ -130,14 +83,35 @@ class Proxy:
         self._suspects = asyncio.Lock()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Serve one request of a planned API, whichever it is."""
-        namespace, path = namespace_of(request), path_of(request)
+        """Serve one request of a planned API, whichever it is, or count its tokens."""
+        path = path_of(request)
+        if path in COUNTED:
+            return await self._counted(await self._read(request, COUNTED[path], _CHAT_PATH))
+        is_messages = path == MESSAGES
+        kind = "messages" if is_messages else PLANNED[path]
+        asked = await self._read(request, kind, _CHAT_PATH if is_messages else path)
+        return await self._opened(asked, request)
+
+    async def _read(self, request: web.Request, kind: str, path: str) -> Asked:
+        """A client's request as it goes on."""
+        runtime = self._runtime
         body = decode_body(await read_body(request))
-        check_body("messages" if path == MESSAGES else PLANNED[path], body)
-        if path == MESSAGES:
-            return await self._opened(self._asked_messages(request, body, namespace), request)
-        asked = Asked(PLANNED[path], body, namespace, path, request.headers)
-        return await self._opened(cleaned(asked, self._runtime.hygiene), request)
+        check_body(kind, body)
+        runtime.check_model(body.get("model"))
+        dialect = dialect_of(path_of(request), model=str(body.get("model", "")))
+        namespace = namespace_of(request)
+        asked = Asked("completion", body, namespace, path, request.headers, dialect)
+        return asked_of(asked, runtime.hygiene, runtime.takes, kind=kind)
+
+    async def _counted(self, asked: Asked) -> web.StreamResponse:
+        """Count the tokens of a request as it would be sent: with its tier, and cleaned."""
+        runtime = self._runtime
+        await runtime.admitted()
+        tiered = runtime.router.tier(
+            asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
+        )
+        tokens = await runtime.client.count(tiered.chat)
+        return web.Response(body=asked.dialect.counted(tokens), content_type="application/json")
 
     async def _opened(self, asked: Asked, request: web.Request) -> web.StreamResponse:
         """Answer a client; a stream that doesn't begin soon is opened and kept alive meanwhile."""
@@ -156,15 +130,6 @@ class Proxy:
         finally:
             opening.close()
 
-    def _asked_messages(self, request: web.Request, body: dict[str, Any], namespace: str) -> Asked:
-        """A request of Anthropic's API, over chat completions."""
-        dialect = Anthropic(str(body.get("model", "")))
-        path = "/v1/chat/completions"
-        # Before its blocks are joined, so that a line is what the client meant as one.
-        body, rewrites = cleaned_body(self._runtime.hygiene, "messages", body, request.headers)
-        chat = chat_request(body)
-        return Asked("chat", chat, namespace, path, request.headers, dialect, rewrites)
-
     async def answer(self, asked: Asked) -> web.StreamResponse:
         """Serve a request of Keepwarm's own, like one that came by HTTP.
 
@@ -173,7 +138,8 @@ class Proxy:
         Raises:
             KeepwarmError: as a client would be told.
         """
-        return await self._answer(cleaned(asked, self._runtime.hygiene), None)
+        asked = asked_of(asked, self._runtime.hygiene, self._runtime.takes)
+        return await self._answer(asked, None)
 
     async def _answer(self, asked: Asked, request: web.Request | None) -> web.StreamResponse:
         received_s = time.monotonic()
@@ -281,12 +247,13 @@ class Proxy:
             is_alone=replies > 1,
             replies=replies,
             is_savable=is_savable,
-            chat=None if asked.is_infill else rendered_from(asked.api, tiered.body),
+            chat=None if asked.is_infill else rendered_from(tiered.chat),
             ids=prompt.ids,
             reuses=tiered.body.get("cache_prompt") is not False,
+            agent=agent_of(asked.headers.get("user-agent", "")),
         )
         fills = prompt.static and is_savable and job.reuses
-        static = static_body(asked.api, tiered.body) if fills else None
+        static = static_body(tiered.chat) if fills else None
         exchange = Exchange(job.id, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
             runtime.settings.tiers.escalate
@@ -298,7 +265,6 @@ class Proxy:
 
     def _prompt(self, asked: Asked, tiered: Tiered) -> Prompt:
         return prompt_of(
-            asked.api,
             tiered.shaping,
             fingerprint=self._runtime.fingerprint,
             namespace=asked.namespace,
@@ -322,7 +288,7 @@ class Proxy:
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
         asked = exchange.asked
-        gathers = asked.api == "chat" and not body.get("stream")
+        gathers = can_gather(asked.api) and not body.get("stream")
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -331,7 +297,8 @@ class Proxy:
             return self._whole(exchange, await self._outlasting(exchange, sent))
         async with sent as upstream:
             if gathers or not upstream.is_stream:
-                return self._whole(exchange, await read_whole(upstream))
+                opening = opening_of(exchange.tiered.chat)
+                return self._whole(exchange, await read_whole(upstream, opening=opening))
             assert request, "only a client's request may stream"
             return await self._stream(request, exchange, upstream)
 
@@ -399,6 +366,12 @@ class Proxy:
             self._runtime.metrics.failed("engine_died")
             exchange.trouble = "engine_died"
             return await opening.break_off(_BROKEN_OFF, kind="upstream_error", status=502)
+        except (asyncio.CancelledError, ConnectionError):
+            # A client that knows its last event leaves without waiting for the stream's end. The
+            # engine has told its counts by then, and is done.
+            if read_reply(b"".join(chunks), streamed=True).counts:
+                self._ended(exchange, b"".join(chunks), status=upstream.status)
+            raise
         try:
             # First, since the client waits for it. What it asks next is read after this task
             # has given the slot back.
@@ -494,18 +467,3 @@ class _EscalatedError(Exception):
     def __init__(self, escalation: Escalation) -> None:
         super().__init__(escalation.cause.value)
         self.escalation = escalation
-
-
-def decode_body(raw: bytes) -> dict[str, Any]:
-    """A request's JSON object.
-
-    Raises:
-        RequestError: it isn't one.
-    """
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"The request body isn't valid JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise RequestError("The request body must be a JSON object.")
-    return body

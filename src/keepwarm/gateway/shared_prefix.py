@@ -21,18 +21,16 @@ from typing import Any
 
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Api, SharedEnd, prefix_of, prompt_of, segments_of
-from keepwarm.core.roles import SYSTEM_ROLES
+from keepwarm.core.prompt import SharedEnd, is_raw, prefix_of, prompt_of, segments_of
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine.client import EngineClient
-from keepwarm.engine.static_end import ARGUMENTS, common_length, static_body
+from keepwarm.engine.static_end import common_length
 from keepwarm.errors import RequestError
-from keepwarm.gateway.asked import Asked, cleaned
+from keepwarm.gateway.asked import Asked, asked_of
 from keepwarm.tiers.tiering import HEADER
 
 # Both begin with white space, so that the last word before them is whole, and part after it.
 _PROBES = (" Quartz", "\n7 mild steps")
-_PLAIN_ROLES = (*SYSTEM_ROLES, "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     """
     began_s = time.monotonic()
     await runtime.admitted()
-    asked = cleaned(asked, runtime.hygiene)
+    asked = asked_of(asked, runtime.hygiene, runtime.takes)
     runtime.metrics.rewritten(asked.rewrites)
     tiered = runtime.router.tier(asked.api, asked.body, asked.headers.get(HEADER), asked.namespace)
     ends = asked.ends(tiered)
@@ -76,18 +74,17 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
         raise RequestError(
             f"{SHARED_HEADER} must say where the shared prefix ends, as `segment:characters`."
         )
-    tokens = await prefix_tokens(runtime.client, asked.api, tiered.body, ends[-1])
+    tokens = await prefix_tokens(runtime.client, tiered.chat, ends[-1])
     if not tokens:
         raise RequestError("Nothing of this request comes before the place that is named.")
     prompt = prompt_of(
-        asked.api,
         tiered.shaping,
         fingerprint=runtime.fingerprint,
         namespace=asked.namespace,
         shared_segments=tiered.shared_segments,
         ends=ends,
     )
-    part = prefix_of(prompt, _segments(asked.api, tiered.body), ends[-1])
+    part = prefix_of(prompt, segments_of(tiered.chat), ends[-1])
     job = Job(
         id=uuid.uuid4().hex[:16],
         namespace=asked.namespace,
@@ -110,22 +107,24 @@ async def warm_prefix(runtime: Runtime, asked: Asked) -> WarmPrefix:
     )
 
 
-async def prefix_tokens(
-    client: EngineClient, api: Api, body: Mapping[str, Any], end: SharedEnd
-) -> list[int]:
+async def prefix_tokens(client: EngineClient, body: Mapping[str, Any], end: SharedEnd) -> list[int]:
     """The token ids up to a place in a request, as every request has them that shares it.
+
+    `body` is in chat's terms.
 
     Raises:
         RequestError: the place is inside a message that isn't text.
         EngineError: the engine can't render or tokenize.
     """
-    if api == "completion":
+    if is_raw(body):
         text = body.get("prompt")
         if not isinstance(text, str):
             raise RequestError("Only prompts that are text have places to share.")
         texts = [text, *(text[: end.chars] + probe for probe in _PROBES)]
     else:
-        messages, arguments = _as_chat(api, body, end)
+        listed = body["messages"]
+        messages = [m for m in listed if isinstance(m, Mapping)] if isinstance(listed, list) else []
+        arguments = {key: value for key, value in body.items() if key != "messages"}
         whole = messages or [{"role": "user", "content": _PROBES[0]}]
         if end.segment >= len(messages):
             whole = [*messages, {"role": "user", "content": "Go on."}]
@@ -152,27 +151,3 @@ def _parted(
         )
     shared = str(text)[: end.chars] if end.chars else ""
     return [*before, {"role": parted.get("role"), "content": shared + probe}]
-
-
-def _as_chat(
-    api: Api, body: Mapping[str, Any], end: SharedEnd
-) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
-    """A body's messages and template arguments in the shape of chat completions.
-
-    Raises:
-        RequestError: what is shared isn't plain text, whose conversion is the engine's own affair.
-    """
-    static = static_body(api, body) or {}
-    arguments = {key: static[key] for key in ARGUMENTS if static.get(key) is not None}
-    if api == "chat":
-        listed = body.get("messages")
-        messages = [m for m in listed if isinstance(m, Mapping)] if isinstance(listed, list) else []
-        return messages, arguments
-    segments = segments_of(api, body)
-    if any(s.extra or s.role not in _PLAIN_ROLES for s in segments[: end.segment + 1]):
-        raise RequestError("Only prefixes that are plain text can be filled for this API.")
-    return [{"role": s.role, "content": s.text} for s in segments], arguments
-
-
-def _segments(api: Api, body: Mapping[str, Any]) -> list[Any]:
-    return [] if api == "completion" else list(segments_of(api, body))

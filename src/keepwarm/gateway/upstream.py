@@ -26,10 +26,11 @@ _SKIPPED = frozenset(
 )
 # What an event of a stream holds that tells how far the prompt is; in text its quotes are escaped.
 PROGRESS = b'"prompt_progress"'
-# What the engine says of requests that it can't read or render; never of a slot's failure.
+# What the engine says of requests that it can't read or render; never of a slot's failure, nor of
+# what a model said ("Failed to parse input at pos").
 _UNREADABLE = re.compile(
-    r"\[json\.exception|^Failed to parse|^Missing |is required$|^Unsupported |^Expected "
-    r"|^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
+    r"\[json\.exception|^Failed to parse (?!input at)|^Missing |is required$|^Unsupported "
+    r"|^Expected |^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
 )
 
 
@@ -60,8 +61,10 @@ async def posted(
         yield upstream
 
 
-async def read_whole(upstream: Response) -> Fetched:
+async def read_whole(upstream: Response, *, opening: str = "") -> Fetched:
     """Read a reply to its end; a stream of chat chunks becomes the whole completion.
+
+    `opening`: see `gather_chat`.
 
     Raises:
         EngineDownError: it broke off.
@@ -75,7 +78,7 @@ async def read_whole(upstream: Response) -> Fetched:
     status = upstream.status
     headers = returned(upstream.headers)
     if upstream.is_stream:
-        whole = gather_chat(stream_events(raw))
+        whole = gather_chat(stream_events(raw), opening=opening)
         if whole is None:
             raise EngineDownError("The engine closed the stream before its end.")
         if error := whole.get("error"):

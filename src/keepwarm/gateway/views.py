@@ -261,10 +261,13 @@ HAND = "hand:"
 
 
 def short_pin(name: str) -> str:
-    """A pin's name without what only machines need: `tier:full`, `learned`, `by hand`."""
+    """A pin's name without what only machines need: `tier:full`, `learned`, `by hand`.
+
+    What was learned of a coding agent has its name: `claude-cli/2.1.332`.
+    """
     if name.startswith(HAND):
         return "by hand"
-    return "learned" if name.startswith("learned:") else name
+    return name.partition("~")[2] or "learned" if name.startswith("learned:") else name
 
 
 def _slots_by_extent(runtime: Runtime, namespace: str) -> dict[int, list[dict[str, int]]]:

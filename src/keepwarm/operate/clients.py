@@ -24,12 +24,14 @@ _PATIENCE_S = 3600
 class Endpoint:
     """What a client is told: the gateway's address without a path, a key, the room for a prompt.
 
-    `context_tokens` is None where the gateway doesn't run yet and nobody knows.
+    `context_tokens` is None where the gateway doesn't run yet and nobody knows. `moves_blocks`:
+    whether it has the rule that moves the blocks of agents' prompts that change (`move-known`).
     """
 
     url: str
     key: str = "none"
     context_tokens: int | None = None
+    moves_blocks: bool = True
 
     @property
     def openai_url(self) -> str:
@@ -78,7 +80,9 @@ def _claude(endpoint: Endpoint, _: Path) -> Configured:
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             "API_TIMEOUT_MS": str(_PATIENCE_S * 1000),
             **_claude_room(endpoint),
-        }
+        },
+        # Its own way to move them; versions before 2.1.98 or so don't know it.
+        arguments=() if endpoint.moves_blocks else ("--exclude-dynamic-system-prompt-sections",),
     )
 
 
@@ -262,7 +266,7 @@ CLIENTS: Mapping[str, Client] = {
             title="Aider",
             command="aider",
             install="python -m pip install aider-install && aider-install",
-            tried="",
+            tried="0.86.2",
             configure=_aider,
             places=("~/.local/bin/aider",),
         ),

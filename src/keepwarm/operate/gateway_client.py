@@ -29,13 +29,21 @@ class Gateway:
     def __init__(self, url: str, key: str | None) -> None:
         """Take an address and a key; without one, KEEPWARM_API_KEY's."""
         self.url = url.rstrip("/")
+        self._socket = ""
+        if self.url.endswith(".sock"):
+            self._socket = self.url.removeprefix("unix:")
+            self.url = "http://localhost"
         key = key or gateway_key()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def __aenter__(self) -> Gateway:
         """Open the connection."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout)
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=timeout,
+            connector=aiohttp.UnixConnector(self._socket) if self._socket else None,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

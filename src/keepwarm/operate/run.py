@@ -123,8 +123,11 @@ class Session:
                     started = await self._start()
                     before = await self._account(started.url)
             url = started.url if started else self.url
-            self._advise(before or {}, is_own=started is not None)
-            status = await self._client(executable, await self._endpoint(url))
+            missing = {"drop-billing", "move-known"} - set((before or {}).get("hygiene") or ())
+            if started is None:
+                self._advise(before or {}, missing)
+            endpoint = await self._endpoint(url, moves_blocks="move-known" not in missing)
+            status = await self._client(executable, endpoint)
             await self._settled(url)
             after = await self._account(url)
             if before and after:
@@ -167,15 +170,13 @@ class Session:
                         break
         await asyncio.sleep(_LOOK_EVERY_S)
 
-    async def _endpoint(self, url: str) -> Endpoint:
+    async def _endpoint(self, url: str, *, moves_blocks: bool) -> Endpoint:
         async with Gateway(url, self.key) as gateway:
-            return Endpoint(url, self.key or "none", await gateway.context_tokens())
+            context_tokens = await gateway.context_tokens()
+        return Endpoint(url, self.key or "none", context_tokens, moves_blocks)
 
-    def _advise(self, overview: dict[str, Any], *, is_own: bool) -> None:
-        if is_own:
-            return
+    def _advise(self, overview: dict[str, Any], missing: set[str]) -> None:
         self.tell(f"using the Keepwarm that runs at {self.url} ({overview.get('model')})")
-        missing = {"drop-billing", "move-known"} - set(overview.get("hygiene") or ())
         if missing:
             self.tell(
                 f"it runs without the rule{'s' if len(missing) > 1 else ''} "

@@ -15,8 +15,8 @@ from keepwarm.keys import is_loopback
 from keepwarm.service import systemd
 from keepwarm.service.presence import stop_timeout_s
 from keepwarm.service.render import (
-    Paths,
     Scope,
+    UnitPaths,
     Wanted,
     is_hidden,
     keepwarm_unit,
@@ -98,7 +98,7 @@ def wanted_of(
             "while it runs: leave out --store (store.dir). docs/operations.md says how to have the "
             "state directory on another disk."
         )
-    paths = Paths(
+    paths = UnitPaths(
         model=str(read_model(_absolute(engine.model)).path),
         engine=_existing(engine.binary, "the engine"),
         tiers=_existing(settings.tiers.dir, "the tiers' directory"),

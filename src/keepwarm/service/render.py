@@ -30,7 +30,7 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Paths:
+class UnitPaths:
     """Files that a service reads, all absolute.
 
     `also` is what it needs besides: the interpreter's directories, and what links lead to.
@@ -62,7 +62,7 @@ class Wanted:
 
     scope: Scope
     keepwarm: str
-    paths: Paths
+    paths: UnitPaths
     port: int
     host: str = "127.0.0.1"
     slots: int | None = None

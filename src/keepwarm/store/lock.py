@@ -70,11 +70,12 @@ class OwnerLock:
 
     def release(self) -> None:
         """Let others have it; safe to call twice."""
-        if self._fd is not None:
+        # Taken over first: a second caller, on another thread, finds nothing to close.
+        fd, self._fd = self._fd, None
+        if fd is not None:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
-            os.close(self._fd)
-            self._fd = None
+                os.ftruncate(fd, 0)
+            os.close(fd)
 
     def __enter__(self) -> OwnerLock:
         """Itself, already taken."""

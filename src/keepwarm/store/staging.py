@@ -38,7 +38,7 @@ from pathlib import Path
 
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Buffer
-from keepwarm.store.disk import Disk, disk_errors, read_checksum
+from keepwarm.store.disk import Disk, checksum, disk_errors, map_file
 from keepwarm.store.lock import OwnerLock
 from keepwarm.store.neighbours import remove_left
 
@@ -216,7 +216,7 @@ class Staging:
 
     def _is_whole(self, file: ReadyFile) -> bool:
         try:
-            found = read_checksum(self.path(file.name), size_bytes=file.size_bytes)
+            found = checksum(map_file(self.path(file.name)))
         except (OSError, SnapshotError) as error:
             log.warning("%s is gone from the staging directory: %s", file.name, error)
             return False

@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 
 from keepwarm.core.tree import Tokens
 from keepwarm.errors import SnapshotError
-from keepwarm.store import byhand
+from keepwarm.store import admin
 from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.checks import integrity, verify_extent
 from keepwarm.store.disk import Disk
@@ -332,15 +332,15 @@ class Store:
 
     async def list_extents(self) -> list[Listed]:
         """All extents, parents before children."""
-        return await self._run(byhand.list_extents, self._snapshots)
+        return await self._run(admin.list_extents, self._snapshots)
 
     async def last_end(self, extent_id: int) -> int:
         """Up to where an extent's prefix can be restored. Raises: SnapshotError('unknown')."""
-        return await self._run(byhand.last_end, self._snapshots, extent_id)
+        return await self._run(admin.last_end, self._snapshots, extent_id)
 
     async def evict_extent(self, extent_id: int) -> Removed:
         """Evict an extent and what hangs off it now. Raises: SnapshotError('unknown', 'pinned')."""
-        return await self._run(byhand.evict_extent, self._snapshots, extent_id)
+        return await self._run(admin.evict_extent, self._snapshots, extent_id)
 
     def stats(self) -> StoreStats:
         """Sizes and counts, from memory."""

@@ -80,7 +80,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A named prefix that is never evicted: `tier:standard`, `learned:<digest>`.
+    """A named prefix that is never evicted: `tier:standard`, `learned:<key>:<digest>`, and
+    `~` and its name behind that for a coding agent's.
 
     `digest` is that of its mark, if there is one. `prefill_s` is what a cold prefill of it costs.
     `used_s` is None until its first use.

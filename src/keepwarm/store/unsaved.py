@@ -7,6 +7,7 @@ and what to do. Nothing of the store that can't be used is touched.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from dataclasses import replace
@@ -17,6 +18,8 @@ from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.places import UNSAVED
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.snapshots import Snapshots
+
+log = logging.getLogger("keepwarm.store")
 
 
 class Unsaved(Snapshots):
@@ -36,6 +39,7 @@ class Unsaved(Snapshots):
             self._remove()
             raise
         self.shelf.report = replace(self.shelf.report, unsaved=why)
+        log.warning("%s", self.shelf.report.lines()[0])
 
     def close(self) -> None:
         """As `Snapshots.close`; nothing stays."""

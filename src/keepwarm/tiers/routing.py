@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from keepwarm.core.prompt import Api, prompt_of, segments_of
+from keepwarm.api.reading import Api, read
+from keepwarm.core.prompt import is_raw, prompt_of
 from keepwarm.core.reply import Reply
 from keepwarm.core.tiers import Tier, TierSet
 from keepwarm.errors import RequestError
 from keepwarm.router import (
     Decision,
     Escalation,
-    RouteRequest,
     TierCost,
     route_request,
 )
@@ -52,7 +52,7 @@ class TierRouter:
         costs: Callable[[], Sequence[TierCost]],
         untiered: str,
     ) -> None:
-        self._tiers = tiers
+        self.tiers = tiers
         self._router = router
         self._costs = costs
         self._untiered = untiered
@@ -71,47 +71,39 @@ class TierRouter:
             RequestError: the header names an unknown tier, or an explicit tier and the client's
                 tools can't be joined.
         """
-        asked = asked_tier(api, body, header, self._tiers)
+        chat = read(api, body)
+        asked = asked_tier(chat, header, self.tiers)
         if asked and asked != AUTO:
             return self._apply(api, body, self._named(asked), "explicit")
-        own = has_own_system(api, body)
-        if not asked and (self._untiered == "pass" or own or api == "completion"):
+        own = has_own_system(chat)
+        if not asked and (self._untiered == "pass" or own or is_raw(chat)):
             reason = "own-prompt" if own else "untiered"
-            return Tiered(body, None, reason, unrendered=self.unrendered)
-        conversation = self._conversation(api, body, namespace)
-        decision = self.decide(api, body, tier_so_far=self._tier_so_far(conversation))
-        tier = self._tiers.get(decision.tier) or self._tiers.default
+            return Tiered(body, None, reason, unrendered=self.unrendered, chat=chat)
+        conversation = self._conversation(chat, namespace)
+        decision = self.decide(chat, tier_so_far=self._tier_so_far(conversation))
+        tier = self.tiers.get(decision.tier) or self.tiers.default
         try:
             tiered = self._apply(api, body, tier, decision.reason.value)
         except RequestError:
             # The client defines one of the tier's tools otherwise; its own tools are what it
             # wants, so the tier without any goes with them.
-            tier = next(iter(self._tiers))
+            tier = next(iter(self.tiers))
             tiered = self._apply(api, body, tier, "client-tools")
         self._remember(conversation, tier.name)
         return replace(tiered, decision=decision)
 
     def decide(
         self,
-        api: Api,
-        body: Mapping[str, Any],
+        chat: Mapping[str, Any],
         *,
         tier_so_far: str | None = None,
         explain: bool = False,
     ) -> Decision:
-        """The router's decision for a body; with `explain`, what moved it."""
-        request = self._request(api, body, tier_so_far=tier_so_far)
+        """The router's decision for a request in chat's terms; with `explain`, what moved it."""
+        request = route_request(chat, tier_so_far=tier_so_far)
         return self._router.route(
             request, self._costs(), reply_tokens=self._lengths.expected(), explain=explain
         )
-
-    def _request(
-        self, api: Api, body: Mapping[str, Any], *, tier_so_far: str | None = None
-    ) -> RouteRequest:
-        if api == "responses":
-            messages = [{"role": s.role, "content": s.text} for s in segments_of(api, body)]
-            body = {**body, "messages": messages}
-        return route_request(body, tier_so_far=tier_so_far)
 
     def note(self, tiered: Tiered, reply: Reply | None) -> None:
         """Learn from the reply of a routed request how long its kind's are."""
@@ -126,10 +118,10 @@ class TierRouter:
     ) -> Tiered | None:
         """The request one tier up, None if there is none."""
         assert now.tier
-        up = self._tiers.next_up(now.tier.name)
+        up = self.tiers.next_up(now.tier.name)
         if up is None:
             return None
-        self._remember(self._conversation(api, body, namespace), up.name)
+        self._remember(self._conversation(read(api, body), namespace), up.name)
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
         return self._apply(api, body, up, reason)
 
@@ -137,14 +129,14 @@ class TierRouter:
         return apply_tier(api, body, tier, reason, unrendered=self.unrendered)
 
     def _named(self, name: str) -> Tier:
-        tier = self._tiers.get(name)
+        tier = self.tiers.get(name)
         assert tier is not None
         return tier
 
-    def _conversation(self, api: Api, body: dict[str, Any], namespace: str) -> list[bytes]:
+    def _conversation(self, chat: dict[str, Any], namespace: str) -> list[bytes]:
         """Digests of the conversation so far, the longest last."""
-        shaped = shaping(body, self.unrendered)
-        prompt = prompt_of(api, shaped, fingerprint="conversation", namespace=namespace)
+        shaped = shaping(chat, self.unrendered)
+        prompt = prompt_of(shaped, fingerprint="conversation", namespace=namespace)
         return [mark.digest for mark in prompt.marks[1:]]
 
     def _tier_so_far(self, conversation: list[bytes]) -> str | None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.core.prompt import Api, head_of, segments_of
+from keepwarm.api.reading import Api, composed, read
+from keepwarm.core.prompt import head_of, is_raw, segments_of
 from keepwarm.core.roles import SYSTEM_ROLES
-from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
+from keepwarm.core.tiers import ContextRole, Tier, TierSet
 from keepwarm.errors import RequestError
 from keepwarm.router import Decision
 
@@ -19,6 +20,8 @@ HEADER = "X-Keepwarm-Tier"
 @dataclass(frozen=True, slots=True)
 class Tiered:
     """A request as it will be forwarded. `tier` None: left as the client sent it.
+
+    `chat` is the same in chat's terms; not given, the body is in them already.
 
     `shared_segments` counts the messages that are the tier's alone; 0 where the client's own
     system text, tools or schema are mixed into them, since those belong to its namespace.
@@ -32,11 +35,17 @@ class Tiered:
     shared_segments: int = 0
     decision: Decision | None = None
     unrendered: frozenset[str] = frozenset()
+    chat: dict[str, Any] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """See `chat`."""
+        if self.chat is None:
+            object.__setattr__(self, "chat", self.body)
 
     @property
     def shaping(self) -> dict[str, Any]:
-        """The body without those arguments: all that shapes the prompt."""
-        return shaping(self.body, self.unrendered)
+        """What shapes the prompt, in chat's terms: without the arguments that render nothing."""
+        return shaping(self.chat, self.unrendered)
 
 
 def shaping(body: dict[str, Any], unrendered: frozenset[str]) -> dict[str, Any]:
@@ -46,13 +55,13 @@ def shaping(body: dict[str, Any], unrendered: frozenset[str]) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in unrendered}
 
 
-def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:
+def asked_tier(body: Mapping[str, Any], header: str | None, tiers: TierSet) -> str:
     """The tier a client asks for: a name, `auto`, or '' for none.
 
     Raises:
         RequestError: the header names a tier that doesn't exist.
     """
-    if api == "completion":
+    if is_raw(body):
         return ""
     if header:
         if header != AUTO and header not in tiers:
@@ -67,9 +76,9 @@ def asked_tier(api: Api, body: Mapping[str, Any], header: str | None, tiers: Tie
     return ""
 
 
-def has_own_system(api: Api, body: Mapping[str, Any]) -> bool:
+def has_own_system(chat: Mapping[str, Any]) -> bool:
     """Whether the client brings a system prompt of its own."""
-    return any(s.role in SYSTEM_ROLES and s.text for s in segments_of(api, body))
+    return any(s.role in SYSTEM_ROLES and s.text for s in segments_of(chat))
 
 
 def apply_tier(
@@ -81,28 +90,11 @@ def apply_tier(
     unrendered: frozenset[str] = frozenset(),
 ) -> Tiered:
     """Put a tier's static prompt and tools into a request of any chat-like API."""
+    chat = read(api, body)
     # A schema or a template's arguments are the client's own as much as tools are.
-    mixed = bool(head_of(shaping(body, unrendered))) or (
-        tier.client_role is ContextRole.MERGE and has_own_system(api, body)
+    mixed = bool(head_of(shaping(chat, unrendered))) or (
+        tier.client_role is ContextRole.MERGE and has_own_system(chat)
     )
     shared = 0 if mixed else len(tier.messages)
-    if api == "chat":
-        return Tiered(compose(tier, body), tier, reason, shared, unrendered=unrendered)
-    static = compose(tier, {"messages": []})
-    out = dict(body)
-    out["input"] = _responses_input(static, body.get("input"))
-    tools = [_responses_tool(tool) for tool in static.get("tools") or []]
-    if tools or body.get("tools"):
-        out["tools"] = [*tools, *(body.get("tools") or [])]
-    return Tiered(out, tier, reason, shared, unrendered=unrendered)
-
-
-def _responses_input(static: Mapping[str, Any], own: object) -> list[Any]:
-    messages = [{"role": m["role"], "content": m["content"]} for m in static["messages"]]
-    if isinstance(own, str):
-        return [*messages, {"role": "user", "content": own}]
-    return [*messages, *(own if isinstance(own, list) else [])]
-
-
-def _responses_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "function", **tool["function"]}
+    body, chat = composed(api, tier, body, chat)
+    return Tiered(body, tier, reason, shared, unrendered=unrendered, chat=chat)

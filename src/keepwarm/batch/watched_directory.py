@@ -21,11 +21,11 @@ from keepwarm.errors import ConfigError
 
 # A file that was just written may not be whole yet.
 _SETTLED_S = 1.0
-# How the names that we give to directories end; see `Drop._new_home`.
+# How the names that we give to directories end; see `WatchedDirectory._new_home`.
 _HOME = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
-class Drop:
+class WatchedDirectory:
     """See the module. For one watch at a time; a journal that is in use says so."""
 
     def __init__(self, directory: Path) -> None:

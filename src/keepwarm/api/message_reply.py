@@ -1,13 +1,6 @@
-"""The Anthropic messages API, spoken over chat completions.
+"""Replies, streams and errors of chat completions in the shapes of Anthropic's messages API.
 
-llama-server serves `/v1/messages` itself but drops `id_slot` there (upstream PR #28554), so a
-request could not be given its warm slot, and with several tenants it might be given another's. So
-Keepwarm translates: requests to chat completions, replies and streams back. What a request renders
-to is the same either way, and one prefix serves both APIs.
-
-Pure. Shapes follow Anthropic's API reference (messages, streaming messages) as far as
-llama-server's own `/v1/messages` does; unknown fields of a request are passed on, so that samplers
-and template arguments work.
+Pure; shapes follow Anthropic's API reference (messages, streaming messages).
 """
 
 from __future__ import annotations
@@ -17,119 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Anthropic's API requires it; llama-server falls back to the same number.
-_DEFAULT_MAX_TOKENS = 4096
-_TRANSLATED = frozenset(
-    ("system", "messages", "tools", "tool_choice", "stop_sequences", "thinking", "metadata")
-)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_TOOL_CHOICES = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
-
-
-def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A messages request as a chat completions request.
-
-    Wrong types are passed on as they are: the engine tells the client what is wrong.
-    """
-    out = {key: value for key, value in body.items() if key not in _TRANSLATED}
-    out.setdefault("max_tokens", _DEFAULT_MAX_TOKENS)
-    messages: list[Any] = []
-    if body.get("system"):
-        messages.append({"role": "system", "content": _joined(body["system"])})
-    listed = body.get("messages")
-    if isinstance(listed, list):
-        for message in listed:
-            messages += _chat_messages(message) if isinstance(message, Mapping) else [message]
-    out["messages"] = messages if isinstance(listed, list) else listed
-    if isinstance(body.get("tools"), list):
-        out["tools"] = [_chat_tool(tool) for tool in body["tools"]]
-    choice = body.get("tool_choice")
-    if isinstance(choice, Mapping):
-        out["tool_choice"] = _TOOL_CHOICES.get(str(choice.get("type")), "auto")
-    if body.get("stop_sequences"):
-        out["stop"] = body["stop_sequences"]
-    thinking = body.get("thinking")
-    if isinstance(thinking, Mapping) and thinking.get("type") == "enabled":
-        out["thinking_budget_tokens"] = thinking.get("budget_tokens", -1)
-    if out.get("stream"):
-        # Counts in the first event, where Anthropic's stream has them.
-        out["timings_per_token"] = True
-    return out
-
-
-def _joined(content: object) -> object:
-    """Text of a system prompt that may come as blocks."""
-    if not isinstance(content, list):
-        return content
-    return "".join(str(block.get("text", "")) for block in content if isinstance(block, Mapping))
-
-
-def _chat_messages(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One message; tool results become messages of their own, before what else the user says."""
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(content, list):
-        return [{"role": role, "content": content}]
-    parts: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    reasoning = ""
-    for block in content:
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind == "text":
-            parts.append({"type": "text", "text": block.get("text", "")})
-        elif kind == "image":
-            parts.append({"type": "image_url", "image_url": {"url": _image_url(block)}})
-        elif kind == "tool_use":
-            arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
-            function = {"name": block.get("name"), "arguments": arguments}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind == "tool_result":
-            result = {"role": "tool", "tool_call_id": block.get("tool_use_id")}
-            results.append({**result, "content": _result_text(block.get("content"))})
-        elif kind == "thinking":
-            reasoning += str(block.get("thinking", ""))
-    out = list(results)
-    if parts or calls or reasoning or not results:
-        own: dict[str, Any] = {"role": role, "content": _content(parts)}
-        if calls:
-            own["tool_calls"] = calls
-        if reasoning:
-            own["reasoning_content"] = reasoning
-        out.append(own)
-    return out
-
-
-def _content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Plain text where there is nothing but one text: templates treat that alike."""
-    if not parts:
-        return ""
-    if len(parts) == 1 and parts[0]["type"] == "text":
-        return str(parts[0]["text"])
-    return parts
-
-
-def _image_url(block: Mapping[str, Any]) -> str:
-    source = block.get("source") or {}
-    if source.get("type") == "base64":
-        return f"data:{source.get('media_type', 'image/jpeg')};base64,{source.get('data', '')}"
-    return str(source.get("url", ""))
-
-
-def _result_text(content: object) -> str:
-    if isinstance(content, list):
-        texts = (b.get("text", "") for b in content if isinstance(b, Mapping))
-        return "".join(str(text) for text in texts)
-    return "" if content is None else str(content)
-
-
-def _chat_tool(tool: object) -> object:
-    if not isinstance(tool, Mapping) or "function" in tool:
-        return tool
-    function = {"name": tool.get("name")}
-    if tool.get("description"):
-        function["description"] = tool["description"]
-    function["parameters"] = tool.get("input_schema") or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function}
+# Clients send thinking back as such only if it is signed; what is thought here needs no proof.
+_SIGNATURE = "a2VlcHdhcm0="
 
 
 def message_reply(chat: Mapping[str, Any], *, model: str) -> dict[str, Any]:
@@ -138,7 +21,11 @@ def message_reply(chat: Mapping[str, Any], *, model: str) -> dict[str, Any]:
     said = choice.get("message") or {}
     content: list[dict[str, Any]] = []
     if said.get("reasoning_content"):
-        thinking = {"type": "thinking", "thinking": said["reasoning_content"], "signature": ""}
+        thinking = {
+            "type": "thinking",
+            "thinking": said["reasoning_content"],
+            "signature": _SIGNATURE,
+        }
         content.append(thinking)
     if said.get("content"):
         content.append({"type": "text", "text": said["content"]})
@@ -152,6 +39,7 @@ def message_reply(chat: Mapping[str, Any], *, model: str) -> dict[str, Any]:
                 "input": _arguments(function.get("arguments")),
             }
         )
+    reason, sequence = _ending(choice.get("finish_reason"), chat)
     usage = chat.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
@@ -160,8 +48,8 @@ def message_reply(chat: Mapping[str, Any], *, model: str) -> dict[str, Any]:
         "role": "assistant",
         "model": model,
         "content": content,
-        "stop_reason": _STOP_REASONS.get(str(choice.get("finish_reason")), "end_turn"),
-        "stop_sequence": None,
+        "stop_reason": reason,
+        "stop_sequence": sequence,
         "usage": {
             "input_tokens": usage.get("prompt_tokens", 0) - cached,
             "cache_read_input_tokens": cached,
@@ -169,6 +57,15 @@ def message_reply(chat: Mapping[str, Any], *, model: str) -> dict[str, Any]:
             "output_tokens": usage.get("completion_tokens", 0),
         },
     }
+
+
+def _ending(finish: object, event: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Why a reply ended, and the stop sequence that ended it."""
+    told = event.get("__verbose")
+    word = told.get("stopping_word") if isinstance(told, Mapping) else None
+    if finish == "stop" and isinstance(word, str) and word:
+        return "stop_sequence", word
+    return _STOP_REASONS.get(str(finish), "end_turn"), None
 
 
 def _arguments(text: object) -> object:
@@ -205,6 +102,7 @@ class MessageStream:
     _open: str | None = None
     _index: int = -1
     _stop_reason: str | None = None
+    _stop_sequence: str | None = None
     _output_tokens: int = 0
 
     def feed(self, raw: bytes) -> bytes:
@@ -227,7 +125,8 @@ class MessageStream:
         if not self._begun:
             return b""
         events = list(self._close())
-        delta = {"stop_reason": self._stop_reason or "end_turn", "stop_sequence": None}
+        delta: dict[str, str | None] = {"stop_reason": self._stop_reason or "end_turn"}
+        delta["stop_sequence"] = self._stop_sequence
         usage = {"output_tokens": self._output_tokens}
         events.append({"type": "message_delta", "delta": delta, "usage": usage})
         events.append({"type": "message_stop"})
@@ -249,7 +148,7 @@ class MessageStream:
         for choice in event.get("choices") or []:
             yield from self._delta(choice.get("delta") or {})
             if reason := choice.get("finish_reason"):
-                self._stop_reason = _STOP_REASONS.get(reason, "end_turn")
+                self._stop_reason, self._stop_sequence = _ending(reason, event)
         self._output_tokens = (event.get("usage") or {}).get(
             "completion_tokens", self._output_tokens
         )
@@ -273,7 +172,8 @@ class MessageStream:
 
     def _delta(self, delta: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if text := delta.get("reasoning_content"):
-            yield from self._block("thinking", {"type": "thinking", "thinking": ""})
+            start = {"type": "thinking", "thinking": "", "signature": ""}
+            yield from self._block("thinking", start)
             yield self._add({"type": "thinking_delta", "thinking": text})
         if text := delta.get("content"):
             yield from self._block("text", {"type": "text", "text": ""})
@@ -307,6 +207,8 @@ class MessageStream:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
     def _close(self) -> Iterator[dict[str, Any]]:
+        if self._open == "thinking":
+            yield self._add({"type": "signature_delta", "signature": _SIGNATURE})
         if self._open is not None:
             yield {"type": "content_block_stop", "index": self._index}
             self._open = None

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from keepwarm.core.anthropic import MessageStream, error_reply, message_reply
+from keepwarm.api.message_reply import MessageStream, error_reply, message_reply
 
 
 class StreamTranslator(Protocol):
@@ -34,6 +34,9 @@ class Dialect(Protocol):
     def error_event(self, message: str, *, kind: str, status: int) -> bytes:
         """An error in the middle of a stream."""
 
+    def counted(self, tokens: int) -> bytes:
+        """The answer to a question for a prompt's length."""
+
     def event(self, raw: bytes) -> bytes:
         """An error's body as an event of a stream."""
 
@@ -54,7 +57,7 @@ class OpenAI:
 
     def whole(self, raw: bytes, *, status: int) -> bytes:
         """See `Dialect`."""
-        return raw
+        return raw if status == 200 else _with_code(raw)
 
     def stream(self) -> StreamTranslator:
         """See `Dialect`."""
@@ -77,6 +80,11 @@ class OpenAI:
         """See `Dialect`."""
         return b": keepwarm\n\n"
 
+    def counted(self, tokens: int) -> bytes:
+        """See `Dialect`."""
+        counted = {"input_tokens": tokens, "object": "response.input_tokens"}
+        return msgspec.json.encode(counted)
+
 
 class Anthropic:
     """The messages API over chat completions; `model` is what the client called it."""
@@ -93,6 +101,10 @@ class Anthropic:
         if status != 200:
             said = body.get("error") if isinstance(body, dict) else None
             text = said.get("message") if isinstance(said, dict) else str(said)
+            sizes = _too_long(said)
+            if sizes is not None:
+                # The words by which clients know that it is time to compact.
+                text = "prompt is too long: {} tokens > {} maximum".format(*sizes)
             return self.error(str(text), kind="", status=status)
         return msgspec.json.encode(message_reply(body, model=self._model))
 
@@ -116,10 +128,34 @@ class Anthropic:
         """See `Dialect`."""
         return b'event: ping\ndata: {"type": "ping"}\n\n'
 
+    def counted(self, tokens: int) -> bytes:
+        """See `Dialect`."""
+        return msgspec.json.encode({"input_tokens": tokens})
+
 
 OPENAI = OpenAI()
 
 
-def dialect_of(path: str) -> Dialect:
-    """The dialect of a path, for errors of requests that weren't read yet."""
-    return Anthropic() if path.startswith("/v1/messages") else OPENAI
+def _too_long(error: object) -> tuple[int, int] | None:
+    """The tokens of a prompt that doesn't fit, and how many would; None of other errors."""
+    if not isinstance(error, dict) or error.get("type") != "exceed_context_size_error":
+        return None
+    asked, most = error.get("n_prompt_tokens"), error.get("n_ctx")
+    return (asked, most) if isinstance(asked, int) and isinstance(most, int) else None
+
+
+def _with_code(raw: bytes) -> bytes:
+    """The engine's error, with the code by which OpenAI's clients know a prompt that's too long."""
+    try:
+        body: Any = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return raw
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict) or _too_long(error) is None:
+        return raw
+    return msgspec.json.encode({**body, "error": {**error, "code": "context_length_exceeded"}})
+
+
+def dialect_of(path: str, *, model: str = "") -> Dialect:
+    """The dialect of a path; `model` is what the client called it."""
+    return Anthropic(model) if path.startswith("/v1/messages") else OPENAI

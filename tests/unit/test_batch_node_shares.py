@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchsamples import document, line
-from keepwarm.batch.cut import cut
 from keepwarm.batch.night import FillBranch, Night, RunTask
+from keepwarm.batch.node_shares import cut
 from keepwarm.batch.planner import Costs, play
 from keepwarm.batch.tasks import parse_tasks
 from keepwarm.batch.tree import PrefixTree, build_tree

@@ -1,0 +1,75 @@
+"""What one running engine is, and what those who keep its prefixes warm ask of it.
+
+The runtime makes it and is it; here stands what the others may use. They don't know the runtime, so
+nothing of how an engine is started, watched and stopped is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from keepwarm.core.plan import Machine
+from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.dispatcher import Dispatcher
+from keepwarm.deployment.probe import Probed
+from keepwarm.deployment.slot_store import SlotStore
+from keepwarm.deployment.warm import Target
+from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
+from keepwarm.engine.launch import Launch
+from keepwarm.explain.explainer import Explainer
+from keepwarm.explain.metrics import Metrics
+from keepwarm.settings import Settings
+from keepwarm.store.store import Store
+
+
+class KeptPrefixes(Protocol):
+    """What is kept warm whatever clients do."""
+
+    targets: list[Target]
+    """The tiers as the running model renders them."""
+
+
+class LearnedPrefixes(Protocol):
+    """What clients brought more than once."""
+
+    async def learned_targets(self) -> list[Target]:
+        """What was learned in earlier lives, most recently used first."""
+
+
+class Deployment(Protocol):
+    """See the module. All but the settings and the tiers is known once the engine has started."""
+
+    settings: Settings
+    tiers: TierSet
+    metrics: Metrics
+    explainer: Explainer
+    started_s: float
+    launch: Launch
+    client: EngineClient
+    counter: PromptCounter
+    fingerprint: str
+    probed: Probed
+    machine: Machine
+    slot_tokens: int
+    store: Store
+    slot_store: SlotStore
+    dispatcher: Dispatcher
+    prefixes: KeptPrefixes
+    prover: LearnedPrefixes
+
+    def supervise(
+        self, work: Coroutine[Any, Any, None], *, name: str | None = None
+    ) -> asyncio.Task[None]:
+        """Run a task in the background; a failure of it is logged, never lost."""
+
+    def suspect_engine(self) -> None:
+        """A request got no answer: look at the engine now rather than at the next interval."""
+
+    def tell(self, status: str) -> None:
+        """Say what is being done, in a line."""
+
+    def tell_warmth(self) -> None:
+        """Say how many prefixes are warm, and how many aren't yet; once it is ready."""
