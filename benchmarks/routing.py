@@ -16,9 +16,9 @@ does so for all. An arm's round is a part of its tasks; no server sees a task tw
 Keepwarm has a store of its own, warmed before the first round. Cold prompts take long, so the arms
 without the cache get only the first --tasks of each class, and each figure tells its number. The
 router weighs what a tier costs now, so in arm 2 it is told what Keepwarm would say with nothing
-kept: the tier's tokens at the measured speed, and what it costs warm; it then takes small tiers
-more readily. Every reply has the same length, since the end of the text is ignored. Writes
-routing.json and routing.md to --out, and tables to the terminal.
+kept: the tier's tokens at the measured speed, and what it costs warm. Every reply has the same
+length, since the end of the text is ignored. Writes routing.json and routing.md to --out, and
+tables to the terminal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -116,11 +116,13 @@ def rounds(scale: Scale) -> Iterator[tuple[int, RoutingArm, list[Task]]]:
 
 
 def cold_costs(prefixes: Sequence[Prefix], *, prefill_s_per_token: float) -> list[TierCost]:
-    """What each tier costs where nothing is kept, summed up as the gateway does."""
-    usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
-    return [
-        TierCost(p.tier, p.tokens * prefill_s_per_token + usual.get(p.tier, 0.0)) for p in prefixes
-    ]
+    """What each tier costs where nothing is kept: its tokens first, and then as when it is warm."""
+    usual = {cost.tier: cost for cost in DEFAULT_COSTS}
+    found = []
+    for p in prefixes:
+        warm = usual.get(p.tier, TierCost(p.tier, 0.0))
+        found.append(replace(warm, first_s=p.tokens * prefill_s_per_token + warm.first_s))
+    return found
 
 
 def decide_cold(router: Router, costs: Sequence[TierCost]) -> dict[str, str]:
@@ -212,7 +214,6 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
         raise ConfigError(f"The tiers' directory has no tier {missing[0]!r}, which is compared.")
     router = load_router(
         tiers_dir=Path(settings.tiers.dir),
-        state_dir=None,
         own_tools=[tool for tier in tiers for tool in tier.tools],
     )
     busy, began, began_s = machine(), datetime.now().astimezone(), time.perf_counter()
@@ -264,7 +265,7 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, tell: Progress) 
         row_bytes=int(seen["row_bytes"]),
         pool_tokens=settings.engine.context,  # in parts or shared, it is as many
         prefixes=prefixes,
-        cold_costs_s={cost.tier: round(cost.seconds, 3) for cost in costs},
+        cold_costs_s={cost.tier: round(cost.first_s, 3) for cost in costs},
         cold_tiers={kind: [going.decided[t] for t in texts] for kind, texts in TASKS.items()},
         samples=going.samples,
     )

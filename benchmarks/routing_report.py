@@ -17,7 +17,7 @@ from keepwarm.bench.report import md_table, rich_table
 from keepwarm.bench.results import Machine, Prefix
 from keepwarm.bench.stats import Summary, median, summarize
 from keepwarm.router import AUTO, TIERS
-from keepwarm.router.types import FULL
+from keepwarm.router.types import FULL, STANDARD
 
 # Every class together.
 ALL = "all"
@@ -40,7 +40,8 @@ class RoutingArm(Struct, frozen=True):
 
 COLD_FULL, COLD_ROUTED = RoutingArm(False, FULL), RoutingArm(False, AUTO)
 WARM_FULL, WARM_ROUTED = RoutingArm(True, FULL), RoutingArm(True, AUTO)
-ARMS = (COLD_FULL, COLD_ROUTED, WARM_FULL, RoutingArm(True, TIERS[1]), WARM_ROUTED)
+WARM_STANDARD = RoutingArm(True, STANDARD)
+ARMS = (COLD_FULL, COLD_ROUTED, WARM_FULL, WARM_STANDARD, WARM_ROUTED)
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -222,6 +223,32 @@ def gains_of(samples: Sequence[Asked]) -> list[Gain]:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Whole replies of one class with the cache on, routed against always one tier; means."""
+
+    kind: str
+    n: int
+    standard_s: float
+    full_s: float
+    routed_s: float
+
+
+def whole_of(samples: Sequence[Asked]) -> list[Whole]:
+    """How long whole replies take, over the tasks that all three arms were asked."""
+    out = []
+    for kind in _kinds(samples):
+        arms = [
+            {(s.kind, s.task): s.total_s for s in _of(samples, arm, kind)}
+            for arm in (WARM_STANDARD, WARM_FULL, WARM_ROUTED)
+        ]
+        common = set.intersection(*(set(each) for each in arms))
+        if common:
+            means = (fmean(each[key] for key in common) for each in arms)
+            out.append(Whole(kind, len(common), *means))
+    return out
+
+
 def placed_of(decided: Mapping[str, Sequence[str]]) -> list[Placed]:
     """Where the router sent them, from the chosen tiers of each class."""
     out = []
@@ -284,6 +311,21 @@ def _tables(report: RoutingReport) -> list[_Table]:
                 for gain in gains_of(report.samples)
             ],
             (0, 1),
+        ),
+        (
+            "Whole replies with the cache on (means)",
+            ("class", "n", "standard", "full", "routed", "than standard", "than full"),
+            [
+                (
+                    whole.kind,
+                    str(whole.n),
+                    *map(seconds_text, (whole.standard_s, whole.full_s, whole.routed_s)),
+                    f"{whole.standard_s / whole.routed_s:.2f} times as fast",
+                    f"{whole.full_s / whole.routed_s:.2f} times as fast",
+                )
+                for whole in whole_of(report.samples)
+            ],
+            (0,),
         ),
         (
             "Where the router sent them",

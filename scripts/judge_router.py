@@ -5,9 +5,9 @@
 
 Nothing that is judged was learned from. `within`: five folds, grouped by query. `pairs`: one source
 with need and one without are both left out, since most sources have one label only and no AUC of
-their own. `sources`: each source left out in turn, judged by the whole router at default costs.
-`packaged`: requests that were labelled with nothing on offer, their source left out, as they come
-to a deployment with the packaged tiers, whose tools may be used for anything.
+their own. `sources`: each source left out in turn, judged by the whole router as requests come to a
+deployment with the packaged tiers: who brings tools has these on offer, and everybody else the
+tiers' own, which may be used for anything; at default costs with every tier warm, and with none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from learn_router import Bools, Floats, Row, learn, load
+from learn_router import Bools, Floats, Row, load, written
+from learn_router import learn as learn_rows
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
@@ -41,7 +43,7 @@ from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
 from keepwarm.router.decide import route, score
 from keepwarm.router.features import look
 from keepwarm.router.model import Weights
-from keepwarm.router.types import MINIMAL, TIERS, Decision, RouteRequest, TierCost
+from keepwarm.router.types import MINIMAL, TIERS, Decision, MissCosts, RouteRequest
 from keepwarm.router.words import seen
 from keepwarm.tiers.files import load_tiers
 from keepwarm.tiers.router_files import shipped_weights
@@ -64,6 +66,11 @@ PREFILL_S_PER_TOKEN: Final = 0.005
 TIER_TOKENS: Final = {"minimal": 241, "standard": 2083, "full": 3633}
 
 UNNEEDED: Final = ("arena_hard_v2/hard_prompt", "arena_hard_v2/creative_writing", "routellm/gsm8k")
+
+
+def learn(rows: Sequence[Row]) -> Weights:
+    """Weights from labelled rows and all written ones."""
+    return learn_rows([*rows, *written()])
 
 
 def calibration_error(p: Floats, y: Bools) -> float:
@@ -194,58 +201,54 @@ def family_of(source: str) -> str:
     return source.split("/", maxsplit=1)[0] if source.startswith("mt_bench") else source
 
 
-def left_out(rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
-    """Each row's decision by a router that hasn't seen its source; default costs."""
-    found: list[tuple[Row, Decision]] = []
+def left_out(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Decision]]]:
+    """Each row's decision by a router that hasn't seen its source, with all warm and all cold."""
+    own = tool_texts(
+        [tool for tier in load_tiers(TIERS_DIR, DEFAULT_AGENT_NAME) for tool in tier.tools]
+    )
+    cold = [
+        replace(cost, first_s=cost.first_s + TIER_TOKENS[cost.tier] * PREFILL_S_PER_TOKEN)
+        for cost in DEFAULT_COSTS
+    ]
+    found: dict[str, list[tuple[Row, Decision]]] = {"warm": [], "cold": []}
     for source in sorted({family_of(row.source) for row in rows}):
         weights = learn([row for row in rows if family_of(row.source) != source])
+        packaged = prepare_catalog(own, weights.words, is_open=True)
         for row in rows:
-            if family_of(row.source) == source:
-                request = RouteRequest(text=row.query, tools=row.tools)
-                catalog = catalog_of(row, weights.words)
-                found.append((row, route(request, catalog, DEFAULT_COSTS, RouterConfig(), weights)))
+            if family_of(row.source) != source:
+                continue
+            catalog = prepare_catalog(row.tools, weights.words) if row.tools else packaged
+            request = RouteRequest(text=row.query)
+            for name, costs in (("warm", DEFAULT_COSTS), ("cold", cold)):
+                decision = route(request, catalog, costs, RouterConfig(), weights)
+                found[name].append((row, decision))
     return found
 
 
-def packaged(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Where requests with nothing on offer go when the packaged tiers' tools are."""
-    tiers = load_tiers(TIERS_DIR, DEFAULT_AGENT_NAME)
-    own = tool_texts([tool for tier in tiers for tool in tier.tools])
-    cold = [
-        TierCost(cost.tier, cost.seconds + TIER_TOKENS[cost.tier] * PREFILL_S_PER_TOKEN)
-        for cost in DEFAULT_COSTS
-    ]
-    judged = [row for row in rows if row.tools == () and row.least_tier == MINIMAL]
-    at: dict[str, Counter[str]] = {"every tier warm": Counter(), "every tier cold": Counter()}
-    for source in sorted({family_of(row.source) for row in judged}):
-        weights = learn([row for row in rows if family_of(row.source) != source])
-        catalog = prepare_catalog(own, weights.words, is_open=True)
-        for row in judged:
-            if family_of(row.source) != source:
-                continue
-            for name, costs in zip(at, (DEFAULT_COSTS, cold), strict=True):
-                request = RouteRequest(text=row.query)
-                at[name][route(request, catalog, costs, RouterConfig(), weights).tier] += 1
-    return {
-        name: {"requests": len(judged), **{tier: count[tier] / len(judged) for tier in TIERS}}
-        for name, count in at.items()
-    }
-
-
 def shares(decided: Sequence[tuple[Row, Decision]]) -> dict[str, Any]:
-    """Where requests went, and how many got less than they need."""
+    """Where requests went, and how many got less than they need.
+
+    `left_small`: those that need something, went to minimal, and don't come back by escalation, by
+    the shares that were measured (`MissCosts`).
+    """
     at = Counter(decision.tier for _, decision in decided)
-    small = sum(TIERS.index(d.tier) < TIERS.index(row.least_tier) for row, d in decided)
     unneeded = [d for row, d in decided if row.least_tier == MINIMAL]
+    needed = [(row, d) for row, d in decided if row.least_tier != MINIMAL]
+    small = [row for row, d in needed if d.tier == MINIMAL]
+    costs = MissCosts()
+    stay = sum(1.0 - (costs.context_told if r.needs_context else costs.tools_told) for r in small)
     hard = [d for row, d in decided if row.is_hard]
+
+    def share(count: float, of: Sequence[object]) -> float | None:
+        return count / len(of) if of else None
+
     return {
         "requests": len(decided),
         **{tier: at[tier] / len(decided) for tier in TIERS},
-        "under_tiered": small / len(decided),
-        "no_tool_to_minimal": sum(d.tier == MINIMAL for d in unneeded) / len(unneeded)
-        if unneeded
-        else None,
-        "hard_above_minimal": sum(d.tier != MINIMAL for d in hard) / len(hard) if hard else None,
+        "none_to_minimal": share(sum(d.tier == MINIMAL for d in unneeded), unneeded),
+        "need_to_minimal": share(len(small), needed),
+        "left_small": share(stay, needed),
+        "hard_above": share(sum(d.tier != MINIMAL for d in hard), hard),
         "reasons": dict(Counter(str(d.reason) for _, d in decided).most_common()),
     }
 
@@ -254,16 +257,16 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures."""
     decided = left_out(rows)
     by_source: dict[str, list[tuple[Row, Decision]]] = defaultdict(list)
-    for row, decision in decided:
+    for row, decision in decided["warm"]:
         by_source[family_of(row.source)].append((row, decision))
-    y = np.array([row.needs_tool for row, _ in decided])
-    p = np.array([decision.p_tools for _, decision in decided])
+    y = np.array([row.least_tier != MINIMAL for row, _ in decided["warm"]])
+    p = np.array([max(d.p_tools, d.p_context) for _, d in decided["warm"]])
     return {
         "within": within(rows),
         "pairs": pairs(rows),
         "pooled": figures(p, y),
-        "packaged": packaged(rows),
-        "all": shares(decided),
+        "all": shares(decided["warm"]),
+        "cold": shares(decided["cold"]),
         "sources": {source: shares(of_source) for source, of_source in by_source.items()},
     }
 
@@ -318,15 +321,19 @@ def main() -> None:
         **found["pairs"],
     }.items():
         print(f"{name:<58}" + "".join(f"{row[head]:>15.3f}" for head in heads))
-    columns = ("requests", *TIERS, "under_tiered", "no_tool_to_minimal", "hard_above_minimal")
-    print(f"\n{'source left out':<34}" + "".join(f"{head:>19}" for head in columns))
-    for name, row in {"all": found["all"], **found["sources"]}.items():
+    columns = (
+        *("requests", *TIERS),
+        *("none_to_minimal", "need_to_minimal", "left_small", "hard_above"),
+    )
+    print(f"\n{'source left out':<34}" + "".join(f"{head:>17}" for head in columns))
+    for name, row in {
+        "all, every tier warm": found["all"],
+        "all, every tier cold": found["cold"],
+        **found["sources"],
+    }.items():
         cells = ("-" if row[head] is None else f"{row[head]:.3f}" for head in columns)
-        print(f"{name:<34}" + "".join(f"{cell:>19}" for cell in cells))
+        print(f"{name:<34}" + "".join(f"{cell:>17}" for cell in cells))
         print(f"    {row['reasons']}")
-    print(f"\n{'packaged tools on offer':<34}" + "".join(f"{head:>19}" for head in columns[:4]))
-    for name, row in found["packaged"].items():
-        print(f"{name:<34}" + "".join(f"{row[head]:>19.3f}" for head in columns[:4]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from scipy.sparse import csr_matrix, hstack  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 from keepwarm.router.catalog import ToolText, WordWeights, prepare_catalog
 from keepwarm.router.features import (
@@ -61,6 +63,19 @@ SAME_TOOL: Final = 0.45
 OPEN_WEIGHT: Final = 0.2
 #: Standard deviations below this are taken as this, so that rare features aren't blown up.
 LEAST_SPREAD: Final = 0.05
+#: A gram in fewer examples than this isn't weighed.
+GRAM_FROM: Final = 2
+#: Gram weights below this aren't kept: together they move no probability by a hundredth.
+LEAST_GRAM: Final = 0.02
+EXAMPLES_FILE: Final = Path(__file__).with_name("router_examples.txt")
+#: How many requests a written line with alternatives becomes, and what share of all requests gets
+#: a sentence put before it.
+FROM_A_LINE: Final = 8
+WITH_SENTENCE: Final = 0.3
+#: What a written request weighs: few say what many of a collector's do.
+WRITTEN_WEIGHT: Final = 3.0
+#: Parts that the sources are dealt into when a score is calibrated on what it hasn't seen.
+PARTS: Final = 6
 
 
 @dataclass(frozen=True)
@@ -70,10 +85,13 @@ class Shape:
     argues_for: tuple[str, ...]
     argues_against: tuple[str, ...]
     strength: float
+    #: Whether single words and pairs are weighed too, beside the features.
+    has_grams: bool = False
     #: The share of requests that need it, to which the score is calibrated. An assumption, since
-    #: the data's shares are their collectors': half of the requests made with a certain catalog,
-    #: one in seven of those made with an unknown one; few look back, few are beyond a small prompt.
-    prior: float
+    #: the data's shares are their collectors': two in three of the requests that bring tools of
+    #: their own, three in ten of those made with the tiers' tools or unknown ones; few look back,
+    #: few are beyond a small prompt.
+    prior: float = 0.5
 
 
 SHAPES: Final = {
@@ -93,34 +111,34 @@ SHAPES: Final = {
             "cue small-talk", "cue story-problem", "code shown", "formula", "asks", "foreign",
         ),
         strength=0.001,
-        prior=0.5,
+        prior=0.65,
     ),
     "tools_open": Shape(
         argues_for=(
             "cue tool-words", "cue now", "cue act", "cue look-up", "cue files", "file named",
-            "imperative", "opens with a verb", "quoted", "entities", "identifiers", "self share",
-            "polite", "cue compute", "cue self-question", "cue earlier",
+            "identifiers", "self share", "cue self-question", "cue earlier", "cue shared",
+            "cue past-conversation", "asks of self",
         ),
         argues_against=(
             "cue explain", "cue write", "cue code", "cue advice", "cue small-talk",
-            "cue story-problem", "cue depth", "code shown", "formula", "foreign", "listed steps",
-            "sentences", "bare question",
+            "cue story-problem", "cue depth", "code shown", "formula", "foreign", "bare question",
         ),
-        strength=0.003,
-        prior=0.15,
+        strength=0.3,
+        has_grams=True,
+        prior=0.3,
     ),
     "context": Shape(
         argues_for=(
             "cue past-conversation", "cue earlier", "cue shared", "cue self-question",
-            "self share", "asks",
-            "asks of self", "one sentence", "ends asking",
+            "self share", "asks of self",
         ),
         argues_against=(
-            "cue write", "cue code", "cue compute", "cue act", "cue look-up", "cue now", "numbers",
-            "quoted", "entities", "identifiers", "imperative", "formula", "code shown", "length",
-            "sentences", "polite", "cue explain", "cue advice", "cue story-problem", "foreign",
+            "cue write", "cue code", "cue compute", "cue act", "cue look-up", "cue now",
+            "identifiers", "formula", "code shown", "cue explain", "cue advice",
+            "cue story-problem", "foreign", "cue files", "file named",
         ),
-        strength=0.003,
+        strength=0.3,
+        has_grams=True,
         prior=0.06,
     ),
     "depth": Shape(
@@ -149,6 +167,16 @@ class Row:
     is_hard: bool | None
     source: str
     id: str = ""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it was written for learning."""
+        return self.source.startswith("written/")
+
+    @property
+    def counts(self) -> float:
+        """What it weighs among examples of the request alone."""
+        return WRITTEN_WEIGHT if self.is_written else 1.0
 
     @property
     def least_tier(self) -> str:
@@ -188,6 +216,56 @@ def load(path: Path) -> list[Row]:
             )
         )
     return rows
+
+
+def written(path: Path = EXAMPLES_FILE) -> list[Row]:
+    """The requests that were written for learning, with their alternatives drawn."""
+    dice = random.Random(1)  # noqa: S311  (draws examples, keeps no secret)
+    lines: dict[str, list[str]] = {}
+    kind = ""
+    for line in map(str.strip, path.read_text(encoding="utf-8").split("\n")):
+        if line.startswith("["):
+            kind = line[1:-1]
+        elif line and not line.startswith("#"):
+            lines.setdefault(kind, []).append(line)
+    rows = []
+    for kind in ("nothing", "tools", "context"):
+        for line in lines[kind]:
+            varies = "{" in line
+            drawn = [_drawn(line, dice) for _ in range(FROM_A_LINE if varies else 1)]
+            for text in dict.fromkeys(drawn):
+                led = text.isascii() and dice.random() < WITH_SENTENCE
+                rows.append(
+                    Row(
+                        query=f"{dice.choice(lines['around'])} {text}" if led else text,
+                        tools=() if kind == "nothing" else None,
+                        needs_tool=kind != "nothing",
+                        needs_context=kind == "context",
+                        is_hard=None,
+                        source=f"written/{kind}{' varied' if varies else ''}",
+                    )
+                )
+    for line in lines["with tools"]:
+        text, _, tool = line.partition(" => ")
+        offered = ToolText(*tool.split(": ", maxsplit=1))
+        rows.append(
+            Row(
+                query=text,
+                tools=(offered,),
+                needs_tool=True,
+                needs_context=False,
+                is_hard=None,
+                source="written/with tools",
+            )
+        )
+    return rows
+
+
+def _drawn(line: str, dice: random.Random) -> str:
+    """A line with one of each of its alternatives."""
+    while found := re.search(r"\{([^{}]*)\}", line):
+        line = line[: found.start()] + dice.choice(found[1].split("|")) + line[found.end() :]
+    return " ".join(line.split())
 
 
 def word_weights(rows: Sequence[Row]) -> WordWeights:
@@ -287,7 +365,7 @@ def open_examples(rows: Sequence[Row]) -> list[Example]:
     found = []
     for row in rows:
         if not row.tools:
-            found.append(Example(row.query, (), row.needs_tool, row.source))
+            found.append(Example(row.query, (), row.needs_tool, row.source, row.counts))
         elif row.needs_tool:
             found.append(Example(row.query, (), True, row.source, OPEN_WEIGHT))
         elif looked(row.query).values["bare question"]:
@@ -297,7 +375,7 @@ def open_examples(rows: Sequence[Row]) -> list[Example]:
 
 def context_examples(rows: Sequence[Row]) -> list[Example]:
     """Whether the answer lies in earlier conversations."""
-    return [Example(row.query, (), row.needs_context, row.source) for row in rows]
+    return [Example(row.query, (), row.needs_context, row.source, row.counts) for row in rows]
 
 
 def depth_examples(rows: Sequence[Row]) -> list[Example]:
@@ -314,7 +392,9 @@ def depth_examples(rows: Sequence[Row]) -> list[Example]:
 def examples_of(name: str, rows: Sequence[Row], weights: WordWeights) -> list[Example]:
     """The examples that one score learns from."""
     if name == "tools_offered":
-        return offered_examples(rows, weights)
+        plain = ("written/with tools", "written/nothing")
+        chosen = [row for row in rows if not row.is_written or row.source in plain]
+        return offered_examples(chosen, weights)
     return {"tools_open": open_examples, "context": context_examples, "depth": depth_examples}[
         name
     ](rows)
@@ -331,8 +411,13 @@ def balanced(examples: Sequence[Example], prior: float = 0.5) -> tuple[Bools, Fl
     return labels, weights * len(weights) / weights.sum()
 
 
-def descend(x: Floats, y: Bools, w: Floats, *, strength: float, signs: Sequence[int]) -> Floats:
-    """Weights and intercept (last) of a logistic regression whose weights keep to their signs."""
+def descend(
+    x: Floats | csr_matrix, y: Bools, w: Floats, *, strength: float, signs: Sequence[int]
+) -> Floats:
+    """Weights and intercept (last) of a logistic regression whose weights keep to their signs.
+
+    A sign of 0 leaves a weight free.
+    """
     side = np.where(y, 1.0, -1.0)
 
     def loss(point: Floats) -> tuple[float, Floats]:
@@ -343,7 +428,8 @@ def descend(x: Floats, y: Bools, w: Floats, *, strength: float, signs: Sequence[
         )
         return value, np.append(strength * (x.T @ pull) + point[:-1], strength * pull.sum())
 
-    bounds = [(0.0, None) if sign > 0 else (None, 0.0) for sign in signs] + [(None, None)]
+    free = {1: (0.0, None), -1: (None, 0.0), 0: (None, None)}
+    bounds = [free[sign] for sign in signs] + [(None, None)]
     start = np.zeros(x.shape[1] + 1)
     found = minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B")
     return np.asarray(found.x, dtype=np.float64)
@@ -360,12 +446,14 @@ def platt(logits: Floats, y: Bools, w: Floats) -> Platt:
 
 @dataclass(frozen=True)
 class Table:
-    """One score's examples as numbers."""
+    """One score's examples as numbers. `grams` are columns behind the features', none for some."""
 
     names: tuple[str, ...]
     signs: tuple[int, ...]
     x: Floats
     examples: Sequence[Example]
+    grams: tuple[str, ...] = ()
+    gram_x: csr_matrix | None = None
 
 
 def table(name: str, rows: Sequence[Row], weights: WordWeights) -> Table:
@@ -376,57 +464,102 @@ def table(name: str, rows: Sequence[Row], weights: WordWeights) -> Table:
     examples = examples_of(name, rows, weights)
     told = [features(each.query, each.tools, weights) for each in examples]
     x = np.array([[each.get(key, 0.0) for key in names] for each in told])
-    return Table(names, signs, x, examples)
+    if not shape.has_grams:
+        return Table(names, signs, x, examples)
+    seen_by = [looked(each.query) for each in examples]
+    counts = Counter(gram for each in seen_by for gram in each.grams)
+    grams = tuple(sorted(gram for gram, count in counts.items() if count >= GRAM_FROM))
+    at = {gram: column for column, gram in enumerate(grams)}
+    cells = [
+        (row, at[gram], each.gram_share)
+        for row, each in enumerate(seen_by)
+        for gram in each.grams
+        if gram in at
+    ]
+    where, column, share = zip(*cells, strict=True)
+    gram_x = csr_matrix((share, (where, column)), shape=(len(examples), len(grams)))
+    return Table(names, signs, x, examples, grams, gram_x)
 
 
 def regress(name: str, data: Table, chosen: Bools) -> LinearScore:
-    """One score's regression on some of its examples, with the scaling folded in."""
+    """One score's regression on some of its examples, with the scaling folded in.
+
+    Features are scaled by their spread; beside grams, which are many and small, by a half.
+    """
     x = data.x[chosen]
     y, w = balanced([each for each, kept in zip(data.examples, chosen, strict=True) if kept])
     mean, spread = x.mean(0), np.maximum(x.std(0), LEAST_SPREAD)
-    strength = SHAPES[name].strength
-    point = descend((x - mean) / spread, y, w, strength=strength, signs=data.signs)
-    slopes = point[:-1] / spread
+    signs = data.signs
+    columns: Floats | csr_matrix
+    if data.gram_x is None:
+        columns = (x - mean) / spread
+    else:
+        mean, spread = mean * 0.0, mean * 0.0 + 2.0
+        columns = hstack([csr_matrix(x / spread), data.gram_x[np.flatnonzero(chosen)]]).tocsr()
+        signs += (0,) * len(data.grams)
+    point = descend(columns, y, w, strength=SHAPES[name].strength, signs=signs)
+    slopes = point[: len(data.names)] / spread
     used = [at for at, slope in enumerate(slopes) if abs(slope) > 1e-3]
+    of_grams = zip(data.grams, point[len(data.names) : -1], strict=True)
     return LinearScore(
         name=name,
         intercept=float(point[-1] - slopes @ mean),
         weights={data.names[at]: float(slopes[at]) for at in used},
-        centers={data.names[at]: float(mean[at]) for at in used},
+        centers={data.names[at]: float(x[:, at].mean()) for at in used},
+        grams={gram: float(weight) for gram, weight in of_grams if abs(weight) >= LEAST_GRAM},
     )
 
 
 def raw_logits(score: LinearScore, data: Table) -> Floats:
     """Uncalibrated logits of a table's examples."""
     slopes = np.array([score.weights.get(name, 0.0) for name in data.names])
-    return np.asarray(data.x @ slopes + score.intercept, dtype=np.float64)
+    logits = data.x @ slopes + score.intercept
+    if data.gram_x is not None:
+        logits = logits + data.gram_x @ np.array([score.grams.get(g, 0.0) for g in data.grams])
+    return np.asarray(logits, dtype=np.float64)
+
+
+def parts_of(data: Table) -> list[Bools]:
+    """The examples in parts of whole sources, none of which holds the only source of its label."""
+    base = np.array([each.source.split(" ")[-1] for each in data.examples])
+    sizes = Counter(base.tolist())
+    held = np.zeros(len(base), dtype=np.int64)
+    load_of = [0] * PARTS
+    for source, size in sorted(sizes.items(), key=lambda each: (-each[1], each[0])):
+        part = load_of.index(min(load_of))
+        load_of[part] += size
+        held[base == source] = part
+    labels = np.array([each.label for each in data.examples])
+    parts = []
+    for part in range(PARTS):
+        inside = held == part
+        if not inside.any():
+            continue
+        if len(set(labels[~inside].tolist())) == 2:
+            parts.append(inside)
+        else:  # the only source of a label can't be left out; its examples are split instead
+            halves = np.arange(len(base)) % 2 == 0
+            parts += [inside & halves, inside & ~halves]
+    return parts
 
 
 def learn_score(name: str, rows: Sequence[Row], weights: WordWeights) -> LinearScore:
-    """One score, calibrated on what it says of sources it hasn't seen (an inner leave-one-out)."""
+    """One score, calibrated on what it says of sources it hasn't seen (an inner leave-out)."""
     data = table(name, rows, weights)
-    base = np.array([each.source.split(" ")[-1] for each in data.examples])
-    held_out = np.zeros(len(base))
-    for source in sorted(set(base)):
-        # A score's only positive source can't be left out; its examples are split instead.
-        labels = {
-            each.label for each, kept in zip(data.examples, base != source, strict=True) if kept
-        }
-        if len(labels) == 2:
-            parts = [base == source]
-        else:
-            halves = np.arange(len(base)) % 2 == 0
-            parts = [(base == source) & halves, (base == source) & ~halves]
-        for part in parts:
-            held_out[part] = raw_logits(regress(name, data, ~part), data)[part]
+    held_out = np.zeros(len(data.examples))
+    for part in parts_of(data):
+        held_out[part] = raw_logits(regress(name, data, ~part), data)[part]
     y, w = balanced(data.examples, SHAPES[name].prior)
-    whole = regress(name, data, np.ones(len(base), dtype=bool))
-    return LinearScore(name, whole.intercept, whole.weights, whole.centers, platt(held_out, y, w))
+    whole = regress(name, data, np.ones(len(data.examples), dtype=bool))
+    return replace(whole, platt=platt(held_out, y, w))
 
 
 def learn(rows: Sequence[Row], *, only: Collection[str] = tuple(SHAPES)) -> Weights:
-    """All scores (or some, for judging one) from labelled rows."""
-    listed = word_weights(rows)
+    """All scores (or some, for judging one) from labelled rows.
+
+    Word weights come from rows with labels of others alone: written ones have their words chosen.
+    """
+    listed = word_weights([row for row in rows if not row.is_written])
     return Weights(words=listed, scores={name: learn_score(name, rows, listed) for name in only})
 
 
@@ -438,7 +571,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=WEIGHTS_FILE, help="where --write writes")
     told = parser.parse_args()
     rows = load(told.data)
-    weights = replace(learn(rows), trained_on=f"{len(rows)} requests")
+    own = written()
+    trained_on = f"{len(rows)} labelled and {len(own)} written requests"
+    weights = replace(learn([*rows, *own]), trained_on=trained_on)
     for score in weights.scores.values():
         print(f"{score.name}: {len(score.weights)} features, intercept {score.intercept:.2f}")
         for feature, weight in sorted(score.weights.items(), key=lambda each: -abs(each[1])):

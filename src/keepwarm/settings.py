@@ -295,17 +295,6 @@ class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
     escalate: Annotated[
         bool, Meta(description="replay a request one tier up when the model asks for it")
     ] = True
-    judge: Annotated[
-        bool,
-        Meta(
-            description="let the model name the tier where the router's scores leave doubt; see "
-            "docs/router.md for how to measure whether yours can"
-        ),
-    ] = False
-    judge_timeout_s: Annotated[
-        float,
-        Meta(gt=0, le=60, description="seconds after which the scores' choice is taken instead"),
-    ] = 3.0
 
 
 class HygieneSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

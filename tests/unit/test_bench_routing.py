@@ -188,14 +188,15 @@ def test_what_the_router_chose_counts_and_not_what_the_model_asked_for_then() ->
 def test_a_cold_tier_costs_its_tokens_and_what_it_costs_warm() -> None:
     prefixes = report().prefixes
     costs = cold_costs(prefixes, prefill_s_per_token=0.01)
-    usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
+    usual = {cost.tier: cost for cost in DEFAULT_COSTS}
     assert [cost.tier for cost in costs] == list(TIERS)
     for cost, tokens in zip(costs, (241, 2083, 3633), strict=True):
-        assert cost.seconds == pytest.approx(tokens * 0.01 + usual[cost.tier])
+        assert cost.first_s == pytest.approx(tokens * 0.01 + usual[cost.tier].first_s)
+        assert cost.token_s == usual[cost.tier].token_s
 
 
 def test_cold_prompts_are_avoided_more_readily_than_warm_ones() -> None:
-    router = load_router(tiers_dir=None, state_dir=None, own_tools=None)
+    router = load_router(tiers_dir=None, own_tools=None)
 
     def at(*seconds: float) -> Counter[str]:
         costs = [TierCost(tier, s) for tier, s in zip(TIERS, seconds, strict=True)]

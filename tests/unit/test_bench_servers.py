@@ -156,7 +156,7 @@ def test_both_shapes_of_a_request_ask_the_same() -> None:
     assert direct["max_tokens"] == through["max_tokens"]
 
 
-def test_a_run_neither_uses_the_user_s_recalibrated_router_nor_adds_to_its_outcomes(
+def test_a_run_neither_uses_nor_changes_the_user_s_state(
     tmp_path: Path,
 ) -> None:
     command = _serve_command(tmp_path / "keepwarm.toml")

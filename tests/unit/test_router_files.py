@@ -1,4 +1,4 @@
-"""The router's files and its commands: weights, deployment rules, batches, reports."""
+"""The router's files and its command: weights, word lists, deployment rules, batches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from keepwarm.cli import route as route_cli
+from keepwarm.cli.main import app
 from keepwarm.errors import ConfigError
 from keepwarm.router import Reason, RouteRequest, config_from_toml, weights_from_json
-from keepwarm.router.calibrate import Outcome
-from keepwarm.router.config import RouterConfig, probability_thresholds
+from keepwarm.router.config import RouterConfig
 from keepwarm.router.model import weights_to_json
-from keepwarm.router.types import MissCosts, TierCost
 from keepwarm.tiers.router_files import load_router, shipped_weights
-from keepwarm.tiers.router_outcomes import OutcomeLog
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = """
@@ -60,7 +57,7 @@ def test_weights_that_cant_be_used_are_refused(damaged: Any) -> None:
 
 def router(tmp_path: Path, rules: str = RULES) -> Any:
     (tmp_path / "routing.toml").write_text(rules, encoding="utf-8")
-    return load_router(tiers_dir=tmp_path, state_dir=None, own_tools=[])
+    return load_router(tiers_dir=tmp_path, own_tools=[])
 
 
 @pytest.mark.parametrize(
@@ -97,6 +94,8 @@ def test_a_floor_may_be_exceeded_and_a_final_rule_may_not(tmp_path: Path) -> Non
         ("nonsense = 1", "nonsense"),
         ("[costs]\ntools = 1", "tools_s"),
         ("[costs]\ntools_s = -1", "tools_s"),
+        ("[costs]\nspoiled = 1.5", "spoiled is a share"),
+        ("[costs]\nstep_s = 0.3", "step_s is no more"),
         ('[[rule]]\ntier = "huge"\nany = ["x"]', "rule 1: tier"),
         ('[[rule]]\ntier = "full"', "every request"),
         ('[[rule]]\ntier = "full"\nany = "x"', "any"),
@@ -126,13 +125,6 @@ def test_the_examples_in_the_packaged_rules_are_valid() -> None:
     assert len(config_from_toml(tomllib.loads(head + uncommented)).rules) == 3
 
 
-def test_thresholds_are_what_more_costs_over_what_lacking_costs() -> None:
-    costs = (TierCost("minimal", 0.3), TierCost("standard", 1.2), TierCost("full", 2.4))
-    found = probability_thresholds(MissCosts(tools_s=24.0, step_s=0.3), costs)
-    assert found["tools"] == pytest.approx((1.2 - 0.3 + 0.3) / 24.0)
-    assert probability_thresholds(MissCosts(depth_s=0.0), costs)["depth"] == 0.99
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a `keepwarm route` command with no server, no settings and an empty state directory."""
@@ -147,7 +139,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str, stdin: str = "") -> Any:
-        return CliRunner().invoke(route_cli.app, list(arguments), input=stdin)
+        return CliRunner().invoke(app, ["route", *arguments], input=stdin)
 
     return invoke
 
@@ -156,10 +148,15 @@ def test_a_text_is_explained_without_a_server(run: Any) -> None:
     told = json.loads(run("Run the tests and tell me what fails", "--json").stdout)
     assert told["tier"] in ("standard", "full")
     assert set(told["costs"]) == {"minimal", "standard", "full"}
+    for cost in told["costs"].values():
+        parts = sum(cost[part] for part in ("first_s", "reply_s", "displaced_s", "risk_s"))
+        assert parts == pytest.approx(cost["expected_s"], abs=0.01)
     assert told["contributions"]
     shown = run("hi").stdout
     assert "small-talk" in shown
     assert "minimal" in shown
+    for head in ("first token", "30 tokens", "displaces", "risk", "sum, s"):
+        assert head in shown
 
 
 def test_a_batch_is_answered_in_order_with_or_without_tools(run: Any, tmp_path: Path) -> None:
@@ -200,39 +197,3 @@ def test_a_bad_line_of_a_batch_is_named(run: Any, line: str) -> None:
     assert isinstance(done.exception, ConfigError)
     assert "line 2" in str(done.exception)
     assert len(done.stdout.splitlines()) == 1
-
-
-def test_a_report_counts_tiers_reasons_and_escalations(run: Any, tmp_path: Path) -> None:
-    assert "No routed request" in run("report").stdout
-    log = OutcomeLog(tmp_path / "state" / "keepwarm")
-    for _ in range(3):
-        log.record(Outcome(4e9, "minimal", "simple", {}, tools_used=False))
-    log.record(Outcome(4e9, "full", "explicit-tier", {}, is_explicit=True, tools_used=True))
-    log.flush()
-    told = json.loads(run("report", "--json").stdout)
-    assert told["requests"] == 4
-    assert [(row["tier"], row["requests"]) for row in told["tiers"]] == [
-        ("minimal", 3),
-        ("full", 1),
-    ]
-    assert told["reasons"] == {"simple": 3, "explicit-tier": 1}
-
-
-def test_calibrate_shows_before_and_after_keeps_them_and_can_be_undone(
-    run: Any, tmp_path: Path
-) -> None:
-    log = OutcomeLog(tmp_path / "state" / "keepwarm")
-    for at in range(200):
-        # The shipped score says even odds; here one in ten used a tool.
-        log.record(Outcome(4e9, "standard", "unsure", {"tools": 0.0}, tools_used=at % 10 == 0))
-    log.flush()
-    kept = tmp_path / "state" / "keepwarm" / "router-calibration.json"
-    assert json.loads(run("calibrate", "--dry-run", "--json").stdout)["kept"] is False
-    assert not kept.exists()
-    told = json.loads(run("calibrate", "--json").stdout)
-    tools = next(each for each in told["scores"] if each["score"] == "tools")
-    assert tools["after"]["log_loss"] < tools["before"]["log_loss"]
-    assert json.loads(kept.read_text())["tools"][1] < -1.0
-    assert "tools" in run("calibrate").stdout
-    run("calibrate", "--reset")
-    assert json.loads(kept.read_text()) == {}

@@ -16,6 +16,10 @@ _SHORT_TOKENS = 64
 _LONG_TOKENS = 128
 # Fewer measure the pass of the engine's loop.
 _LEAST_TOKENS = 4
+# Decoding behind 241, 2,083 and 3,633 tokens: 63, 46 and 31 tokens a second (SmolLM2-135M, two
+# cores, docs/benchmark.md): a token costs twice as much behind some four thousand as behind none.
+_DECODE_S = 0.0145
+_DECODE_DOUBLES_TOKENS = 4000.0
 # A count of fewer characters measures its round trips.
 _COUNTED_CHARS = 2000
 # Weight of a new observation. 0.2 forgets nine tenths of the past in ten observations.
@@ -36,6 +40,42 @@ class Mean:
 
 
 @dataclass(slots=True)
+class DecodeCost:
+    """What a token of a reply costs by how many tokens it looks back at.
+
+    A mean for each doubling of that number. Where nothing has been seen, the nearest one is taken
+    and stretched by `_decode_growth`, which is also the shape of the prior.
+    """
+
+    _means: dict[int, tuple[Mean, Mean]] = field(default_factory=dict)
+
+    def observe(self, *, context_tokens: float, tokens: int, seconds: float) -> None:
+        """Learn from a reply's own count; a few tokens measure the engine's loop instead."""
+        if tokens < _LEAST_TOKENS or seconds <= 0:
+            return
+        place, cost = self._means.setdefault(_doubling(context_tokens), (Mean(0.0), Mean(0.0)))
+        place.learn(context_tokens)
+        cost.learn(seconds / tokens)
+
+    def at(self, context_tokens: float) -> float:
+        """Seconds a token behind so many others."""
+        growth = _decode_growth(context_tokens)
+        if not self._means:
+            return _DECODE_S * growth
+        wanted = _doubling(context_tokens)
+        place, cost = self._means[min(self._means, key=lambda seen: (abs(seen - wanted), seen))]
+        return cost.value * growth / _decode_growth(place.value)
+
+
+def _doubling(tokens: float) -> int:
+    return int(tokens).bit_length()
+
+
+def _decode_growth(context_tokens: float) -> float:
+    return 1.0 + context_tokens / _DECODE_DOUBLES_TOKENS
+
+
+@dataclass(slots=True)
 class Rates:
     """Costs of prefill, save and restore on this machine with this model.
 
@@ -46,6 +86,7 @@ class Rates:
     prefill_s_per_token: Mean = field(default_factory=lambda: Mean(0.005))
     short_prefill_s_per_token: Mean = field(default_factory=lambda: Mean(0.005))
     decode_s_per_token: Mean = field(default_factory=lambda: Mean(0.02))
+    decode_cost: DecodeCost = field(default_factory=DecodeCost)
     restore_s_per_byte: Mean = field(default_factory=lambda: Mean(0.5e-9))
     save_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))
     assemble_s_per_byte: Mean = field(default_factory=lambda: Mean(0.7e-9))

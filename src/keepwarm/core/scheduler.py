@@ -705,6 +705,10 @@ class Scheduler:
             slot.content.saved_tokens = slot.content.tokens
         slot.held_tokens = slot.content.tokens
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
+        looked_back = counts.prompt + counts.decoded / 2
+        self.rates.decode_cost.observe(
+            context_tokens=looked_back, tokens=counts.decoded, seconds=counts.decode_s
+        )
         is_text = job.prompt.marks[-1].tokens is None and not job.prompt.has_media
         if counts.prompt >= 64 and is_text:
             self.rates.tokens_per_char.learn(counts.prompt / max(job.prompt.chars, 1))

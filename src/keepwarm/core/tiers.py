@@ -59,9 +59,8 @@ ACKNOWLEDGEMENT = "Understood."
 Templates that take no second system message mostly insist on user and assistant in turn.
 """
 
-# `auto` is the virtual model that lets the router choose, `judge` the prompt that asks the model
-# which tier a task needs; no tier can be called so.
-_RESERVED_NAMES = frozenset({"auto", "judge"})
+# `auto` is the virtual model that lets the router choose; no tier can be called so.
+_RESERVED_NAMES = frozenset({"auto"})
 _TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}\Z")
 # {{word}} stands for a literal {word}; anything with a blank, quote or colon in the braces is text.
 _PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")

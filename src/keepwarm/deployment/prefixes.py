@@ -1,8 +1,8 @@
 """Which prefixes a deployment keeps warm, how far each is, and what each would cost a request now.
 
-The tiers (and the judge's prompt where there is a judge), then what was learned from clients. All
-are warm before the first request; where the owner prefers availability (`tiers.wait = false`) only
-what the store holds is, and the rest is made warm behind the requests.
+The tiers, then what was learned from clients. All are warm before the first request; where the
+owner prefers availability (`tiers.wait = false`) only what the store holds is, and the rest is made
+warm behind the requests.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import time
 from collections.abc import Sequence
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.core.tiers import TierSet
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
 from keepwarm.errors import ConfigError, SnapshotError
-from keepwarm.router import DEFAULT_COSTS, TierCost
-from keepwarm.router.judge import judges_prompt
+from keepwarm.router import TierCost
 
 log = logging.getLogger("keepwarm")
+
+# A task of one sentence, in a chat template: the median of the router's labelled requests.
+_TASK_TOKENS = 60
 
 
 class UnprovedError(Exception):
@@ -52,14 +53,9 @@ class Prefixes:
         """
         runtime = self._runtime
         settings = runtime.settings.tiers
-        counter, fingerprint = runtime.counter, runtime.fingerprint
-        targets = await tier_targets(
-            runtime.tiers, counter, fingerprint=fingerprint, only=settings.warm
+        return await tier_targets(
+            runtime.tiers, runtime.counter, fingerprint=runtime.fingerprint, only=settings.warm
         )
-        if settings.judge:
-            prompts = TierSet([judges_prompt()])
-            targets += await tier_targets(prompts, counter, fingerprint=fingerprint)
-        return targets
 
     async def warm(self) -> None:
         """Warm all of them and tell the scheduler.
@@ -100,28 +96,30 @@ class Prefixes:
             self._later = runtime.supervise(self._warm_later(later))
 
     def costs(self) -> list[TierCost]:
-        """What each tier would cost a new request at this moment, in seconds.
-
-        Until its first token, and then what a larger prompt costs even when it is warm: it is
-        attended to at every step, and a small model loses itself in it. The second part is the
-        usual costs', which the router's figures were measured with.
-        """
-        usual = {cost.tier: cost.seconds for cost in DEFAULT_COSTS}
+        """What each tier would cost a new request at this moment, by the rates learned here."""
         dispatcher, store = self._runtime.dispatcher, self._runtime.store
         rates = dispatcher.rates
-        held = [slot.content.marks for slot in dispatcher.scheduler.slots if slot.content]
+        slots = dispatcher.scheduler.slots
+        held = [slot.content.marks for slot in slots if slot.content]
+        row_bytes = self._runtime.machine.row_bytes
         out = []
         for target in self.targets:
             tokens = len(target.tokens)
             if any(target.digest in marks for marks in held):
-                seconds = 0.0
+                first_s = 0.0
             elif hit := store.lookup([target.digest], namespace=""):
-                seconds = rates.restore_s(hit.restore_bytes, ready=hit.is_ready)
-                seconds += rates.prefill_s(tokens - hit.at_tokens)
+                first_s = rates.restore_s(hit.restore_bytes, ready=hit.is_ready)
+                first_s += rates.prefill_s(tokens - hit.at_tokens)
             else:
-                seconds = rates.prefill_s(tokens)
+                first_s = rates.prefill_s(tokens)
+            # Its rows stand where somebody else's stood, who has them restored later.
+            is_free = len(held) < len(slots)
+            displaced_s = 0.0 if is_free else rates.restore_s(tokens * row_bytes, ready=True)
+            # The task itself, behind the tier.
+            first_s += rates.prefill_s(_TASK_TOKENS)
+            token_s = rates.decode_cost.at(tokens + _TASK_TOKENS)
             name = target.name.removeprefix("tier:")
-            out.append(TierCost(name, seconds + usual.get(name, 0.0)))
+            out.append(TierCost(name, first_s, token_s, displaced_s))
         return out
 
     async def _unsaved(self) -> list[Target]:

@@ -50,7 +50,6 @@ from keepwarm.engine.process import EngineProcess
 from keepwarm.engine.rendering import fitted_tiers, system_places, unrendered_arguments
 from keepwarm.engine.session import wait_ready
 from keepwarm.errors import (
-    ConfigError,
     DeadlineError,
     EngineDownError,
     EngineError,
@@ -67,14 +66,11 @@ from keepwarm.settings import Places, Settings, trace_export
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
 from keepwarm.tiers.router_files import load_router
-from keepwarm.tiers.router_outcomes import OutcomeLog
 from keepwarm.tiers.routing import TierRouter
 from keepwarm.tiers.tiering import AUTO, Tiered
 
 log = logging.getLogger("keepwarm")
 
-# Losing half a minute of routing outcomes in a crash costs a little evidence.
-_OUTCOMES_EVERY_S = 30.0
 _CANCEL_AGAIN_S = 1.0
 
 
@@ -143,10 +139,8 @@ class Runtime(Deployment):
             self.tiers,
             load_router(
                 tiers_dir=self.tiers_dir,
-                state_dir=places.state_home / "keepwarm",
                 own_tools=list(self.tiers)[-1].tools,
             ),
-            OutcomeLog(places.state_home / "keepwarm"),
             costs=self.prefixes.costs,
             untiered=settings.tiers.untiered,
         )
@@ -224,21 +218,8 @@ class Runtime(Deployment):
             hang_timeout_s=settings.engine.hang_timeout_s,
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
-        self.supervise(self._keep_outcomes())
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
-
-    async def _keep_outcomes(self) -> None:
-        """Write what became of routed requests, now and then; nobody waits for it."""
-        while True:
-            await asyncio.sleep(_OUTCOMES_EVERY_S)
-            await self._write_outcomes()
-
-    async def _write_outcomes(self) -> None:
-        try:
-            await asyncio.to_thread(self.router.outcomes.flush)
-        except ConfigError as error:
-            log.warning("what became of routed requests isn't kept: %s", error)
 
     def _set_ready(self) -> None:
         self.state = State.READY
@@ -417,7 +398,6 @@ class Runtime(Deployment):
             self.client.http.abort()
         await end_tasks(self._tasks)
         await self.explainer.close()
-        await self._write_outcomes()
         if self.tracing:
             await asyncio.to_thread(self.tracing.close)
         if hasattr(self, "store"):

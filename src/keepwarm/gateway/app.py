@@ -129,9 +129,7 @@ class _Site:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        decision = runtime.router.decide(body, explain=True).to_json()
-        decision["costs"] = {c.tier: round(c.seconds, 4) for c in runtime.prefixes.costs()}
-        return _json(decision)
+        return _json(runtime.router.decide(body, explain=True).to_json())
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
         """The engine's `/slots`; of them only which are at work, where others' are among them."""

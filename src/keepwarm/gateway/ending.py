@@ -18,8 +18,7 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
     # Both at once: between them nothing may happen, or requests of one moment seem to follow each
     # other and are explained by each other.
     now_s, clock_s = time.monotonic(), time.time()
-    asked = exchange.asked
-    runtime.router.note(asked.chat, exchange.tiered, exchange.reply)
+    runtime.router.note(exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
     runtime.explainer.ended(
         EndedRequest(

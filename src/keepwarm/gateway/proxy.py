@@ -44,7 +44,6 @@ from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_fits, reply_limit
 from keepwarm.gateway.fitting import refuse_too_long
-from keepwarm.gateway.judge import Judge
 from keepwarm.gateway.opening import Opening
 from keepwarm.gateway.upstream import (
     PROGRESS,
@@ -82,10 +81,6 @@ class Proxy:
         self._runtime = runtime
         # Requests under which the engine died go again one at a time, so that the culprit is found.
         self._suspects = asyncio.Lock()
-        tiers = runtime.settings.tiers
-        self._judge = (
-            Judge(self._ask_judge, timeout_s=tiers.judge_timeout_s) if tiers.judge else None
-        )
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Serve one request of a planned API, whichever it is, or count its tokens."""
@@ -156,8 +151,6 @@ class Proxy:
         await runtime.admitted()
         await refuse_too_long(runtime, asked)
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
-        if self._judge is not None:
-            tiered = await self._judged(self._judge, asked, tiered)
         while True:
             exchange = self._exchange(asked, tiered, received_s)
             if request is not None and (opening := request.get(_OPENING)):
@@ -180,33 +173,6 @@ class Proxy:
                 tiered = up
             finally:
                 tell_ended(runtime, exchange)
-
-    async def _judged(self, judge: Judge, asked: ClientRequest, tiered: Tiered) -> Tiered:
-        """The request with the tier that the model names, where asking it may pay."""
-        runtime = self._runtime
-        doubt_s = tiered.decision.doubt_s if tiered.decision else 0.0
-        if not doubt_s:
-            return tiered
-        text = runtime.router.task_of(asked.chat)
-        if not judge.is_worth_asking(text, doubt_s=doubt_s, rates=runtime.dispatcher.rates):
-            return tiered
-        verdict = await judge.verdict(text, namespace=asked.namespace, priority=asked.priority)
-        if verdict is None:
-            return tiered
-        return runtime.router.judged(asked.api, asked.body, tiered, verdict, asked.namespace)
-
-    async def _ask_judge(self, asked: ClientRequest, tiered: Tiered) -> Reply | None:
-        """Serve a question of ours like a request, recorded like one."""
-        exchange = self._exchange(asked, tiered, time.monotonic())
-        exchange.may_escalate = False
-        try:
-            await self._serve(None, exchange)
-        except KeepwarmError as error:
-            exchange.trouble = error.kind
-            raise
-        finally:
-            tell_ended(self._runtime, exchange)
-        return exchange.reply
 
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""

@@ -12,10 +12,11 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any, Final
 
-from keepwarm.router.lexicon import SLOT_WORDS, STOP_WORDS, TOOL_STOP_WORDS, VERB_CLASSES
+from keepwarm.router.lexicon import lexicon
 from keepwarm.router.words import by_stem, concepts, content_stems, name_words, stem, words
 
 #: Characters of a description that are looked at; longer ones turn to details and examples.
@@ -28,10 +29,17 @@ _ARGUMENTS = re.compile(
     re.IGNORECASE,
 )
 
-VERB_CLASS_OF: Final[dict[str, str]] = {
-    stem(word): kind for kind, listed in VERB_CLASSES.items() for word in listed
-}
-_SLOT_OF: Final = by_stem(SLOT_WORDS)
+
+@cache
+def verb_class_of() -> dict[str, str]:
+    """By stem: what a verb asks for."""
+    classes = lexicon().verb_classes
+    return {stem(word): kind for kind, listed in classes.items() for word in listed}
+
+
+@cache
+def _slot_of() -> dict[str, tuple[str, ...]]:
+    return by_stem(lexicon().slot_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +136,14 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
     cut = _ARGUMENTS.search(head, min(len(head), 12))
     core = words(head[: cut.start()] if cut else head)
 
+    lists, verbs, slots = lexicon(), verb_class_of(), _slot_of()
+
     def meaning(found: Iterable[str]) -> tuple[str, ...]:
-        return tuple(content_stems(word for word in found if word not in TOOL_STOP_WORDS))
+        return tuple(content_stems(word for word in found if word not in lists.tool_stop))
 
     name_stems, every = meaning(named), meaning([*named, *described])
-    kinds = {
-        VERB_CLASS_OF[each] for word in (*named, *core[:2]) if (each := stem(word)) in VERB_CLASS_OF
-    }
-    in_order = [stem(word) for word in described if word not in STOP_WORDS]
+    kinds = {verbs[each] for word in (*named, *core[:2]) if (each := stem(word)) in verbs}
+    in_order = [stem(word) for word in described if word not in lists.stop]
     named_in_order = [stem(word) for word in named]
     return ToolFacts(
         name=tool.name,
@@ -148,7 +156,7 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
         verbs=frozenset(kinds),
         trigrams=trigrams([*named, *described]),
         slots=frozenset(
-            slot for word in (*named, *described) for slot in _SLOT_OF.get(stem(word), ())
+            slot for word in (*named, *described) for slot in slots.get(stem(word), ())
         ),
     )
 

@@ -5,7 +5,7 @@ The form is documented in the file itself (`configs/prompt-tiers/routing.toml`) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -21,12 +21,12 @@ from keepwarm.router.types import (
 )
 from keepwarm.router.words import words
 
-#: What the tiers cost when nobody has measured: a small model on two cores, minimal warm and the
-#: rest to be prefilled in part.
+#: What the tiers cost when nobody has measured: all of them warm, a small model (135M) on two
+#: cores, the medians of docs/benchmark.md; what is displaced is restored at 2 GB/s.
 DEFAULT_COSTS: Final = (
-    TierCost(MINIMAL, 0.3),
-    TierCost(STANDARD, 1.2),
-    TierCost(FULL, 2.4),
+    TierCost(MINIMAL, first_s=0.05, token_s=0.016, displaced_s=0.003),
+    TierCost(STANDARD, first_s=0.14, token_s=0.022, displaced_s=0.024),
+    TierCost(FULL, first_s=0.22, token_s=0.032, displaced_s=0.042),
 )
 
 _RULE_KEYS: Final = frozenset(
@@ -42,25 +42,6 @@ class RouterConfig:
     costs: MissCosts = field(default_factory=MissCosts)
     rules: tuple[DeploymentRule, ...] = ()
     unsure_tier: str = STANDARD
-
-
-def probability_thresholds(missing: MissCosts, costs: Sequence[TierCost]) -> dict[str, float]:
-    """The probabilities from which on a larger tier costs less, each score by itself.
-
-    That is (what the larger tier costs more) / (what lacking it costs), at most 0.99.
-    """
-    seconds = {each.tier: each.seconds for each in costs}
-
-    def step(larger: str, smaller: str, lack_s: float) -> float:
-        steps = TIERS.index(larger) - TIERS.index(smaller)
-        more = seconds[larger] - seconds[smaller] + steps * missing.step_s
-        return min(0.99, max(0.001, more / lack_s)) if lack_s else 0.99
-
-    return {
-        "tools": step(STANDARD, MINIMAL, missing.tools_s),
-        "context": step(FULL, MINIMAL, missing.context_s),
-        "depth": step(FULL, MINIMAL, missing.depth_s),
-    }
 
 
 def _phrases(raw: Any, where: str) -> tuple[str, ...]:
@@ -115,11 +96,18 @@ def config_from_toml(data: Mapping[str, Any]) -> RouterConfig:
         raise ConfigError(f"routing.toml has unknown keys: {', '.join(unknown)}.")
     raw_costs = data.get("costs", {})
     known = {each.name for each in fields(MissCosts)}
+    if isinstance(raw_costs, Mapping) and "step_s" in raw_costs:
+        raise ConfigError(
+            "routing.toml: costs.step_s is no more; remove it. What a larger prompt costs is"
+            " measured now, and what it spoils is costs.spoiled."
+        )
     if not isinstance(raw_costs, Mapping) or (unknown := sorted(set(raw_costs) - known)):
         raise ConfigError(f"routing.toml: [costs] may hold {', '.join(sorted(known))}.")
     for name, value in raw_costs.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise ConfigError(f"routing.toml: costs.{name} must be seconds, 0 or more.")
+            raise ConfigError(f"routing.toml: costs.{name} must be a number, 0 or more.")
+        if not name.endswith("_s") and value > 1:
+            raise ConfigError(f"routing.toml: costs.{name} is a share, from 0 to 1.")
     unsure = data.get("unsure_tier", STANDARD)
     if unsure not in TIERS:
         raise ConfigError(f"routing.toml: unsure_tier must be one of {', '.join(TIERS)}.")

@@ -10,17 +10,19 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Final
 
-from keepwarm.router.catalog import VERB_CLASS_OF, Catalog, ToolFacts, WordWeights, trigrams
-from keepwarm.router.lexicon import ASKING_WORDS, POLITE_WORDS, PROJECTS, VALUE_WORDS
+from keepwarm.router.catalog import Catalog, ToolFacts, WordWeights, trigrams, verb_class_of
+from keepwarm.router.lexicon import lexicon
 from keepwarm.router.words import (
     concepts_of,
     content_stems,
     count_cues,
     foreign_cues,
     foreign_share,
+    grams,
     stem,
     words,
 )
@@ -68,10 +70,13 @@ _PLACE = re.compile(
     r"\b(?:in|near|at|from|to|for|around|between|of|visit|and) (?:the )?[A-Z][a-z]+"
     r"|[A-Z]\w+, [A-Z]\w"
 )
-_VALUE_OF: Final[dict[str, tuple[str, ...]]] = {
-    word: tuple(kind for kind, listed in VALUE_WORDS.items() if word in listed)
-    for word in {word for listed in VALUE_WORDS.values() for word in listed}
-}
+
+
+@cache
+def _value_of() -> dict[str, tuple[str, ...]]:
+    kinds = lexicon().value_words
+    named = {word for listed in kinds.values() for word in listed}
+    return {word: tuple(k for k, listed in kinds.items() if word in listed) for word in named}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,8 @@ class Seen:
     is_small_talk: bool
     tier_words_removed: bool
     text: str
+    grams: tuple[str, ...] = ()
+    gram_share: float = 1.0
 
     @property
     def n_words(self) -> int:
@@ -119,13 +126,15 @@ def look(text: str, *, tier_words_removed: bool = False) -> Seen:
             cues[cue] = max(0, cues[cue] - cues["how-to"])
     n = len(found)
     opening = found[:6]
-    first_verb = next((VERB_CLASS_OF[s] for w in opening if (s := stem(w)) in VERB_CLASS_OF), None)
+    found_grams, share = grams(found)
+    lists, verbs = lexicon(), verb_class_of()
+    first_verb = next((verbs[s] for w in opening if (s := stem(w)) in verbs), None)
     ends_asking = "?" in text[-40:]
-    first_asks = bool(opening) and opening[0] in ASKING_WORDS and opening[0] not in POLITE_WORDS
+    first_asks = bool(opening) and opening[0] in lists.asking and opening[0] not in lists.polite
     sentences = 1 + sum(text.count(mark) for mark in (". ", "? ", "! ", "\n"))
     numbers = len(_NUMBER.findall(text))
     has_files = bool(_FILE_END.search(text)) and any(
-        each.lower() not in PROJECTS for each in _FILE.findall(text)
+        each.lower() not in lists.projects for each in _FILE.findall(text)
     )
     values = {
         "length": _saturated(math.log1p(n), 6.5),
@@ -133,9 +142,9 @@ def look(text: str, *, tier_words_removed: bool = False) -> Seen:
         "sentences": _saturated(sentences - 1, 10),
         "asks": float(first_asks),
         "ends asking": float(ends_asking),
-        "imperative": float(bool(found) and stem(found[0]) in VERB_CLASS_OF),
+        "imperative": float(bool(found) and stem(found[0]) in verbs),
         "opens with a verb": float(first_verb is not None),
-        "polite": float(bool(opening) and opening[0] in POLITE_WORDS),
+        "polite": float(bool(opening) and opening[0] in lists.polite),
         "numbers": _saturated(numbers, 4),
         "any number": float(numbers > 0),
         "quoted": _saturated(len(_QUOTED.findall(text)), 2),
@@ -162,6 +171,8 @@ def look(text: str, *, tier_words_removed: bool = False) -> Seen:
         is_small_talk=0 < n <= 6 and cues.get("small-talk", 0) > 0 and n <= 4 * cues["small-talk"],
         tier_words_removed=tier_words_removed,
         text=text,
+        grams=found_grams,
+        gram_share=share,
     )
 
 
@@ -205,7 +216,8 @@ class Asked:
 def given_values(request: Seen) -> frozenset[str]:
     """The kinds of value a request gives, of those that tools ask for."""
     text, values = request.text, request.values
-    given = {kind for word in request.words for kind in _VALUE_OF.get(word, ())}
+    kinds = _value_of()
+    given = {kind for word in request.words for kind in kinds.get(word, ())}
     if values["any number"]:
         given.add("amount")
         if _YEAR.search(text):
@@ -225,6 +237,7 @@ def given_values(request: Seen) -> frozenset[str]:
 
 def prepare_request(request: Seen, weights: WordWeights) -> Asked:
     """The request's side of the comparison with the tools on offer."""
+    verbs = verb_class_of()
     stems = tuple(content_stems(request.words))
     in_order = [stem(word) for word in request.words]
     conceptual = tuple((each, named) for each in stems if (named := concepts_of(each)))
@@ -235,7 +248,7 @@ def prepare_request(request: Seen, weights: WordWeights) -> Asked:
         given=given_values(request),
         conceptual=conceptual,
         concepts=frozenset(each for _, named in conceptual for each in named),
-        verbs=frozenset(VERB_CLASS_OF[each] for each in stems if each in VERB_CLASS_OF),
+        verbs=frozenset(verbs[each] for each in stems if each in verbs),
         trigrams=trigrams(dict.fromkeys(request.words[:TRIGRAM_WORDS])),
         weight=weights.total(stems),
         lowered=request.text.lower(),
@@ -244,11 +257,11 @@ def prepare_request(request: Seen, weights: WordWeights) -> Asked:
 
 def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[str, float]:
     """How one tool meets a request."""
-    of = weights.of
+    of, verbs = weights.of, verb_class_of()
     common = asked.known & tool.all_stems
     common_weight = weights.total(common)
-    name_nouns = [s for s in tool.name_stems if s not in VERB_CLASS_OF] or list(tool.name_stems)
-    core_nouns = [s for s in tool.core_stems if s not in VERB_CLASS_OF] or list(tool.core_stems)
+    name_nouns = [s for s in tool.name_stems if s not in verbs] or list(tool.name_stems)
+    core_nouns = [s for s in tool.core_stems if s not in verbs] or list(tool.core_stems)
 
     shared = asked.concepts & tool.concepts
 
@@ -270,9 +283,7 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
             if s not in tool.all_stems and not shared.isdisjoint(named)
         )
     verbs_met = [
-        of(s)
-        for s in (*tool.name_stems, *tool.core_stems[:1])
-        if s in asked.known and s in VERB_CLASS_OF
+        of(s) for s in (*tool.name_stems, *tool.core_stems[:1]) if s in asked.known and s in verbs
     ]
     missing = [of(s) * (1.0 - met(s)) for s in {*name_nouns, *core_nouns}]
     tri = len(asked.trigrams & tool.trigrams)

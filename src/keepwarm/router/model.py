@@ -1,21 +1,22 @@
 """The learned scores: logistic regressions over named features, in plain Python.
 
 A model is a list of (feature, weight) with an intercept, already folded with the scaling it was
-learned with, and a Platt pair (slope, offset) that calibrates its logit. Scoring one costs a few
-microseconds, and every contribution can be shown.
+learned with, for some scores the weights of single words and pairs (grams), and a Platt pair
+(slope, offset) that calibrates its logit. Scoring one costs a few ten microseconds, and every
+contribution can be shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keepwarm.errors import ConfigError
 from keepwarm.router.catalog import WordWeights
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 #: The scores a weights file holds.
 SCORES: Final = ("tools_offered", "tools_open", "context", "depth")
 
@@ -26,12 +27,6 @@ def sigmoid(logit: float) -> float:
         return 1.0 / (1.0 + math.exp(-min(logit, 60.0)))
     power = math.exp(max(logit, -60.0))
     return power / (1.0 + power)
-
-
-def logit_of(probability: float) -> float:
-    """The logit of a probability, kept away from both ends."""
-    kept = min(max(probability, 1e-6), 1 - 1e-6)
-    return math.log(kept / (1 - kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +51,29 @@ class LinearScore:
     weights: Mapping[str, float]
     centers: Mapping[str, float]
     platt: Platt = Platt()
+    grams: Mapping[str, float] = field(default_factory=dict)
 
-    def logit(self, values: Mapping[str, float]) -> float:
-        """The calibrated logit of a request's features; an absent feature counts as 0."""
+    def logit(
+        self, values: Mapping[str, float], grams: Iterable[str] = (), share: float = 1.0
+    ) -> float:
+        """The calibrated logit of a request's features and grams, each of which counts `share`.
+
+        What is absent, or unknown, counts as 0.
+        """
         get = values.get
         raw = self.intercept
         for feature, weight in self.weights.items():
             value = get(feature)
             if value:
                 raw += weight * value
+        if self.grams:
+            known = self.grams.get
+            raw += share * sum(known(gram, 0.0) for gram in grams)
         return self.platt.apply(raw)
 
-    def contributions(self, values: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    def contributions(
+        self, values: Mapping[str, float], grams: Iterable[str] = (), share: float = 1.0
+    ) -> list[tuple[str, float, float]]:
         """(feature, value, logits against the usual value), largest effect first."""
         slope = self.platt.slope
         told = [
@@ -75,29 +81,21 @@ class LinearScore:
             for name, weight in self.weights.items()
             for value in (values.get(name, 0.0),)
         ]
+        told += [
+            (f"'{gram}'", 1.0, slope * share * self.grams[gram])
+            for gram in grams
+            if gram in self.grams
+        ]
         return sorted(told, key=lambda each: -abs(each[2]))
-
-
-#: What a deployment's outcomes can recalibrate; `tools` stands for both scores about tools.
-REFITS: Final = ("tools", "context", "depth")
-_NO_REFIT: Final = Platt()
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All that was learned: word weights, the four scores, and a deployment's recalibrations.
-
-    `refits` map what the shipped scores say; without one a score stays as shipped.
-    """
+    """All that was learned: word weights and the four scores."""
 
     words: WordWeights
     scores: Mapping[str, LinearScore]
     trained_on: str = ""
-    refits: Mapping[str, Platt] = field(default_factory=dict)
-
-    def probability(self, refit: str, logit: float) -> float:
-        """A shipped logit as this deployment's probability."""
-        return sigmoid(self.refits.get(refit, _NO_REFIT).apply(logit))
 
 
 def weights_from_json(data: Any) -> Weights:
@@ -119,6 +117,7 @@ def weights_from_json(data: Any) -> Weights:
                 weights={k: float(v[0]) for k, v in data["scores"][name]["features"].items()},
                 centers={k: float(v[1]) for k, v in data["scores"][name]["features"].items()},
                 platt=Platt(*map(float, data["scores"][name]["platt"])),
+                grams={str(k): float(v) for k, v in data["scores"][name]["grams"].items()},
             )
             for name in SCORES
         }
@@ -144,6 +143,7 @@ def weights_to_json(weights: Weights) -> dict[str, Any]:
                     feature: [round(weight, 4), round(score.centers.get(feature, 0.0), 4)]
                     for feature, weight in score.weights.items()
                 },
+                "grams": {gram: round(weight, 2) for gram, weight in sorted(score.grams.items())},
             }
             for name, score in weights.scores.items()
         },

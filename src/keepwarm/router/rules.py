@@ -29,6 +29,10 @@ MUCH_CODE_LINES: Final = 60
 #: Words up to which 'continue' or 'again' refers to something outside the message.
 SHORT_WORDS: Final = 60
 
+#: Words that point to what was begun where they stand alone: 'Continue this sequence: 2, 4, 8' says
+#: what to continue.
+GOES_ON: Final = ("continue", "proceed", "resume", "weiter", "continua", "continúa", "continuez")
+GOES_ON_WORDS: Final = 2
 #: Probabilities that go with rules. Of the labelled requests whose words point back, six in ten
 #: needed it; for the others nobody has counted, and these are what their words mean.
 P_POINTS_BACK: Final = 0.6
@@ -106,7 +110,11 @@ def _from_text(request: RouteRequest, text: Seen) -> list[Ruling]:
     cues, values = text.cues, text.values
     # In a later turn 'as you said' is about this conversation, which the model sees anyway.
     recalls = cues.get("past-conversation", 0)
-    points_back = request.turns <= 1 and text.n_words <= SHORT_WORDS and cues.get("earlier", 0)
+    goes_on = text.n_words <= GOES_ON_WORDS and (
+        text.words[0] in GOES_ON or text.words == ["go", "on"]
+    )
+    is_first = request.turns <= 1 and text.n_words <= SHORT_WORDS
+    points_back = is_first and (goes_on or cues.get("earlier", 0))
     if recalls or points_back:
         p = P_RECALLS if recalls else P_POINTS_BACK
         found.append(Ruling(FULL, Reason.EARLIER, "an earlier conversation", context=p))

@@ -42,7 +42,6 @@ class Reason(StrEnum):
     NEEDS_CONTEXT = "needs-context"
     NEEDS_DEPTH = "needs-depth"
     UNSURE = "unsure"
-    JUDGED = "judged"
     CHEAPEST_NOW = "cheapest-now"
 
 
@@ -73,28 +72,69 @@ class RouteRequest:
 
 @dataclass(frozen=True, slots=True)
 class TierCost:
-    """What answering with a tier costs now, in estimated seconds: waiting, restoring and prefilling
-    its prompt, and decoding the slower the longer the prompt is. A warm tier costs little."""
+    """What answering with a tier costs now, in estimated seconds.
+
+    `first_s`: waiting, restoring and prefilling until the first token; little where it is warm.
+    `token_s`: each token of the reply, the more the longer the prompt it looks back at.
+    `displaced_s`: having back later what its KV state pushes out of the slots.
+    """
 
     tier: str
-    seconds: float
+    first_s: float
+    token_s: float = 0.0
+    displaced_s: float = 0.0
+
+    def reply_s(self, tokens: float) -> float:
+        """Decoding a reply of so many tokens."""
+        return tokens * self.token_s
+
+    def total_s(self, tokens: float) -> float:
+        """All of it, with a reply of so many tokens."""
+        return self.first_s + self.reply_s(tokens) + self.displaced_s
 
 
 @dataclass(frozen=True, slots=True)
 class MissCosts:
-    """What it costs, in seconds of somebody's time, to lack what a request needs.
+    """What a tier too small or too large costs, in seconds of somebody's time.
 
-    Most misses are seen and replayed one tier up; the rest are a useless answer. Context costs less
-    than tools, since a model knows that it doesn't know what it was never told, and says so; depth
-    costs least, since the answer is only poorer. `step_s` is what a larger prompt costs even when
-    both are warm (memory, decode speed, a small model's attention). The values are where fewer than
-    2 % of requests are under-tiered on unseen sources (docs/router.md).
+    `tools_s`, `context_s`, `depth_s`: a useless answer, since something was lacking. Context costs
+    less than tools, since a model mostly says that it doesn't know what it was never told; depth
+    costs least, since the answer is only poorer. `tools_told`, `context_told`: the share of cases
+    in which the model says itself that it lacks something; these cost one short reply and the
+    larger tier instead. `spoiled`: the share of answers that need nothing and that a larger prompt
+    spoils, as a small model calls a tool that it was shown; such an answer is as useless as one
+    without tools. docs/router.md tells how the shares were measured.
     """
 
     tools_s: float = 24.0
     context_s: float = 10.0
-    depth_s: float = 5.0
-    step_s: float = 0.3
+    depth_s: float = 2.0
+    tools_told: float = 0.6
+    context_told: float = 0.3
+    spoiled: float = 0.125
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedCost:
+    """A tier's expected cost for one request, in seconds, by its parts.
+
+    `risk_s`: what a tier too small or too large costs, times how probable it is.
+    """
+
+    first_s: float
+    reply_s: float
+    displaced_s: float
+    risk_s: float
+
+    @property
+    def own_s(self) -> float:
+        """What it costs if it is the right one."""
+        return self.first_s + self.reply_s + self.displaced_s
+
+    @property
+    def total_s(self) -> float:
+        """What the tiers are compared by."""
+        return self.own_s + self.risk_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +168,8 @@ class Contribution:
 class Decision:
     """A tier, why, the two probabilities behind it, and the features that moved them most.
 
-    `doubt_s` is what knowing the needs for sure would save on average, 0 where a rule decided;
-    `floor` the least tier that rules allow. `expected_s` are the tiers' expected costs; `logits`
-    what the shipped scores said (`tools` is absent where nothing was on offer), to be kept with the
-    outcome for `keepwarm route calibrate`.
+    `kind` is the kind of task (`replies.TaskKind`), `reply_tokens` how long a reply is expected to
+    be, `costs` what each tier would cost.
     """
 
     tier: str
@@ -140,10 +178,9 @@ class Decision:
     p_context: float
     detail: str = ""
     contributions: Sequence[Contribution] = field(default_factory=tuple)
-    expected_s: Mapping[str, float] = field(default_factory=dict)
-    doubt_s: float = 0.0
-    floor: str | None = None
-    logits: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, ExpectedCost] = field(default_factory=dict)
+    kind: str = ""
+    reply_tokens: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         """The decision as plain values, for headers, logs and `--json`."""
@@ -153,8 +190,18 @@ class Decision:
             "detail": self.detail,
             "p_tools": round(self.p_tools, 4),
             "p_context": round(self.p_context, 4),
-            "expected_s": {tier: round(cost, 3) for tier, cost in self.expected_s.items()},
-            "doubt_s": round(self.doubt_s, 3),
+            "kind": str(self.kind),
+            "reply_tokens": round(self.reply_tokens),
+            "costs": {
+                tier: {
+                    "first_s": round(cost.first_s, 3),
+                    "reply_s": round(cost.reply_s, 3),
+                    "displaced_s": round(cost.displaced_s, 3),
+                    "risk_s": round(cost.risk_s, 3),
+                    "expected_s": round(cost.total_s, 3),
+                }
+                for tier, cost in self.costs.items()
+            },
             "contributions": [
                 {
                     "score": each.score,

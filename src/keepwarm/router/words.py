@@ -7,17 +7,25 @@ than `SEEN_CHARS` are seen by their beginning and end, where people put what the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Final
 
-from keepwarm.router.lexicon import CONCEPTS, CUES, FOREIGN_CUES, FOREIGN_WORDS, STOP_WORDS
+from keepwarm.router.lexicon import lexicon
 
 #: Beginning and end of a text that the features look at: 94 % of the
 #: labelled requests are shorter, and the others say what they want first or last.
 SEEN_HEAD_CHARS: Final = 700
 SEEN_TAIL_CHARS: Final = 250
+
+#: Function words that do say something by themselves: whose, and when.
+OWNERS_WORDS: Final = frozenset(("my", "our", "ours", "i", "i'm", "i've", "we", "now"))
+#: Words whose grams are looked at, and up to which a text is short.
+GRAM_WORDS: Final = 60
+SHORT_TEXT_WORDS: Final = 12
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -71,17 +79,42 @@ def stem(word: str) -> str:
 
 def content_stems(found: Iterable[str]) -> list[str]:
     """Stems of the words that carry meaning, in order of first use, each once."""
-    return list(dict.fromkeys(stem(word) for word in found if word not in STOP_WORDS))
+    stop = lexicon().stop
+    return list(dict.fromkeys(stem(word) for word in found if word not in stop))
+
+
+def grams(found: Sequence[str]) -> tuple[tuple[str, ...], float]:
+    """Stems, pairs of neighbours and the ends of a text, each once, and what each of them counts.
+
+    Numbers count as one word; in scripts that don't part words, two letters do. Only the first
+    `GRAM_WORDS` are taken. A long text has more of them, so each counts less.
+    """
+    stems: list[str] = []
+    for word in found[:GRAM_WORDS]:
+        if word.isascii():
+            stems.append("<num>" if word[0].isdigit() else stem(word))
+        elif _NON_LATIN.match(word) and len(word) > 2:
+            stems.extend(map("".join, pairwise(word[:GRAM_WORDS])))
+        else:
+            stems.append(word)
+    del stems[GRAM_WORDS:]
+    pairs = map(" ".join, pairwise(("^", *stems, "$")))
+    share = 1.0 / math.sqrt(max(1.0, len(stems) / SHORT_TEXT_WORDS))
+    stop = lexicon().stop
+    # A function word by itself tells the style; what it stands beside tells the rest.
+    alone = (each for each in stems if each not in stop or each in OWNERS_WORDS)
+    return tuple(dict.fromkeys((*alone, *pairs))), share
 
 
 #: For each first word: the cues it is by itself, and by second word the phrases it opens.
 _PhraseIndex = dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[tuple[str, ...], str], ...]]]]
 
 
-def _phrase_index(cues: Mapping[str, Sequence[str]]) -> _PhraseIndex:
+@cache
+def _phrases() -> _PhraseIndex:
     alone: dict[str, list[str]] = {}
     longer: dict[str, dict[str, list[tuple[tuple[str, ...], str]]]] = {}
-    for cue, phrases in cues.items():
+    for cue, phrases in lexicon().cues.items():
         for phrase in dict.fromkeys(phrases):
             first, *rest = phrase.split()
             if rest:
@@ -97,9 +130,6 @@ def _phrase_index(cues: Mapping[str, Sequence[str]]) -> _PhraseIndex:
     }
 
 
-_PHRASES: Final = _phrase_index(CUES)
-
-
 def by_stem(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Word lists turned round: from a stem to the lists it stands in."""
     found: dict[str, tuple[str, ...]] = {}
@@ -109,15 +139,18 @@ def by_stem(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-_STEM_CONCEPTS: Final = by_stem(CONCEPTS)
+@cache
+def _stem_concepts() -> dict[str, tuple[str, ...]]:
+    return by_stem(lexicon().concepts)
 
 
 def count_cues(found: Sequence[str]) -> dict[str, int]:
     """How often each cue occurs in a text's words. Cues that don't occur are absent."""
     counts: dict[str, int] = {}
+    opening = _phrases()
     last = len(found) - 1
     for at, word in enumerate(found):
-        opened = _PHRASES.get(word)
+        opened = opening.get(word)
         if opened is None:
             continue
         alone, longer = opened
@@ -133,19 +166,19 @@ def count_cues(found: Sequence[str]) -> dict[str, int]:
 def foreign_cues(text: str) -> set[str]:
     """Cues in languages other than English, found as substrings of the lower-cased text."""
     lowered = text.lower()
-    return {
-        cue for cue, listed in FOREIGN_CUES.items() if any(phrase in lowered for phrase in listed)
-    }
+    foreign = lexicon().foreign_cues.items()
+    return {cue for cue, listed in foreign if any(phrase in lowered for phrase in listed)}
 
 
 def concepts_of(found: str) -> tuple[str, ...]:
     """The concepts that one stem names; mostly none."""
-    return _STEM_CONCEPTS.get(found, ())
+    return _stem_concepts().get(found, ())
 
 
 def concepts(stems: Iterable[str]) -> set[str]:
     """The everyday concepts (weather, money, travel, ...) that a text's stems name."""
-    return {each for found in stems for each in _STEM_CONCEPTS.get(found, ())}
+    named = _stem_concepts()
+    return {each for found in stems for each in named.get(found, ())}
 
 
 def foreign_share(text: str, found: Sequence[str]) -> float:
@@ -160,8 +193,10 @@ def foreign_share(text: str, found: Sequence[str]) -> float:
     if len(found) < 3:
         return 0.0
     # 'a', 'me' and the like are English too; only what English doesn't have counts as foreign.
-    foreign = sum(word in FOREIGN_WORDS and word not in STOP_WORDS for word in found) / len(found)
-    english = sum(word in STOP_WORDS for word in found) / len(found)
+    lists = lexicon()
+    stop = lists.stop
+    foreign = sum(word in lists.foreign and word not in stop for word in found) / len(found)
+    english = sum(word in stop for word in found) / len(found)
     if foreign >= 0.15 and foreign > english:
         return 1.0
     return max(0.0, min(1.0, (0.12 - english) / 0.10)) if len(found) >= 8 else 0.0

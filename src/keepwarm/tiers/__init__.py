@@ -2,5 +2,5 @@
 
 `files` reads a directory of tiers, `tiering` puts a tier's static prompt into a request, `routing`
 asks the router (`keepwarm.router`, pure) with what only a running deployment knows, and
-`router_files` and `router_outcomes` are what the router has on disk.
+`router_files` is what the router has on disk.
 """

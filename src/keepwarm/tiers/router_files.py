@@ -1,17 +1,15 @@
-"""The router's files: shipped weights, a deployment's rules beside its tiers, its recalibrations.
+"""The router's files: shipped weights, and a deployment's rules beside its tiers.
 
 src/keepwarm/router/weights.json    shipped, learned by scripts/learn_router.py
 TIERS/routing.toml                  the deployment's rules and costs; may be absent
-STATE/router-calibration.json       written by `keepwarm route calibrate`; may be absent
 """
 
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -28,11 +26,11 @@ from keepwarm.router.catalog import (
 )
 from keepwarm.router.config import RouterConfig, config_from_toml
 from keepwarm.router.decide import route
-from keepwarm.router.model import REFITS, Platt, Weights, weights_from_json
+from keepwarm.router.model import Weights, weights_from_json
+from keepwarm.router.replies import USUAL_REPLY_TOKENS
 from keepwarm.router.types import Decision, RouteRequest, TierCost
 
 RULES_FILE: Final = "routing.toml"
-CALIBRATION_FILE: Final = "router-calibration.json"
 
 
 @cache
@@ -68,40 +66,6 @@ def read_rules(tiers_dir: Path | None) -> RouterConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_refits(state_dir: Path | None) -> dict[str, Platt]:
-    """A deployment's recalibrations; none where it has none.
-
-    Raises:
-        ConfigError: the file is damaged; remove it to go back to the shipped calibration.
-    """
-    path = state_dir / CALIBRATION_FILE if state_dir else None
-    if path is None or not path.exists():
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: Platt(float(raw[name][0]), float(raw[name][1])) for name in REFITS if name in raw
-        }
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(
-            f"{path} can't be read ({error!r}). Remove it to go back to the shipped calibration."
-        ) from error
-
-
-def write_refits(state_dir: Path, refits: Mapping[str, Platt]) -> Path:
-    """Keep recalibrations, private to the user; replaces the file in one step."""
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = state_dir / CALIBRATION_FILE
-    beside = path.with_suffix(".new")
-    data = {name: [refit.slope, refit.offset] for name, refit in refits.items()}
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    return path
-
-
 @dataclass(frozen=True)
 class Router:
     """Weights, rules and the tiers' own tools, ready to route with. Holds a cache of catalogs."""
@@ -116,17 +80,28 @@ class Router:
         return self.own_tools if tools is None else self._catalogs.get(tools)
 
     def route(
-        self, request: RouteRequest, costs: Sequence[TierCost] = (), *, explain: bool = False
+        self,
+        request: RouteRequest,
+        costs: Sequence[TierCost] = (),
+        *,
+        reply_tokens: Mapping[str, float] = USUAL_REPLY_TOKENS,
+        explain: bool = False,
     ) -> Decision:
         """Route one request; `costs` are the tiers' now, empty for the usual ones."""
-        catalog = self.catalog(request.tools)
-        return route(request, catalog, costs, self.config, self.weights, explain=explain)
+        return route(
+            request,
+            self.catalog(request.tools),
+            costs,
+            self.config,
+            self.weights,
+            reply_tokens=reply_tokens,
+            explain=explain,
+        )
 
 
 def load_router(
     *,
     tiers_dir: Path | None,
-    state_dir: Path | None,
     own_tools: Sequence[Mapping[str, Any]] | None,
 ) -> Router:
     """The router of a deployment.
@@ -135,9 +110,9 @@ def load_router(
     are evidence; empty: the tiers bring none.
 
     Raises:
-        ConfigError: rules or recalibrations that can't be used.
+        ConfigError: rules that can't be used.
     """
-    weights = replace(shipped_weights(), refits=read_refits(state_dir))
+    weights = shipped_weights()
     catalogs = CatalogCache(weights.words)
     if own_tools is None:
         own = UNKNOWN_TOOLS

@@ -7,7 +7,6 @@ had.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,14 +20,11 @@ from keepwarm.errors import RequestError
 from keepwarm.router import (
     Decision,
     Escalation,
-    Reason,
     TierCost,
-    larger,
     route_request,
 )
-from keepwarm.router.calibrate import Outcome
+from keepwarm.router.replies import ReplyLengths
 from keepwarm.tiers.router_files import Router
-from keepwarm.tiers.router_outcomes import OutcomeLog
 from keepwarm.tiers.tiering import (
     AUTO,
     Tiered,
@@ -43,17 +39,15 @@ _REMEMBERED = 10_000
 
 
 class TierRouter:
-    """Decides tiers for one deployment, and notes what became of its decisions.
+    """Decides tiers for one deployment, and learns how long replies are.
 
-    `costs` tells what each tier would cost now, in seconds; `router` has the deployment's rules and
-    recalibrations; `outcomes` keeps no text.
+    `costs` tells what each tier would cost now; `router` has the deployment's rules.
     """
 
     def __init__(
         self,
         tiers: TierSet,
         router: Router,
-        outcomes: OutcomeLog,
         *,
         costs: Callable[[], Sequence[TierCost]],
         untiered: str,
@@ -63,7 +57,7 @@ class TierRouter:
         self._costs = costs
         self._untiered = untiered
         self._conversations: OrderedDict[bytes, str] = OrderedDict()
-        self.outcomes = outcomes
+        self._lengths = ReplyLengths()
         # Set once the engine is up and has been asked; see `engine.rendering`.
         self.unrendered: frozenset[str] = frozenset()
 
@@ -98,21 +92,6 @@ class TierRouter:
         self._remember(conversation, tier.name)
         return replace(tiered, decision=decision)
 
-    def judged(
-        self, api: Api, body: dict[str, Any], tiered: Tiered, verdict: str, namespace: str
-    ) -> Tiered:
-        """The request with the tier that the model named, as far as rules allow it."""
-        assert tiered.decision
-        tier = self.tiers.get(larger(verdict, tiered.decision.floor) or "")
-        if tier is None:
-            return tiered
-        try:
-            judged = self._apply(api, body, tier, Reason.JUDGED.value)
-        except RequestError:  # its own tools stand against this tier's, as in `tier`
-            return tiered
-        self._remember(self._conversation(read(api, body), namespace), tier.name)
-        return replace(judged, decision=tiered.decision)
-
     def decide(
         self,
         chat: Mapping[str, Any],
@@ -122,26 +101,17 @@ class TierRouter:
     ) -> Decision:
         """The router's decision for a request in chat's terms; with `explain`, what moved it."""
         request = route_request(chat, tier_so_far=tier_so_far)
-        return self._router.route(request, self._costs(), explain=explain)
-
-    def task_of(self, chat: Mapping[str, Any]) -> str:
-        """What a request asks for, as the router sees it: its last user message."""
-        return route_request(chat).text
-
-    def note(self, chat: Mapping[str, Any], tiered: Tiered, reply: Reply | None) -> None:
-        """Note what became of a request that had a tier; `chat` is what the client sent."""
-        if tiered.tier is None or reply is None or reply.counts is None:
-            return
-        logits = tiered.decision.logits if tiered.decision else None
-        explicit = tiered.reason == "explicit"
-        if logits is None:
-            if not explicit:
-                return
-            logits = self.decide(chat).logits
-        used = bool(reply.calls) if tiered.body.get("tools") else None
-        self.outcomes.record(
-            Outcome(time.time(), tiered.tier.name, tiered.reason, logits, explicit, None, used)
+        return self._router.route(
+            request, self._costs(), reply_tokens=self._lengths.expected(), explain=explain
         )
+
+    def note(self, tiered: Tiered, reply: Reply | None) -> None:
+        """Learn from the reply of a routed request how long its kind's are."""
+        if tiered.decision is None or reply is None or reply.counts is None:
+            return
+        # One that was cut off says how long its client let it be.
+        if reply.finish_reason != "length":
+            self._lengths.learn(tiered.decision.kind, reply.counts.decoded)
 
     def escalated(
         self, api: Api, body: dict[str, Any], now: Tiered, escalation: Escalation, namespace: str
@@ -152,9 +122,6 @@ class TierRouter:
         if up is None:
             return None
         self._remember(self._conversation(read(api, body), namespace), up.name)
-        if now.decision is not None:
-            outcome = Outcome(time.time(), now.tier.name, now.reason, now.decision.logits)
-            self.outcomes.record(replace(outcome, escalated=escalation.cause))
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
         return self._apply(api, body, up, reason)
 
