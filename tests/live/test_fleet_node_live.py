@@ -31,7 +31,9 @@ class Bucket:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
 
-    async def get(self, name: str, *, timeout_s: float | None = None) -> Buffer | None:
+    async def get(
+        self, name: str, *, timeout_s: float | None = None, size_bytes: int = 0
+    ) -> Buffer | None:
         return self.objects.get(name)
 
     async def has(self, name: str) -> bool:

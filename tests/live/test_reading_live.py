@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tinymodels
 from bareengine import BareEngine, StartEngine
 from keepwarm.api.items import mended
 from keepwarm.api.reading import chat_form
+from tinymodels import small_model, write_tiny_qwen3
 
 CONTEXT_TOKENS = 32768
 ROOT = Path(__file__).parents[2]
@@ -122,9 +122,7 @@ BODIES: dict[str, dict[str, Any]] = {
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with room for what agents send."""
     model = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tinymodels, "TINY_CONTEXT_TOKENS", CONTEXT_TOKENS)
-        tinymodels.write_tiny_qwen3(model, tinymodels.small_model())
+    write_tiny_qwen3(model, small_model(), context_tokens=CONTEXT_TOKENS)
     return model
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from keepwarm.core.tiers import ContextRole, Tier, TierSet, compose
 from keepwarm.engine.client import EngineClient
+from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.options import EngineOptions
 from keepwarm.engine.process import embedded_engine, free_port
 from keepwarm.engine.static_end import common_length, static_tokens
@@ -48,7 +49,7 @@ class Engine:
 
     def static(self, tier: Tier) -> list[int]:
         body = compose(tier, {"messages": []})
-        return self._runner.run(static_tokens(self._client, body))
+        return self._runner.run(static_tokens(PromptCounter(self._client), body))
 
     def render(self, *messages: dict[str, Any], **body: Any) -> str:
         return self._runner.run(self._client.render({"messages": list(messages), **body}))
