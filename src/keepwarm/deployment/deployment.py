@@ -68,6 +68,9 @@ class Deployment(Protocol):
     def suspect_engine(self) -> None:
         """A request got no answer: look at the engine now rather than at the next interval."""
 
+    async def look_at_engine(self) -> None:
+        """As `suspect_engine`; returns when it answered, or was found dead."""
+
     def tell(self, status: str) -> None:
         """Say what is being done, in a line."""
 

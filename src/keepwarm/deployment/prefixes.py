@@ -149,6 +149,8 @@ class Prefixes:
             began_s, tokens = time.monotonic(), len(target.tokens)
             stored = await rebuild(self._runtime, target)
             if stored is None:
+                # A dead engine is found dead first, or the second try would meet it as well.
+                await self._runtime.look_at_engine()
                 continue
             self.lacking.discard(target.name)
             seconds = time.monotonic() - began_s
