@@ -101,7 +101,7 @@ async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_
     runtime.prefixes = SimpleNamespace(targets=[])
     cast("Any", made)._moved = nothing_moved
     stored = Stored(0, 300, 300, 1000, ready=True, extent_id=7)
-    plan = replace(PLAN, source=Source.SNAPSHOT, restore=stored)
+    plan = replace(PLAN, source=Source.SNAPSHOT, promise_tokens=300, restore=stored)
     body = {"messages": [RULES, {"role": "user", "content": "Why?"}]}
     prompt = prompt_of(body, fingerprint="model", namespace="me")
     for expected in ([], [stored]):
