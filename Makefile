@@ -8,6 +8,7 @@ RUNS ?= 3
 MINUTES ?= 10
 COUNT ?= 100
 SEED ?=
+MODELS ?= PHW
 # Left to test-all: what takes minutes on its own (kills at random moments, every scenario of the
 # benchmark) or needs more than Python (Ray, systemd). Without a browser the page's tests skip.
 TESTS ?= tests --ignore tests/faults/test_batch_kill.py --ignore tests/live/test_demo_live.py \
@@ -26,7 +27,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all test-fast test-fleet test-clients lint format bench soak \
-	faults clean
+	soak-series faults clean
 
 help:
 	@echo "make demo       show what Keepwarm does, on a small model (about five minutes)"
@@ -40,6 +41,7 @@ help:
 	@echo "make format     let ruff format the code"
 	@echo "make bench      measure everything, $(RUNS) runs (RUNS=1 for one); Markdown on stdout"
 	@echo "make soak       an agent's low load for $(MINUTES) minutes: does anything grow or get lost?"
+	@echo "make soak-series  $(COUNT) random series a model kind, tokens beside the bare engine's"
 	@echo "make faults     break something $(COUNT) times and look; SEED=n replays a campaign"
 	@echo "make clean      remove .venv and caches; the fetched model stays"
 
@@ -85,6 +87,11 @@ bench: $(VENV)/.installed $(MODEL)
 soak: $(VENV)/.installed $(MODEL)
 	@$(BIN)/python -m benchmarks.soak --model $(MODEL) --chat-template $(TEMPLATE) \
 		--minutes $(MINUTES)
+
+# P plain attention, H hybrid, W sliding window; what fails is made as short as it can be.
+soak-series: $(VENV)/.installed-dev $(MODEL)
+	@PYTHONPATH=tests:tests/live $(BIN)/python tests/live/differential.py --count $(COUNT) \
+		--models $(MODELS) $(if $(SEED),--seed $(SEED)) $(SERIES_FLAGS)
 
 # As root with file systems that can be full, read-only, frozen or gone; else those are skipped.
 faults: $(VENV)/.installed-dev $(MODEL)

@@ -65,12 +65,18 @@ def write_tiny_qwen3(
     made.finish()
 
 
-def write_tiny_gemma3(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
+def write_tiny_gemma3(
+    path: Path,
+    source_gguf: Path,
+    *,
+    seed: int = SEED,
+    context_tokens: int = TINY_CONTEXT_TOKENS,
+) -> None:
     """A sliding-window model (window 64, 6 layers, one of them full), about 9 MB.
 
     `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
-    made = _Model(path, "gemma3", source_gguf, seed)
+    made = _Model(path, "gemma3", source_gguf, seed, context_tokens)
     writer = made.writer
     writer.add_key_length(HEAD_ELEMENTS)
     writer.add_value_length(HEAD_ELEMENTS)
@@ -85,12 +91,18 @@ def write_tiny_gemma3(path: Path, source_gguf: Path, *, seed: int = SEED) -> Non
     made.finish()
 
 
-def write_tiny_lfm2(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
+def write_tiny_lfm2(
+    path: Path,
+    source_gguf: Path,
+    *,
+    seed: int = SEED,
+    context_tokens: int = TINY_CONTEXT_TOKENS,
+) -> None:
     """A hybrid model (4 convolution layers, 2 attention layers), about 9 MB.
 
     `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
     """
-    made = _Model(path, "lfm2", source_gguf, seed)
+    made = _Model(path, "lfm2", source_gguf, seed, context_tokens)
     writer = made.writer
     writer.add_head_count_kv(list(LFM2_KV_HEADS))
     writer.add_shortconv_l_cache(CONV_TOKENS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepwarm.api.reading import can_gather
 from keepwarm.core.gathered import gather_chat
 
 META = {"created": 5, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
@@ -110,3 +111,10 @@ def test_what_broke_off_isnt_a_reply() -> None:
     assert gather_chat([]) is None
     assert gather_chat([OPENING, chunk({"content": "It"})]) is None
     assert gather_chat([LAST]) is None
+
+
+def test_what_the_engine_refuses_in_a_stream_isnt_asked_as_one() -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert can_gather("chat", {"logprobs": True})
+    assert can_gather("chat", {"tools": tools})
+    assert not can_gather("chat", {"logprobs": True, "tools": tools})

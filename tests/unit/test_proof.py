@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 from keepwarm.core.job import Job
-from keepwarm.core.plan import Plan, Source
+from keepwarm.core.plan import Plan, Source, Stored
 from keepwarm.core.prompt import prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
@@ -81,3 +82,31 @@ async def test_a_prefix_that_comes_again_several_times_at_once_is_learned_once()
         reply_to(made, question)
     await asyncio.sleep(0.01)
     assert len(store.pinned) == 1
+
+
+async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_no_reason() -> None:
+    refused: list[Stored] = []
+
+    async def quarantine(*_args: object, **_kwargs: object) -> tuple[str, ...]:
+        return ()
+
+    async def nothing_moved() -> list[Any]:
+        return []
+
+    made = prover(SlowStore())
+    runtime = cast("Any", made)._runtime
+    runtime.slot_store = SimpleNamespace(quarantine=quarantine, refused=refused.append)
+    runtime.metrics.miss = lambda _reason: None
+    runtime.suspect_engine = lambda: None
+    runtime.prefixes = SimpleNamespace(targets=[])
+    cast("Any", made)._moved = nothing_moved
+    stored = Stored(0, 300, 300, 1000, ready=True, extent_id=7)
+    plan = replace(PLAN, source=Source.SNAPSHOT, promise_tokens=300, restore=stored)
+    body = {"messages": [RULES, {"role": "user", "content": "Why?"}]}
+    prompt = prompt_of(body, fingerprint="model", namespace="me")
+    for expected in ([], [stored]):
+        job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
+        tier = Tiered(body=body, tier=None, reason="pass")
+        made.proved(job, plan, Counts(0, 310, 4), ttft_s=0.1, tier=tier)
+        await asyncio.sleep(0.01)
+        assert refused == expected

@@ -57,9 +57,12 @@ def composed(
     return out, responses.chat_form(out)
 
 
-def can_gather(api: Api) -> bool:
-    """Whether a whole reply can be put together from a stream of it."""
-    return api == "chat"
+def can_gather(api: Api, body: Mapping[str, Any]) -> bool:
+    """Whether a whole reply can be put together from a stream of it.
+
+    The engine streams no logprobs beside tools ("logprobs is not supported with tools + stream").
+    """
+    return api == "chat" and not (body.get("logprobs") and body.get("tools"))
 
 
 def opening_of(chat: Mapping[str, Any]) -> str:

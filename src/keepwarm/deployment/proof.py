@@ -31,6 +31,7 @@ class Prover:
         self._runtime = runtime
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()
+        self._missed: set[tuple[int | None, int]] = set()
         self._mending = asyncio.Lock()
         self._warmed_anew_s = -_WARM_ANEW_AFTER_S
 
@@ -92,9 +93,24 @@ class Prover:
             else:
                 runtime.metrics.miss("not_reused")
                 lost = set(await self._quarantine(plan.restore, "not_reused", job.namespace))
+                self._leave_alone(plan.restore)
             for target in runtime.prefixes.targets:
                 if target.name in lost:
                     await rebuild(runtime, target)
+
+    def _leave_alone(self, stored: Stored) -> None:
+        """Offer no more for some time what the engine has not reused for the second time.
+
+        Once is one client's miss. Files that are what was written and still aren't reused cost a
+        restore and a whole prefill each time.
+        """
+        assert stored.extent_id is not None or stored.staged_name is not None
+        key = stored.extent_id, stored.tokens
+        if key in self._missed:
+            self._missed.discard(key)
+            self._runtime.slot_store.refused(stored)
+        else:
+            self._missed.add(key)
 
     async def _quarantine(self, stored: Stored, reason: str, namespace: str) -> tuple[str, ...]:
         try:

@@ -291,7 +291,7 @@ class Proxy:
         if exchange.grant.plan.discard:
             body["cache_prompt"] = False
         asked = exchange.asked
-        gathers = can_gather(asked.api) and not body.get("stream")
+        gathers = can_gather(asked.api, body) and not body.get("stream")
         if gathers:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -1,0 +1,29 @@
+"""The law: Keepwarm evaluates no more prompt tokens than the bare engine, whatever is asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from differential import KINDS, Place, compared, row
+
+# Long runs with other seeds: `make soak-series`.
+SEED = 20
+SERIES = 2
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("series"))
+
+
+@pytest.mark.parametrize("template", ["thinking", "late"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_series_costs_more_than_on_the_bare_engine(
+    place: Place, kind: str, template: str
+) -> None:
+    verdicts = list(compared(place, kind, template, SERIES, SEED))
+    failed = [verdict for verdict in verdicts if verdict.troubles]
+    told = [f"{row(one)}\n{one.written}\n" + "\n".join(one.requests()) for one in failed]
+    assert not failed, "\n".join(told)
