@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 
 import pytest
 
+from keepwarm.engine import process as process_module
 from keepwarm.engine.process import EngineProcess
 
 TIMEOUT_S = 20
@@ -58,8 +60,10 @@ for _ in range(40):
         received(fd, data)
 
     child.pipe_data_received = counted  # type: ignore[method-assign]
+    began_s = time.monotonic()
     assert (await ended(process)).count("piece") == 40
-    assert reads < 20
+    # On a machine under load the pieces come more slowly; at each end there is one read more.
+    assert reads <= (time.monotonic() - began_s) / process_module._READ_EVERY_S + 2
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "ours"), ("theirs", "theirs")])
