@@ -153,7 +153,8 @@ def test_a_recurrent_slot_is_reused_up_to_the_engines_last_checkpoint_and_promis
     states: tuple[int, ...], reused: int
 ) -> None:
     machine = replace(MACHINE, cuttable=False)
-    content = replace(holding("abc", 780), tokens=900, states=states)
+    known = tuple(Position(at, exact=True) for at in states)
+    content = replace(holding("abc", 780), tokens=900, states=known)
     plan = best([slot(0, content)], machine=machine)
     assert plan.source is (Source.SLOT if reused else Source.COLD)
     assert plan.reuse_tokens == reused
