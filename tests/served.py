@@ -129,7 +129,8 @@ class Served:
         """SIGTERM, and wait for its end."""
         self.process.terminate()
         try:
-            assert self.process.wait(60) == 0, self.log.read_text()[-3000:]
+            status = self.process.wait(60)
+            assert status == 0, f"it ended with {status}: {self.log.read_text()[-3000:]}"
         finally:
             self.process.kill()
 

@@ -45,7 +45,10 @@ class Disk:
         with self._image.open("wb") as file:
             file.truncate(DISK_BYTES)
         with contextlib.suppress(subprocess.CalledProcessError):
-            _run("mkfs.ext4", "-q", "-F", "-m", "0", str(self._image))
+            # Blocks as disks have them. In a small image they would be of 1 KiB, and SQLite, which
+            # sees to it that each 4 KiB of a file that it maps have a block, would be ended by
+            # SIGBUS on a full disk.
+            _run("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", str(self._image))
             _run("mount", "-o", "loop", str(self._image), str(self._under))
             self.is_real = True
             self.back()

@@ -160,6 +160,9 @@ def _lost_cause(facts: Facts, nearest: Nearest) -> tuple[Cause, Difference | Non
     sent = nearest.sent_difference
     if facts.failed_restore:
         return Cause.SNAPSHOT_FAILED, None
+    if not facts.cuttable and nearest.difference is not None and nearest.same_engine:
+        # Where a saved end lies is an estimate, so a plan may have counted on one that isn't there.
+        return Cause.ENDS_ONLY, nearest.difference
     if _is_mistaken(facts):
         # The plan knew the prefix, and the engine found other tokens in its place.
         if sent:
@@ -167,8 +170,6 @@ def _lost_cause(facts: Facts, nearest: Nearest) -> tuple[Cause, Difference | Non
         return (Cause.REASONING_DROPPED if nearest.reasoned else Cause.TEMPLATE_REWRITES), None
     if not nearest.same_engine:
         return Cause.ENGINE_RESTARTED, None
-    if not facts.cuttable and nearest.difference is not None:
-        return Cause.ENDS_ONLY, nearest.difference
     return Cause.EVICTED, None
 
 
