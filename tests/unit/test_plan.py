@@ -14,6 +14,7 @@ from keepwarm.core.plan import (
     Source,
     Stored,
     choose,
+    doubt_tokens,
     prompt_tokens,
 )
 from keepwarm.core.prompt import Mark, Prompt
@@ -300,3 +301,12 @@ def test_all_that_was_considered_is_told() -> None:
     }
     chosen = [o for o in plan.considered if (o.source, o.slot) == (plan.source, plan.slot)]
     assert chosen[0].ttft_s + chosen[0].loss_s == min(o.ttft_s + o.loss_s for o in plan.considered)
+
+
+def test_a_reply_behind_what_is_stored_is_in_doubt_however_dense_the_text_before_it_was() -> None:
+    """By its characters the whole prompt is shorter (214) than what the store has of it."""
+    prompt = Prompt(False, marks("a", "b", "c", "d", step=200), 1, 1, answered_index=2)
+    doubt = doubt_tokens(
+        replace(DEMAND, prompt=prompt), [], stored(1, 240), machine=MACHINE, rates=Rates()
+    )
+    assert doubt == 52
