@@ -168,7 +168,9 @@ async def least_of(counter: PromptCounter, requests: Sequence[Recorded]) -> list
 async def replayed(server: Server, requests: Sequence[Recorded]) -> list[Evaluated]:
     """All requests of a recording, one after the other."""
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    # llama-server closes a connection that has just carried a stream under its client.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         return [await send(session, server.base_url, asked) for asked in requests]
 
 

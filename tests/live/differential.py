@@ -45,6 +45,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from bareengine import BARE, BareEngine, end_engine, start_engine
 from series import (
+    LONG_TOKENS,
     REPLY_TOKENS,
     TEMPLATES,
     Ask,
@@ -69,7 +70,7 @@ WITHIN = 1.02
 WITHIN_AFTER_KILL = 1.25
 PAUSE_S = 1.0
 SETTLE_S = 1.5
-HANG_UP_AT = 0.3
+HANG_UP_AT = 0.05
 # Two splits of one prompt differ by some tenths in a logprob.
 NEAR_TIE = 1.0
 
@@ -321,31 +322,32 @@ def _hang_up(body: Body, server: Server) -> int:
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
     raw = json.dumps(body | {"stream": True, "max_tokens": REPLY_TOKENS})
     connection.request("POST", "/v1/chat/completions", raw, {"Content-Type": "application/json"})
-    size = len(json.dumps(body)) / 5  # about the tokens of the prompt
-    done, deadline = 0, time.monotonic() + 30
-    while done < HANG_UP_AT * size and time.monotonic() < deadline:
-        busy, seen = _busy(server)
-        done = max(done, seen)
-        if done and not busy:
+    deadline = time.monotonic() + 30
+    seen: dict[str, Any] = {}
+    while time.monotonic() < deadline:
+        busy = [slot for slot in _slots(server) if slot["is_processing"]]
+        if seen and not busy:
+            break
+        seen = busy[0] if busy else seen
+        if seen.get("n_prompt_tokens_processed", 0) >= HANG_UP_AT * LONG_TOKENS:
             break
     connection.close()
-    while time.monotonic() < deadline:
-        busy, seen = _busy(server)
-        if not busy:
-            break
-        done = max(done, seen)
-    time.sleep(0.3)
-    return done
+    while True:
+        now = next(slot for slot in _slots(server) if slot["id"] == seen["id"])
+        if not now["is_processing"]:
+            # What it holds by now, without what it went on from.
+            return int(now["n_prompt_tokens"]) - int(seen["n_prompt_tokens_cache"])
+        assert time.monotonic() < deadline, "the engine computes on for nobody"
 
 
-def _busy(server: Server) -> tuple[bool, int]:
-    """Whether the engine computes, and how many tokens of a prompt it has evaluated."""
+def _slots(server: Server) -> list[dict[str, Any]]:
+    """The engine's slots."""
     place = urlsplit(server.base)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", "/slots")
-        slots = [s for s in json.load(connection.getresponse()) if s["is_processing"]]
-    return bool(slots), max((s.get("n_prompt_tokens_processed", 0) for s in slots), default=0)
+        found: list[dict[str, Any]] = json.load(connection.getresponse())
+        return found
 
 
 @dataclass
@@ -554,6 +556,7 @@ def main() -> int:
     templates = [options.template] if options.template else list(TEMPLATES)
     tell(f"seed {number}, {options.count} series on each of {options.models}")
     failed: list[Verdict] = []
+    totals: dict[str, tuple[int, ...]] = {}
     with tempfile.TemporaryDirectory(prefix="keepwarm-series-") as folder:
         place = Place(Path(folder))
         for kind in options.models:
@@ -567,6 +570,8 @@ def main() -> int:
                     verdicts = compared(place, kind, template, share, number + at)
                 for verdict in verdicts:
                     tell(row(verdict))
+                    known = totals.get(kind, (0, 0, 0))
+                    totals[kind] = tuple(map(sum, zip(known, verdict.sums, strict=True)))
                     if verdict.troubles:
                         failed.append(verdict)
                         tell(f"    {verdict.written}")
@@ -580,6 +585,8 @@ def main() -> int:
                     continue
                 tell(f"shortened: --words {short.words} --series {short.written}")
                 tell("\n".join([row(short), *short.requests()]))
+    for kind, sums in totals.items():
+        tell(f"{kind}: keepwarm {sums[0]}, bare {sums[1]}, least {sums[2]}")
     tell(f"{len(failed)} series failed")
     return int(bool(failed))
 

@@ -14,6 +14,7 @@ from keepwarm.core.plan import (
     Source,
     Stored,
     choose,
+    doubt_tokens,
     prompt_tokens,
 )
 from keepwarm.core.prompt import Mark, Prompt
@@ -153,7 +154,8 @@ def test_a_recurrent_slot_is_reused_up_to_the_engines_last_checkpoint_and_promis
     states: tuple[int, ...], reused: int
 ) -> None:
     machine = replace(MACHINE, cuttable=False)
-    content = replace(holding("abc", 780), tokens=900, states=states)
+    known = tuple(Position(at, exact=True) for at in states)
+    content = replace(holding("abc", 780), tokens=900, states=known)
     plan = best([slot(0, content)], machine=machine)
     assert plan.source is (Source.SLOT if reused else Source.COLD)
     assert plan.reuse_tokens == reused
@@ -299,3 +301,12 @@ def test_all_that_was_considered_is_told() -> None:
     }
     chosen = [o for o in plan.considered if (o.source, o.slot) == (plan.source, plan.slot)]
     assert chosen[0].ttft_s + chosen[0].loss_s == min(o.ttft_s + o.loss_s for o in plan.considered)
+
+
+def test_a_reply_behind_what_is_stored_is_in_doubt_however_dense_the_text_before_it_was() -> None:
+    """By its characters the whole prompt is shorter (214) than what the store has of it."""
+    prompt = Prompt(False, marks("a", "b", "c", "d", step=200), 1, 1, answered_index=2)
+    doubt = doubt_tokens(
+        replace(DEMAND, prompt=prompt), [], stored(1, 240), machine=MACHINE, rates=Rates()
+    )
+    assert doubt == 52

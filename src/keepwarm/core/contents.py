@@ -35,7 +35,8 @@ def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None
     upto = job.prompt.marks[: job.prompt.static_index + 1]
     marks = positions(upto, known=known, total_tokens=tokens)
     content = Content("" if job.static_shared else job.namespace, marks, tokens)
-    content.ids, content.states, content.end = ids, (tokens,), static.digest
+    content.ids, content.end = ids, static.digest
+    content.states = (Position(tokens, exact=True),)
     return content
 
 
@@ -62,7 +63,7 @@ def after_restore(job: Job, stored: Stored, tokens: int, ids: Tokens | None) -> 
     shared = job.static_shared and (by_mark or stored.tokens <= static_tokens)
     content = Content("" if shared else job.namespace, marks, tokens, saved_tokens=tokens, ids=ids)
     # The checkpoints that the engine had in this slot are of what stood here before.
-    content.states = (tokens,)
+    content.states = (Position(tokens, exact=True),)
     content.end = matched[-1].digest if matched else None
     return content
 
@@ -98,7 +99,7 @@ def after_reply(
     content.chat = job.chat
     content.end = (said or prompt.marks[-1]).digest
     content.states = _states(job, before, marks, cached=counts.cached, prompt_tokens=counts.prompt)
-    content.states = (*content.states, total)
+    content.states = (*content.states, Position(total, exact=True))
     content.held_from = _held_from(before, counts.cached, total, window_tokens)
     return content
 
@@ -129,17 +130,18 @@ def _states(
     *,
     cached: int,
     prompt_tokens: int,
-) -> tuple[int, ...]:
+) -> tuple[Position, ...]:
     """Where a model that can't be cut can go on: the engine drops what lies behind a parting."""
-    kept = [at for at in before.states if at <= cached] if before else []
+    kept = [at for at in before.states if at.tokens <= cached] if before else []
     asked_at = marks.get(job.prompt.asked.digest) if job.prompt.asked else None
-    made = [asked_at.tokens] if asked_at and asked_at.tokens > cached else []
+    made = [asked_at] if asked_at and asked_at.tokens > cached else []
     if prompt_tokens - cached > _UBATCH_TOKENS + _PROMPT_END_TOKENS:
-        made.append(prompt_tokens - _UBATCH_TOKENS - _PROMPT_END_TOKENS)
+        before_last = prompt_tokens - _UBATCH_TOKENS - _PROMPT_END_TOKENS
+        made.append(Position(before_last, exact=True))
         static = marks.get(job.prompt.static.digest) if job.prompt.static else None
         if static and static.tokens > cached:
-            made.append(static.tokens)  # the first user message
-    return tuple(sorted({*kept, *made, max(prompt_tokens - _PROMPT_END_TOKENS, 1)}))
+            made.append(static)  # the first user message
+    return (*kept, *made, Position(max(prompt_tokens - _PROMPT_END_TOKENS, 1), exact=True))
 
 
 def while_unsure(job: Job, before: Content | None) -> Content | None:
@@ -174,7 +176,8 @@ def after_look(content: Content, tokens: int) -> Content | None:
     if ids is not None:
         ids = ids[:tokens]
     marks = {d: p for d, p in content.marks.items() if p.tokens <= tokens}
-    states = (*(at for at in content.states if at < tokens), tokens)
+    before = (at for at in content.states if at.tokens < tokens)
+    states = (*before, Position(tokens, exact=True))
     return replace(content, marks=marks, tokens=tokens, ids=ids, states=states, end=None)
 
 
@@ -186,4 +189,4 @@ def after_count(content: Content, ids: Tokens, states: tuple[int, ...] | None) -
             return  # known already, and more
     content.ids = ids
     if states is not None:
-        content.states = states
+        content.states = tuple(Position(at, exact=True) for at in states)

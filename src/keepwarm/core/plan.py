@@ -203,18 +203,22 @@ def doubt_tokens(
     if any(content.goes_on(prompt) for content in contents):
         return 0
     reuses = [
-        c.reuse(
-            demand.prompt, None, cuttable=machine.cuttable, window_tokens=machine.window_tokens
-        ).tokens
+        c.reuse(prompt, None, cuttable=machine.cuttable, window_tokens=machine.window_tokens)
         for c in contents
     ]
-    known = max([0, *reuses, stored.tokens if stored else 0])
+    known = [(reuse.tokens, reuse.mark_index) for reuse in reuses]
+    if stored:
+        known.append((stored.tokens, stored.mark_index))
+    tokens, index = max(known, default=(0, -1))
+    per_char = rates.tokens_per_char.value
+    lacking = prompt_tokens(demand, rates) - tokens
+    if index >= 0:
+        # By its characters a whole prompt may come out shorter than what is known of it.
+        behind = int((prompt.chars - prompt.marks[index].chars) * per_char) + _TURN_TOKENS
+        lacking = max(lacking, behind)
     before = max(prompt.answered_index, prompt.static_index, 0)
-    new = int((prompt.chars - prompt.marks[before].chars) * rates.tokens_per_char.value)
-    total = prompt_tokens(demand, rates)
-    if new < _LONG_NEW_TOKENS:
-        total -= new + _TURN_TOKENS
-    return max(total - known, 0)
+    new = int((prompt.chars - prompt.marks[before].chars) * per_char) + _TURN_TOKENS
+    return max(lacking - new if new < _LONG_NEW_TOKENS else lacking, 0)
 
 
 def choose(

@@ -122,8 +122,9 @@ _TAKING_IN = 4.0
 
 # Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
 _NOBODY = "\0"
-# A prompt is counted where what is in doubt costs so many times the count to prefill.
-COUNT_IF_TIMES = 1.0
+# A prompt is counted where what is in doubt costs so many times the count to prefill. A count also
+# settles what the next requests may start from, and the estimate of what is in doubt is rough.
+COUNT_IF_TIMES = 0.3
 
 # Finds the longest restorable prefix of a prompt: by its tokens where they are given, else by its
 # marks. A model that can't be cut must be left a token to evaluate.

@@ -36,6 +36,11 @@ class Position:
     tokens: int
     exact: bool
 
+    @property
+    def slack_tokens(self) -> int:
+        """By how much the true place may lie before this one."""
+        return 0 if self.exact else _STATE_SLACK_TOKENS
+
 
 class Reuse(NamedTuple):
     """What a slot spares a prompt.
@@ -80,7 +85,7 @@ class Content:
     save_failed: bool = False
     is_savable: bool = True
     ids: Tokens | None = None
-    states: tuple[int, ...] = ()
+    states: tuple[Position, ...] = ()
     held_from: int = 0
     end: bytes | None = None
     chat: Mapping[str, Any] | str | None = None
@@ -131,7 +136,8 @@ class Content:
             return Reuse(index, place, min(certain, place))
         if window_tokens and place - window_tokens >= self.held_from:
             return Reuse(index, place, 0)
-        state = max((at for at in self.states if at <= place + _STATE_SLACK_TOKENS), default=0)
+        reached = (s.tokens for s in self.states if s.tokens <= place + s.slack_tokens)
+        state = max(reached, default=0)
         # Where an estimate is off by a token or two nothing is promised, so nothing is broken.
         return Reuse(index if state else -1, min(state, place), 0)
 

@@ -274,8 +274,9 @@ class Runtime(Deployment):
         slots = int(props.get("total_slots") or 1)
         slot_tokens = int((props.get("default_generation_settings") or {}).get("n_ctx") or 4096)
         self.slot_tokens = slot_tokens
-        # The one keeps the engine's loop busy, the other its HTTP threads.
-        self.probed, self.router.unrendered, self.takes = await asyncio.gather(
+        self.counter = PromptCounter(self.client, template=str(props.get("chat_template") or ""))
+        # The first keeps the engine's loop busy, the others its HTTP threads.
+        self.probed, self.router.unrendered, self.takes, _ = await asyncio.gather(
             probe(
                 self.client,
                 self.launch.slot_dir,
@@ -285,6 +286,7 @@ class Runtime(Deployment):
             ),
             unrendered_arguments(self.client),
             system_places(self.client),
+            self.counter.prepare(),
         )
         if self.settings.server.strict_models:
             self.model_names = names_of(await self.client.models())
@@ -306,8 +308,6 @@ class Runtime(Deployment):
             # A slot's own limit is the model's trained context, which the pool may exceed.
             options = self.launch.options
             pool = options.context_tokens if options else slot_tokens
-        self.counter = PromptCounter(self.client, template=str(props.get("chat_template") or ""))
-        await self.counter.prepare()
         self.fingerprint = fingerprint(self.launch, props, form=self._form(slots))
         self.store = await Store.open(
             StoreSettings(

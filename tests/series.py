@@ -45,7 +45,7 @@ MOST_NUMBER = 3
 TALKS = 4
 REPLY_TOKENS = 8
 # So long that a client can leave in the middle of its prefill on a tiny model.
-LONG_TOKENS = 6000
+LONG_TOKENS = 10_000
 _HANG_UPS = 2
 _WORDS = """
 time year people way day man thing woman life child world school state family student group
