@@ -319,6 +319,7 @@ class Runtime(Deployment):
                 staging_bytes=self.settings.store.staging_bytes,
                 streams=self.probed.streams,
                 max_tokens=slot_tokens,
+                tenants=self.keys.tenants,
                 file_mode=self.probed.file_mode,
                 owner=f"keepwarm (pid {os.getpid()})",
             )

@@ -11,7 +11,7 @@ Invariants:
 - For each pin, every extent of its chain counts in `_pinned` and can't be evicted, nor the boundary
   state at its end.
 - Whatever could be evicted is in `queue` (see `core.evict`).
-- `used_bytes` and `kept_tokens` are the sums over the tree.
+- `used_bytes` and `kept_tokens` are the sums over the tree, `held_bytes` those of each namespace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from keepwarm.core.evict import Candidate, EvictionQueue, heat_after_use, value
+from keepwarm.core.evict import Candidate, SharedQueue, heat_after_use, value
 from keepwarm.core.tree import SHARED, Extent, Match, TokenTree
 from keepwarm.store.index import BoundaryRow, ExtentRow, Use
 from keepwarm.store.types import Hit, KeptMark, Pin
@@ -50,9 +50,10 @@ class Catalog:
 
     def __init__(self, *, needs_boundary: bool) -> None:
         self.tree = TokenTree()
-        self.queue = EvictionQueue()
+        self.queue = SharedQueue()
         self.pins: dict[str, Pin] = {}
         self.used_bytes = 0
+        self.held_bytes: Counter[str] = Counter()
         self.kept_tokens = 0
         self.mark_count = 0
         self._needs_boundary = needs_boundary
@@ -148,7 +149,7 @@ class Catalog:
             whole=bool(row.whole),
         )
         self._rows[row.id] = row
-        self.used_bytes += row.size_bytes
+        self._count(extent, row.size_bytes)
         self.kept_tokens += extent.hi - extent.lo
         return extent
 
@@ -156,7 +157,15 @@ class Catalog:
         """Raises: KeyError or ValueError if the tree refuses it; nothing changed."""
         self.tree.add_boundary(row.extent_id, row.at, size_bytes=row.size_bytes)
         self._ends[row.extent_id, row.at] = row
-        self.used_bytes += row.size_bytes
+        self._count(self.tree[row.extent_id], row.size_bytes)
+
+    def _count(self, extent: Extent, size_bytes: int) -> None:
+        self.used_bytes += size_bytes
+        self.held_bytes[extent.namespace] += size_bytes
+
+    def keys(self) -> dict[str, int]:
+        """Bytes that each API key holds for itself; what all share is nobody's."""
+        return {name: held for name, held in self.held_bytes.items() if held and name != SHARED}
 
     def remove_extent(
         self, extent_id: int, marks: Iterable[tuple[str, bytes]]
@@ -172,7 +181,7 @@ class Catalog:
         del self._rows[extent_id]
         self._uses.pop(extent_id, None)
         self._dirty.discard(extent_id)
-        self.used_bytes -= extent.total_bytes
+        self._count(extent, -extent.total_bytes)
         self.kept_tokens -= extent.hi - extent.lo
         if extent.parent is not None:
             self.offer(extent.parent)
@@ -181,7 +190,7 @@ class Catalog:
     def remove_end(self, extent_id: int, at: int) -> BoundaryRow:
         """Forget a boundary state. Raises: KeyError."""
         row = self._ends.pop((extent_id, at))
-        self.used_bytes -= self.tree.remove_boundary(extent_id, at)
+        self._count(self.tree[extent_id], -self.tree.remove_boundary(extent_id, at))
         self.offer(extent_id)  # if no end is left in it, its rows are of no use any more
         return row
 
@@ -301,17 +310,17 @@ class Catalog:
 
     def offer(self, extent_id: int) -> None:
         """Put into the queue what of this extent can be evicted."""
-        for candidate, worth in self._offers(self.tree[extent_id]):
-            self.queue.push(candidate, worth)
+        extent = self.tree[extent_id]
+        for candidate, worth in self._offers(extent):
+            self.queue.push(extent.namespace, candidate, worth)
 
     def offer_all(self) -> None:
         """Fill the queue, after loading."""
-        self.queue.fill(
-            offer
-            for extent in self.tree
-            if extent.boundaries or not self.tree.children_count(extent.id)
-            for offer in self._offers(extent)
-        )
+        offers: defaultdict[str, list[tuple[Candidate, float]]] = defaultdict(list)
+        for extent in self.tree:
+            if extent.boundaries or not self.tree.children_count(extent.id):
+                offers[extent.namespace] += self._offers(extent)
+        self.queue.fill(offers)
 
     def _offers(self, extent: Extent) -> Iterator[tuple[Candidate, float]]:
         for at in (None, *extent.boundaries):

@@ -24,7 +24,8 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,10 @@ UNTRUSTED = frozenset({"checksum", "missing", "truncated", "unreadable"})
 READ_BELOW_BYTES = 1 << 20
 """Smaller files are read instead of mapped: a long conversation is a chain of many small extents,
 and each mapping costs a file descriptor."""
+
+TRIES = 3
+"""A disk's read error counts as 'io' until it has come so often in a row: a cable or a controller
+that stumbles once says nothing against what is written."""
 
 
 class FileKey(NamedTuple):
@@ -80,6 +85,7 @@ class ExtentFiles:
         self._disk = disk
         self._bound_bytes = quarantine_bytes
         self._verified: set[FileKey] = set()
+        self._unreadable: Counter[FileKey] = Counter()
         for path in (root, self._quarantine):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # without a tag nobody else will remove it, that's all
@@ -134,6 +140,7 @@ class ExtentFiles:
         """
         for key in keys:
             self._verified.discard(key)
+            self._unreadable.pop(key, None)
             try:
                 self._disk.unlink(self.path(key))
             except OSError:
@@ -173,7 +180,8 @@ class ExtentFiles:
         """Read the file and compare. Raises: as `check`."""
         key = key_of(row)
         self._verified.discard(key)
-        check_file(self.path(key), row)
+        with self._trying(key):
+            check_file(self.path(key), row)
         self._verified.add(key)
 
     def open(self, row: ExtentRow | BoundaryRow) -> mmap.mmap | bytes:
@@ -188,7 +196,7 @@ class ExtentFiles:
         self.check(row)
         key = key_of(row)
         path = self.path(key)
-        with disk_errors(f"opening {path.name}"):
+        with self._trying(key), disk_errors(f"opening {path.name}"):
             found = path.read_bytes() if row.size_bytes < READ_BELOW_BYTES else map_file(path)
         if len(found) != row.size_bytes:
             raise SnapshotError(f"{path.name} was cut while in use", reason="truncated")
@@ -196,6 +204,20 @@ class ExtentFiles:
             self._verified.discard(key)
             raise SnapshotError(f"{path.name} isn't what was written", reason="checksum")
         return found
+
+    @contextlib.contextmanager
+    def _trying(self, key: FileKey) -> Iterator[None]:
+        """'unreadable' becomes 'io', which is a miss and no more, until it was tried enough."""
+        try:
+            yield
+        except SnapshotError as error:
+            if error.reason != "unreadable":
+                raise
+            self._unreadable[key] += 1
+            if self._unreadable[key] >= TRIES:
+                raise
+            raise SnapshotError(f"{error}; it is tried again", reason="io") from error
+        self._unreadable.pop(key, None)
 
     def quarantine(self, key: FileKey) -> None:
         """Set a file aside as untrusted, for whoever wants to look; the oldest make room.

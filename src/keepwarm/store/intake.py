@@ -78,7 +78,8 @@ class Intake:
         if need:
             tree = self._shelf.catalog.tree
             chain = [] if known is None else tree.chain(known, plan.known.at)
-            removed = self._shelf.make_room(need, keep={link.extent_id for link in chain})
+            kept = {link.extent_id for link in chain}
+            removed = self._shelf.make_room(need, namespace=why.namespace, keep=kept)
         self._enter(self._write(plan, taken), why)
         self._shelf.counts.saves += 1
         self._shelf.counts.written_bytes += need

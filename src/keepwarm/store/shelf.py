@@ -26,10 +26,13 @@ import gc
 import logging
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from keepwarm.core.evict import over_share
+from keepwarm.core.tree import SHARED
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Layout
 from keepwarm.store.catalog import Catalog
@@ -58,8 +61,8 @@ class StoreSettings:
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
     form. `quota_bytes` bounds everything under `root`, `staging_bytes` the staging directory, which
     is the engine's `--slot-save-path`. `streams` is the engine's stream count, `max_tokens` what
-    a slot may hold. `file_mode` is what staged files have. `owner` is what the lock says of this
-    process.
+    a slot may hold. `tenants` is how many API keys there are. `file_mode` is what staged files have.
+    `owner` is what the lock says of this process.
     """
 
     root: Path
@@ -70,6 +73,7 @@ class StoreSettings:
     staging_bytes: int
     streams: int
     max_tokens: int
+    tenants: int = 1
     file_mode: int = 0o600
     owner: str = "keepwarm"
 
@@ -349,8 +353,10 @@ class Shelf:
         """Let other processes know what this store takes."""
         self._lock.tell(self.used_bytes)
 
-    def make_room(self, need_bytes: int, *, keep: Collection[int] = ()) -> Removed:
-        """Evict until `need_bytes` more fit into the quota; extents in `keep` stay.
+    def make_room(
+        self, need_bytes: int, *, namespace: str = SHARED, keep: Collection[int] = ()
+    ) -> Removed:
+        """Evict until `need_bytes` more of a namespace fit into the quota; extents in `keep` stay.
 
         Raises: SnapshotError('quota') if that can't be; then nothing was evicted.
         """
@@ -374,24 +380,38 @@ class Shelf:
         self.clear_refuse()
         others = self.neighbours.clear(found, bound_bytes=quota - self.used_bytes - need_bytes)
         bound = min(share, quota - others) - need_bytes
-        removed = self.evict(bound, keep=keep)
+        coming = {namespace: need_bytes}
+        removed = self.evict(bound, keep=keep, coming=coming, quota_bytes=share)
         if self.used_bytes > bound:
             self.files.empty_quarantine()
         if self.used_bytes > bound:
             raise SnapshotError(f"no room for {need_bytes} bytes in {quota}", reason="quota")
         return removed
 
-    def evict(self, bound_bytes: int, *, keep: Collection[int] = ()) -> Removed:
+    def evict(
+        self,
+        bound_bytes: int,
+        *,
+        keep: Collection[int] = (),
+        coming: Mapping[str, int] | None = None,
+        quota_bytes: int | None = None,
+    ) -> Removed:
         """Evict the least valuable until this fingerprint's files are within `bound_bytes`, or
         nothing is left that may go.
+
+        Who holds more than a share gives first: `quota_bytes` (unset: the bound) by the number of
+        API keys. `coming` are bytes that a key is about to hold.
         """
+        quota = bound_bytes if quota_bytes is None else quota_bytes
         catalog = self.catalog
         before = catalog.used_bytes
         extents: list[int] = []
         ends: list[FileKey] = []
         while self.used_bytes > bound_bytes:
             candidate = catalog.queue.pop(
-                catalog.worth, keep=lambda candidate: candidate.extent_id in keep
+                catalog.worth,
+                first=self._givers(quota, coming or {}),
+                keep=lambda candidate: candidate.extent_id in keep,
             )
             if candidate is None:
                 break
@@ -407,6 +427,13 @@ class Shelf:
             self.counts.evicted_extents += len(extents)
             self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
+
+    def _givers(self, quota_bytes: int, coming: Mapping[str, int]) -> frozenset[str]:
+        """The API keys that hold more than their share; none where there is one key only."""
+        held = Counter(self.catalog.keys())
+        held.update({name: size for name, size in coming.items() if name != SHARED})
+        keys = max(self.settings.tenants, len(held))
+        return over_share(held, share_bytes=quota_bytes // keys) if keys > 1 else frozenset()
 
     def evict_subtree(self, extent_id: int) -> Removed:
         """Evict an extent and what hangs off it. No pin may need any of it."""
