@@ -57,6 +57,11 @@ WAYS = {
         ["--message", TASK], ["--restore-chat-history", "--message", NEXT], ["--message", OTHER]
     ),
 }
+SHORT_REPLIES = """\
+- name: openai/local
+  edit_format: whole
+  extra_params: {max_tokens: 64}
+"""
 QUIET = {
     "AIDER_ANALYTICS": "false",
     "AIDER_CHECK_UPDATE": "false",
@@ -98,6 +103,8 @@ class Place:
         template = Path("configs/chat-templates/chatml-tools.jinja").absolute()
         if model.name != CODER:
             self.settings["engine"]["chat_template"] = str(template)
+            # Aider ends a reply in which one chunk comes a hundred times, and asks again.
+            (root / "home" / ".aider.model.settings.yml").write_text(SHORT_REPLIES)
         self.seen: set[str] = set()
         for name in ("app.py", "notes.md"):
             (self.project / name).write_text(f"# {name}\n" * 3)

@@ -26,9 +26,10 @@ class SlowStore:
 
     def __init__(self) -> None:
         self.pinned: list[str] = []
+        self.is_empty = False
 
-    def lookup(self, digests: list[bytes], *, namespace: str) -> Hit:
-        return Hit(0, 1, 300, True, 0, True)
+    def lookup(self, digests: list[bytes], *, namespace: str) -> Hit | None:
+        return None if self.is_empty else Hit(0, 1, 300, True, 0, True)
 
     def touch(self, extent_id: int, at_tokens: int) -> None:
         pass
@@ -56,17 +57,21 @@ def prover(store: SlowStore) -> Prover:
                 supervise=supervise,
                 metrics=SimpleNamespace(replied=lambda **_: None),
                 machine=SimpleNamespace(slack_tokens=0),
-                settings=SimpleNamespace(store=SimpleNamespace(learned=16)),
+                settings=SimpleNamespace(
+                    store=SimpleNamespace(learned=16),
+                    hygiene=SimpleNamespace(rules=["move-known"]),
+                ),
                 dispatcher=SimpleNamespace(rates=Rates()),
             ),
         )
     )
 
 
-def reply_to(made: Prover, question: str) -> None:
+def reply_to(made: Prover, question: str, *, agent: str = "") -> None:
     body = {"messages": [RULES, {"role": "user", "content": question}]}
     prompt = prompt_of(body, fingerprint="model", namespace="me")
     job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
+    job.agent = agent
     made.proved(
         job, PLAN, Counts(300, 10, 4), ttft_s=0.1, tier=Tiered(body=body, tier=None, reason="pass")
     )
@@ -110,3 +115,19 @@ async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_
         made.proved(job, plan, Counts(0, 310, 4), ttft_s=0.1, tier=tier)
         await asyncio.sleep(0.01)
         assert refused == expected
+
+
+async def test_what_isnt_saved_yet_when_a_reply_ends_is_learned_as_soon_as_it_is() -> None:
+    store = SlowStore()
+    store.is_empty = True
+    made = prover(store)
+    reply_to(made, "First?", agent="codex_exec/0.171.0")
+    await asyncio.sleep(0.01)
+    made.kept()
+    await asyncio.sleep(0.01)
+    assert store.pinned == []
+    store.is_empty = False
+    made.kept()
+    made.kept()
+    await asyncio.sleep(0.01)
+    assert [name.partition("~")[2] for name in store.pinned] == ["codex_exec/0.171.0"]

@@ -119,6 +119,8 @@ class Dispatcher:
         self._statics: OrderedDict[bytes, list[int]] = OrderedDict()
         self._is_closed = False
         self._has_event = asyncio.Event()
+        # Called when the store has taken a slot's file in.
+        self.on_kept: Callable[[], None] = lambda: None
 
     @property
     def rates(self) -> Rates:
@@ -409,6 +411,7 @@ class Dispatcher:
                 origin=Origin.FILL if step.static else Origin.CONVERSATION,
             )
             ids, states = self._snapshots.ids_of(saved), saved.ends
+            self.on_kept()
         except SnapshotError as error:
             self.metrics.miss(error.reason)
         finally:

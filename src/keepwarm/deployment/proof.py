@@ -20,6 +20,8 @@ log = logging.getLogger("keepwarm")
 
 # A prefix is learned when it is seen for the second time within this many distinct ones.
 _SEEN_LIMIT = 4096
+# Static parts that are to be pinned once a save has brought them, at most.
+_UNSAVED_LIMIT = 64
 # A template with the date in it is warmed anew when the date changes; one with the time isn't.
 _WARM_ANEW_AFTER_S = 3600.0
 
@@ -32,6 +34,8 @@ class Prover:
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()
         self._missed: set[tuple[int | None, int]] = set()
+        # By the pin's name: whose it is, and the digest of the static part.
+        self._unsaved: dict[str, tuple[str, bytes]] = {}
         self._mending = asyncio.Lock()
         self._warmed_anew_s = -_WARM_ANEW_AFTER_S
 
@@ -172,16 +176,33 @@ class Prover:
             pin.name.partition("~")[0] == plain for pin in self._runtime.store.pins()
         )
         if (seen >= 2 or is_stable) and is_long and not is_known:
-            self._pinning.add(name)
-            task = self._runtime.supervise(self._pin(job, name))
-            task.add_done_callback(lambda _: self._pinning.discard(name))
+            self._begin_pin(name, job.namespace, static.digest)
 
-    async def _pin(self, job: Job, name: str) -> None:
+    def kept(self) -> None:
+        """The store has taken something in: it may hold what is to be pinned.
+
+        A first reply ends before the store is through with the static part that was filled for it,
+        and a static part that wasn't filled is saved with its conversation, when that is idle.
+        """
+        for name, (namespace, digest) in list(self._unsaved.items()):
+            if self._runtime.store.lookup([digest], namespace=namespace):
+                del self._unsaved[name]
+                self._begin_pin(name, namespace, digest)
+
+    def _begin_pin(self, name: str, namespace: str, digest: bytes) -> None:
+        self._pinning.add(name)
+        task = self._runtime.supervise(self._pin(name, namespace, digest))
+        task.add_done_callback(lambda _: self._pinning.discard(name))
+
+    async def _pin(self, name: str, namespace: str, digest: bytes) -> None:
         runtime = self._runtime
-        static = job.prompt.static
-        assert static
-        hit = runtime.store.lookup([static.digest], namespace=job.namespace)
-        if hit is None or not hit.is_exact:
+        hit = runtime.store.lookup([digest], namespace=namespace)
+        if hit is None:
+            if len(self._unsaved) >= _UNSAVED_LIMIT:
+                self._unsaved.pop(next(iter(self._unsaved)))
+            self._unsaved[name] = namespace, digest
+            return
+        if not hit.is_exact:
             return
         try:
             await runtime.store.pin(
@@ -189,7 +210,7 @@ class Prover:
                 hit.extent_id,
                 hit.at_tokens,
                 origin=Origin.LEARNED,
-                digest=static.digest,
+                digest=digest,
                 prefill_s=runtime.dispatcher.rates.prefill_s(hit.at_tokens),
             )
         except SnapshotError as error:  # evicted meanwhile, or the disk is full

@@ -357,6 +357,7 @@ class Runtime(Deployment):
             scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         self.prover = Prover(self)
+        self.dispatcher.on_kept = self.prover.kept
 
     async def _warm(self) -> None:
         """Warm all prefixes. Raises: UnprovedError, ConfigError; see `Prefixes.warm`."""
