@@ -12,7 +12,7 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.core.volatile import find_volatile
-from keepwarm.deployment.warm import Target, tier_targets
+from keepwarm.deployment.warm import KeptPrefix, tier_targets
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.launch import Launch
@@ -77,7 +77,7 @@ async def _report(settings: Settings, tiers: TierSet) -> dict[str, Any]:
     return {"model": launch.model.name if launch.model else "attached", "tiers": rows}
 
 
-def _shared(tier: Tier, target: Target, targets: list[Target]) -> int:
+def _shared(tier: Tier, target: KeptPrefix, targets: list[KeptPrefix]) -> int:
     """Tokens that a tier and its base begin with alike."""
     base = next((t for t in targets if t.name == f"tier:{tier.extends}"), None)
     return common_length(base.tokens, target.tokens) if base else 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from keepwarm.core.memory import MemoryKind
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
-from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
+from keepwarm.deployment.warm import KeptPrefix, Progress, Warmed, Warmer, last_used_s, tier_targets
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.router import TierCost
 
@@ -38,14 +38,14 @@ class Prefixes:
         self._leaves = leaves
         self._on_progress = on_progress
         self._later: asyncio.Task[None] | None = None
-        self.targets: list[Target] = []
+        self.targets: list[KeptPrefix] = []
         """The tiers as the running model renders them."""
         self.warmed: list[Warmed] = []
         """What warming each of them, and each learned prefix, took."""
         self.lacking: set[str] = set()
         """Names of those that aren't warm yet."""
 
-    async def rendered(self) -> list[Target]:
+    async def rendered(self) -> list[KeptPrefix]:
         """Render the tiers with the running model.
 
         Raises:
@@ -122,7 +122,7 @@ class Prefixes:
             out.append(TierCost(name, first_s, token_s, displaced_s))
         return out
 
-    async def _unsaved(self) -> list[Target]:
+    async def _unsaved(self) -> list[KeptPrefix]:
         """The tiers that would have to be prefilled (new, changed, or under another engine).
 
         What was used last comes first, then the smallest.
@@ -141,7 +141,7 @@ class Prefixes:
             out, key=lambda target: (-last_used_s(runtime.store, target), len(target.tokens))
         )
 
-    async def _warm_later(self, targets: Sequence[Target]) -> None:
+    async def _warm_later(self, targets: Sequence[KeptPrefix]) -> None:
         """Warm tiers behind all requests, which are served cold meanwhile."""
         for target in [*targets, *targets]:  # again, if the engine died meanwhile
             if target.name not in self.lacking:
@@ -163,7 +163,7 @@ class Prefixes:
             )
             self._runtime.tell_warmth()
 
-    def _check_fits(self, target: Target) -> None:
+    def _check_fits(self, target: KeptPrefix) -> None:
         """A tier that fills a slot leaves no room for a task.
 
         Raises:

@@ -11,10 +11,10 @@ from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
-from keepwarm.deployment.warm import Target, tier_targets
+from keepwarm.deployment.warm import KeptPrefix, tier_targets
 from keepwarm.errors import EngineError, SnapshotError, TierError
 from keepwarm.store.types import Origin, Pin
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import TieredRequest
 
 log = logging.getLogger("keepwarm")
 
@@ -35,7 +35,9 @@ class Prover:
         self._mending = asyncio.Lock()
         self._warmed_anew_s = -_WARM_ANEW_AFTER_S
 
-    def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
+    def proved(
+        self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: TieredRequest
+    ) -> None:
         """Compare what was promised with what the engine reused."""
         runtime = self._runtime
         name = tier.tier.name if tier.tier else "none"
@@ -119,7 +121,7 @@ class Prover:
             self._runtime.metrics.miss(error.reason)
             return ()
 
-    async def _drop_stale(self, moved: list[Target]) -> set[str]:
+    async def _drop_stale(self, moved: list[KeptPrefix]) -> set[str]:
         """Forget what was rendered before: digests are of texts, and their tokens have changed."""
         runtime = self._runtime
         runtime.dispatcher.forget_rendered()
@@ -132,7 +134,7 @@ class Prover:
             runtime.dispatcher.know_static(target.digest, target.tokens)
         return lost
 
-    async def _moved(self) -> list[Target]:
+    async def _moved(self) -> list[KeptPrefix]:
         """The tiers that render to other tokens now (a date in the template), as they were."""
         runtime = self._runtime
         try:
@@ -214,10 +216,10 @@ class Prover:
             most.remove(oldest)
             await self._runtime.store.unpin(oldest.name)
 
-    async def learned_targets(self) -> list[Target]:
+    async def learned_targets(self) -> list[KeptPrefix]:
         """What was learned in earlier lives, most recently used first."""
         store = self._runtime.store
-        out: list[Target] = []
+        out: list[KeptPrefix] = []
         pins = [p for p in store.pins() if p.origin is Origin.LEARNED and p.digest]
         for pin in sorted(pins, key=lambda p: p.used_s or p.created_s, reverse=True):
             try:
@@ -228,7 +230,7 @@ class Prover:
             assert pin.digest
             namespace = _tenant_of(pin.name)
             out.append(
-                Target(
+                KeptPrefix(
                     pin.name,
                     [int(t) for t in tokens],
                     None,

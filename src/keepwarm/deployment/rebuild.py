@@ -14,7 +14,7 @@ import uuid
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
 from keepwarm.deployment.deployment import Deployment
-from keepwarm.deployment.warm import Target, keep
+from keepwarm.deployment.warm import KeptPrefix, keep
 from keepwarm.errors import KeepwarmError
 
 log = logging.getLogger("keepwarm")
@@ -23,7 +23,7 @@ log = logging.getLogger("keepwarm")
 _PRIORITY = 2
 
 
-async def rebuild(runtime: Deployment, target: Target) -> Stored | None:
+async def rebuild(runtime: Deployment, target: KeptPrefix) -> Stored | None:
     """Fill, save and pin a tier's prefix; None, and a line in the log, if that failed."""
     assert target.prompt
     job = Job(

@@ -42,7 +42,7 @@ log = logging.getLogger("keepwarm")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class KeptPrefix:
     """One prefix to warm: a tier's, or one learned from clients."""
 
     name: str
@@ -88,7 +88,7 @@ Progress = Callable[[str, int, int], None]
 
 async def tier_targets(
     tiers: TierSet, counter: PromptCounter, *, fingerprint: str, only: Iterable[str] = ()
-) -> list[Target]:
+) -> list[KeptPrefix]:
     """Render and tokenize every tier with the running model.
 
     Raises:
@@ -110,7 +110,9 @@ async def tier_targets(
             shared_segments=len(static["messages"]),
         )
         assert prompt.static
-        out.append(Target(f"tier:{tier.name}", tokens, prompt, prompt.static.digest, Origin.TIER))
+        out.append(
+            KeptPrefix(f"tier:{tier.name}", tokens, prompt, prompt.static.digest, Origin.TIER)
+        )
     return out
 
 
@@ -167,7 +169,7 @@ class Warmer:
         self._slots = slots
         self._progress = progress
 
-    async def warm(self, targets: list[Target]) -> tuple[list[Warmed], dict[int, Content]]:
+    async def warm(self, targets: list[KeptPrefix]) -> tuple[list[Warmed], dict[int, Content]]:
         """Warm all targets in order.
 
         Returns:
@@ -189,7 +191,7 @@ class Warmer:
             await self._client.erase(workbench)
         return report, contents
 
-    def _room(self, targets: list[Target]) -> dict[int, int]:
+    def _room(self, targets: list[KeptPrefix]) -> dict[int, int]:
         """Which targets (by index) wait in which slot: those used last; one slot stays free.
 
         In a shared pool what waits slows every other slot down, and a ready file is restored in
@@ -208,7 +210,7 @@ class Warmer:
         return {index: slot for slot, index in enumerate(chosen)}
 
     async def _warm_one(
-        self, target: Target, slot: int | None, workbench: int, contents: dict[int, Content]
+        self, target: KeptPrefix, slot: int | None, workbench: int, contents: dict[int, Content]
     ) -> Warmed:
         began_s = time.monotonic()
         if not self._machine.can_save:
@@ -225,7 +227,7 @@ class Warmer:
 
     async def _warm_saved(
         self,
-        target: Target,
+        target: KeptPrefix,
         slot: int | None,
         workbench: int,
         contents: dict[int, Content],
@@ -287,7 +289,7 @@ class Warmer:
         )
 
     async def _warm_unsaved(
-        self, target: Target, slot: int | None, contents: dict[int, Content], began_s: float
+        self, target: KeptPrefix, slot: int | None, contents: dict[int, Content], began_s: float
     ) -> Warmed:
         """Without a snapshot: prefilled where it waits, else left to its first request."""
         prefilled = 0
@@ -315,7 +317,7 @@ class Warmer:
             proved=slot is not None,
         )
 
-    async def _fill(self, target: Target, stored: Stored | None, slot: int) -> int:
+    async def _fill(self, target: KeptPrefix, stored: Stored | None, slot: int) -> int:
         """Prefill to the exact end, starting from what is there, and save it."""
         if stored is not None:
             try:
@@ -343,7 +345,7 @@ class Warmer:
         )
         return counts.prefilled
 
-    async def _place(self, target: Target, stored: Stored, slot: int) -> bool:
+    async def _place(self, target: KeptPrefix, stored: Stored, slot: int) -> bool:
         """Restore into a slot and see by one more token that all of it is reused."""
         async with self._snapshots.ready(stored) as file:
             try:
@@ -358,7 +360,7 @@ class Warmer:
                 await self._client.restore(slot, file.name)
         return counts.cached >= len(target.tokens) - self._machine.slack_tokens
 
-    def _progress_of(self, target: Target) -> Callable[[int, int], None]:
+    def _progress_of(self, target: KeptPrefix) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
             if self._progress:
                 self._progress(target.name, done, total)
@@ -366,7 +368,7 @@ class Warmer:
         return told
 
 
-async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: Rates) -> None:
+async def keep(snapshots: SlotStore, target: KeptPrefix, stored: Stored, *, rates: Rates) -> None:
     """Let the digest find a prefix that the store holds, and keep it from eviction."""
     assert stored.extent_id is not None
     tokens = len(target.tokens)
@@ -381,13 +383,13 @@ async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: R
     )
 
 
-def last_used_s(store: Store, target: Target) -> float:
+def last_used_s(store: Store, target: KeptPrefix) -> float:
     """When a prefix, or what it was before a change, was last of use; 0 if it is new."""
     pin = store.pin_named(target.name)
     return (pin.used_s or pin.created_s) if pin else 0.0
 
 
-def content_of(target: Target) -> Content:
+def content_of(target: KeptPrefix) -> Content:
     """What a slot holds that was restored to a target's end."""
     tokens = len(target.tokens)
     marks = {target.digest: Position(tokens, exact=True)}
@@ -396,7 +398,7 @@ def content_of(target: Target) -> Content:
     return Content(target.namespace, marks, tokens, saved_tokens=tokens)
 
 
-def shared_tokens(targets: list[Target]) -> list[tuple[str, str, int]]:
+def shared_tokens(targets: list[KeptPrefix]) -> list[tuple[str, str, int]]:
     """For each pair of neighbours in nesting order: how many tokens they begin with alike."""
     pairs = pairwise(targets)
     return [(a.name, b.name, common_length(a.tokens, b.tokens)) for a, b in pairs]

@@ -54,7 +54,7 @@ from keepwarm.gateway.upstream import (
     reply_headers,
 )
 from keepwarm.router import Escalation
-from keepwarm.tiers.tiering import HEADER, Tiered
+from keepwarm.tiers.tiering import HEADER, TieredRequest
 
 log = logging.getLogger("keepwarm")
 
@@ -221,7 +221,7 @@ class Proxy:
                     exchange.grant = await runtime.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
-    def _exchange(self, asked: ClientRequest, tiered: Tiered, received_s: float) -> Exchange:
+    def _exchange(self, asked: ClientRequest, tiered: TieredRequest, received_s: float) -> Exchange:
         runtime = self._runtime
         prompt = self._prompt(asked, tiered)
         now_s = time.monotonic()
@@ -265,7 +265,7 @@ class Proxy:
         )
         return exchange
 
-    def _prompt(self, asked: ClientRequest, tiered: Tiered) -> Prompt:
+    def _prompt(self, asked: ClientRequest, tiered: TieredRequest) -> Prompt:
         return prompt_of(
             tiered.shaping,
             fingerprint=self._runtime.fingerprint,
