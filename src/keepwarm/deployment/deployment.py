@@ -28,14 +28,14 @@ from keepwarm.store.store import Store
 class KeptPrefixes(Protocol):
     """What is kept warm whatever clients do."""
 
-    targets: list[KeptPrefix]
+    kept: list[KeptPrefix]
     """The tiers as the running model renders them."""
 
 
 class LearnedPrefixes(Protocol):
     """What clients brought more than once."""
 
-    async def learned_targets(self) -> list[KeptPrefix]:
+    async def learned_prefixes(self) -> list[KeptPrefix]:
         """What was learned in earlier lives, most recently used first."""
 
 
