@@ -298,13 +298,13 @@ class TierSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
 
 
 class HygieneSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """What is changed in requests so that prompts begin alike: nothing, unless it is named."""
+    """What is changed in requests so that prompts begin alike, besides the line of accounting."""
 
     rules: Annotated[
         tuple[str, ...],
         Meta(
             description=f"rules to apply, of {', '.join(f'`{rule}`' for rule in RULES)}; empty: "
-            "requests go on as they came; see docs/use-with.md"
+            "only a client's line of accounting is left out; see docs/use-with.md"
         ),
     ] = ()
     drop_lines: Annotated[

@@ -98,7 +98,7 @@ async def test_files_for_a_server_of_another_user_have_the_mode_of_its_own(
 ) -> None:
     engine.file_mode = 0o664
     runtime = await start()
-    minimal = next(t for t in runtime.prefixes.targets if t.name == "tier:minimal")
+    minimal = next(t for t in runtime.prefixes.kept if t.name == "tier:minimal")
     hit = await runtime.store.match(minimal.tokens[:-1], namespace="")
     assert hit
     ready = await runtime.store.materialize(hit.extent_id, hit.at_tokens)
@@ -223,7 +223,7 @@ async def test_a_learned_prefix_whose_tokens_the_engine_refuses_ends_no_start(
     engine: FakeEngine, start: Start
 ) -> None:
     runtime = await start()
-    minimal = next(t for t in runtime.prefixes.targets if t.name == "tier:minimal")
+    minimal = next(t for t in runtime.prefixes.kept if t.name == "tier:minimal")
     hit = await runtime.store.match(minimal.tokens, namespace="")
     assert hit
     name = f"learned::{minimal.digest.hex()}"

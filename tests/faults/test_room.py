@@ -34,6 +34,23 @@ async def test_a_prompt_longer_than_its_room_is_refused_before_anything_is_done_
     await keepwarm.settled()
 
 
+async def test_a_counted_prompt_is_refused_in_its_clients_words(keepwarm: Keepwarm) -> None:
+    # Its text alone is below the room; what the template adds isn't.
+    words = "word " * (ROOM // 2 - 1)
+    asked = {"model": "any", "messages": [{"role": "user", "content": words}], "max_tokens": 4}
+    errors = []
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        async with keepwarm.session.post(keepwarm.base + path, json=asked) as response:
+            assert response.status == 400
+            errors.append((await response.json())["error"])
+    assert errors[0]["code"] == "context_length_exceeded"
+    tokens = errors[0]["n_prompt_tokens"]
+    assert ROOM <= tokens < ROOM + 20
+    assert errors[1]["message"] == f"prompt is too long: {tokens} tokens > {ROOM} maximum"
+    assert sent(keepwarm) == []
+    await keepwarm.settled()
+
+
 async def test_in_a_shared_pool_a_reply_is_bounded_to_what_was_reserved_for_it(
     keepwarm: Keepwarm,
 ) -> None:

@@ -27,7 +27,7 @@ from keepwarm.core.scheduler import SAVE_AFTER_IDLE_S, Job, Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.errors import RequestError
 from keepwarm.gateway.client_request import ClientRequest, asked_of
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import TieredRequest
 
 SHARED = document(1)
 TIER = {"role": "system", "content": "You keep a house in order. " * 20}
@@ -100,10 +100,10 @@ def test_places_are_the_senders_own_whatever_a_tier_puts_before_them() -> None:
     headers = {"X-Keepwarm-Shared": "0:40"}
     asked = ClientRequest("chat", sent, "n", "/v1/chat/completions", headers)
     composed = {"messages": [TIER, TIER, *sent["messages"]]}
-    assert asked.ends(Tiered(composed, None, "x")) == [SharedEnd(2, 40)]
+    assert asked.ends(TieredRequest(composed, None, "x")) == [SharedEnd(2, 40)]
     beyond = ClientRequest("chat", sent, "n", "/", {"X-Keepwarm-Shared": "1:1"})
     with pytest.raises(RequestError):
-        beyond.ends(Tiered(composed, None, "x"))
+        beyond.ends(TieredRequest(composed, None, "x"))
 
 
 def test_hygiene_keeps_the_text_whose_characters_a_planner_has_counted() -> None:

@@ -34,7 +34,7 @@ def prefixes(*, held: tuple[str, ...], stored: tuple[str, ...], slots: int = 2) 
         machine=SimpleNamespace(row_bytes=ROW_BYTES),
     )
     made = Prefixes(runtime, leaves=False, on_progress=None)
-    made.targets = [
+    made.kept = [
         SimpleNamespace(name=f"tier:{name}", digest=digests[name], tokens=range(size))  # type: ignore[misc]
         for name, size in SIZES.items()
     ]
@@ -57,7 +57,7 @@ def test_a_token_costs_more_behind_a_larger_tier_by_what_was_measured() -> None:
     at = [cost.token_s for cost in warm.costs()]
     assert at == sorted(at)
     assert at[0] < at[2]
-    rates = warm._runtime.dispatcher.rates
+    rates = warm._deployment.dispatcher.rates
     rates.decode_cost.observe(context_tokens=300, tokens=100, seconds=0.4)
     assert warm.costs()[0].token_s == pytest.approx(0.004, rel=0.01)
 

@@ -15,7 +15,7 @@ from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.deployment.proof import Prover
 from keepwarm.store.types import Hit
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import TieredRequest
 
 RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
 PLAN = Plan(Source.SLOT, 0, 300, 0, 310, 0.1, False, False, None, (), ())
@@ -73,7 +73,11 @@ def reply_to(made: Prover, question: str, *, agent: str = "") -> None:
     job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
     job.agent = agent
     made.proved(
-        job, PLAN, Counts(300, 10, 4), ttft_s=0.1, tier=Tiered(body=body, tier=None, reason="pass")
+        job,
+        PLAN,
+        Counts(300, 10, 4),
+        ttft_s=0.1,
+        tier=TieredRequest(body=body, tier=None, reason="pass"),
     )
 
 
@@ -99,11 +103,11 @@ async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_
         return []
 
     made = prover(SlowStore())
-    runtime = cast("Any", made)._runtime
+    runtime = cast("Any", made)._deployment
     runtime.slot_store = SimpleNamespace(quarantine=quarantine, refused=refused.append)
     runtime.metrics.miss = lambda _reason: None
     runtime.suspect_engine = lambda: None
-    runtime.prefixes = SimpleNamespace(targets=[])
+    runtime.prefixes = SimpleNamespace(kept=[])
     cast("Any", made)._moved = nothing_moved
     stored = Stored(0, 300, 300, 1000, ready=True, extent_id=7)
     plan = replace(PLAN, source=Source.SNAPSHOT, promise_tokens=300, restore=stored)
@@ -111,7 +115,7 @@ async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_
     prompt = prompt_of(body, fingerprint="model", namespace="me")
     for expected in ([], [stored]):
         job = Job("r", "me", prompt, arrived_s=0.0, deadline_s=9.0, reply_tokens=4)
-        tier = Tiered(body=body, tier=None, reason="pass")
+        tier = TieredRequest(body=body, tier=None, reason="pass")
         made.proved(job, plan, Counts(0, 310, 4), ttft_s=0.1, tier=tier)
         await asyncio.sleep(0.01)
         assert refused == expected

@@ -12,7 +12,7 @@ from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.tiers import TierSet
 from keepwarm.errors import RequestError
 from keepwarm.tiers.files import load_tiers
-from keepwarm.tiers.tiering import Tiered, apply_tier, asked_tier, has_own_system
+from keepwarm.tiers.tiering import TieredRequest, apply_tier, asked_tier, has_own_system
 from smalltiers import write_small_tiers
 
 USER = {"role": "user", "content": "Is the disk there?"}
@@ -27,13 +27,13 @@ def tiers(tmp_path: Path) -> TierSet:
 
 def put(
     tiers: TierSet, body: dict[str, Any], *, tier: str = "minimal", api: Api = "chat"
-) -> Tiered:
+) -> TieredRequest:
     found = tiers.get(tier)
     assert found
     return apply_tier(api, body, found, "explicit")
 
 
-def identity(tiered: Tiered, namespace: str) -> Prompt:
+def identity(tiered: TieredRequest, namespace: str) -> Prompt:
     return prompt_of(
         tiered.chat,
         fingerprint="model",

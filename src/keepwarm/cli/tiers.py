@@ -12,7 +12,7 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.core.memory import MemoryKind
 from keepwarm.core.tiers import Tier, TierSet, compose
 from keepwarm.core.volatile import find_volatile
-from keepwarm.deployment.warm import Target, tier_targets
+from keepwarm.deployment.warm import KeptPrefix, tier_prefixes
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.launch import Launch
@@ -57,30 +57,30 @@ def tiers_command(
 
 async def _report(settings: Settings, tiers: TierSet) -> dict[str, Any]:
     async with engine_session(settings.engine) as (client, launch):
-        targets = await tier_targets(tiers, PromptCounter(client), fingerprint="")
+        prefixes = await tier_prefixes(tiers, PromptCounter(client), fingerprint="")
         rows = []
-        for index, (tier, target) in enumerate(zip(tiers, targets, strict=True)):
+        for index, (tier, prefix) in enumerate(zip(tiers, prefixes, strict=True)):
             rows.append(
                 {
                     "name": tier.name,
                     "extends": tier.extends,
                     "description": tier.description,
-                    "tokens": len(target.tokens),
-                    "shared_with_base_tokens": _shared(tier, target, targets),
+                    "tokens": len(prefix.tokens),
+                    "shared_with_base_tokens": _shared(tier, prefix, prefixes),
                     "tools": len(tier.tools),
                     "tools_at": await _tools_at(client, tier),
                     "volatile": _volatile(tier),
-                    "note": _window_note(launch, len(target.tokens)),
+                    "note": _window_note(launch, len(prefix.tokens)),
                     "order": index,
                 }
             )
     return {"model": launch.model.name if launch.model else "attached", "tiers": rows}
 
 
-def _shared(tier: Tier, target: Target, targets: list[Target]) -> int:
+def _shared(tier: Tier, prefix: KeptPrefix, prefixes: list[KeptPrefix]) -> int:
     """Tokens that a tier and its base begin with alike."""
-    base = next((t for t in targets if t.name == f"tier:{tier.extends}"), None)
-    return common_length(base.tokens, target.tokens) if base else 0
+    base = next((t for t in prefixes if t.name == f"tier:{tier.extends}"), None)
+    return common_length(base.tokens, prefix.tokens) if base else 0
 
 
 async def _tools_at(client: EngineClient, tier: Tier) -> str | None:

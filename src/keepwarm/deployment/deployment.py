@@ -15,7 +15,7 @@ from keepwarm.core.tiers import TierSet
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.probe import ProbeResult
 from keepwarm.deployment.slot_store import SlotStore
-from keepwarm.deployment.warm import Target
+from keepwarm.deployment.warm import KeptPrefix
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.launch import Launch
@@ -28,14 +28,14 @@ from keepwarm.store.store import Store
 class KeptPrefixes(Protocol):
     """What is kept warm whatever clients do."""
 
-    targets: list[Target]
+    kept: list[KeptPrefix]
     """The tiers as the running model renders them."""
 
 
 class LearnedPrefixes(Protocol):
     """What clients brought more than once."""
 
-    async def learned_targets(self) -> list[Target]:
+    async def learned_prefixes(self) -> list[KeptPrefix]:
         """What was learned in earlier lives, most recently used first."""
 
 

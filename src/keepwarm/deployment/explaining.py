@@ -11,50 +11,50 @@ from keepwarm.explain.parts import parts_of
 from keepwarm.explain.recent import SHARED, Remembered
 
 
-def observe_deployment(runtime: Deployment) -> None:
+def observe_deployment(deployment: Deployment) -> None:
     """Set the metrics that say what holds at this moment."""
-    if not hasattr(runtime, "dispatcher"):
+    if not hasattr(deployment, "dispatcher"):
         return
-    slots = runtime.dispatcher.scheduler.slots
-    stats = runtime.store.stats()
-    runtime.metrics.observe_deployment(
-        queued=runtime.dispatcher.scheduler.queued,
+    slots = deployment.dispatcher.scheduler.slots
+    stats = deployment.store.stats()
+    deployment.metrics.observe_deployment(
+        queued=deployment.dispatcher.scheduler.queued,
         slot_states=[slot.state for slot in slots],
         slot_tokens=sum(slot.content.tokens for slot in slots if slot.content),
         store_bytes=stats.used_bytes,
         quota_bytes=stats.quota_bytes,
         evicted_extents=stats.evicted_extents,
-        prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
+        prefill_s_per_token=deployment.dispatcher.rates.prefill_s_per_token.value,
     )
 
 
-async def begin_explaining(runtime: Deployment) -> None:
+async def begin_explaining(deployment: Deployment) -> None:
     """Open the history beside the store, and let prompts be compared with the tiers."""
     identity = Identity(
-        runtime.fingerprint, await _described(runtime), cuttable=runtime.machine.cuttable
+        deployment.fingerprint, await _described(deployment), cuttable=deployment.machine.cuttable
     )
-    targets = {target.name: target for target in runtime.prefixes.targets}
+    kept = {prefix.name: prefix for prefix in deployment.prefixes.kept}
     tiers = []
-    for tier in runtime.tiers:
-        target = targets.get(f"tier:{tier.name}")
-        if target is None or target.prompt is None:
+    for tier in deployment.tiers:
+        prefix = kept.get(f"tier:{tier.name}")
+        if prefix is None or prefix.prompt is None:
             continue
         parts = parts_of(compose(tier, {"messages": []}))
-        digests = frozenset(mark.digest for mark in target.prompt.marks)
-        tiers.append(Remembered(target.name, SHARED, parts, digests, runtime.started_s))
-    await runtime.explainer.open(runtime.store.settings.root, identity, tiers)
+        digests = frozenset(mark.digest for mark in prefix.prompt.marks)
+        tiers.append(Remembered(prefix.name, SHARED, parts, digests, deployment.started_s))
+    await deployment.explainer.open(deployment.store.settings.root, identity, tiers)
 
 
-async def _described(runtime: Deployment) -> dict[str, str]:
+async def _described(deployment: Deployment) -> dict[str, str]:
     """What the fingerprint is made of, in names that mean something to people."""
-    launch = runtime.launch
-    template = str((await runtime.client.props()).get("chat_template", ""))
+    launch = deployment.launch
+    template = str((await deployment.client.props()).get("chat_template", ""))
     described = {
         "engine": launch.identity.kind,
         "engine build": launch.identity.build,
         "model": launch.model.file_id if launch.model else "",
         "chat template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
-        "slot layout": runtime.probed.layout.to_json() if runtime.probed.layout else "whole",
+        "slot layout": deployment.probed.layout.to_json() if deployment.probed.layout else "whole",
     }
     if launch.options:
         options = launch.options

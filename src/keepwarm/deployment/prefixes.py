@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from keepwarm.core.memory import MemoryKind
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.rebuild import rebuild
-from keepwarm.deployment.warm import Progress, Target, Warmed, Warmer, last_used_s, tier_targets
+from keepwarm.deployment.warm import (
+    KeptPrefix,
+    Progress,
+    Warmed,
+    Warmer,
+    last_used_s,
+    tier_prefixes,
+)
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.router import TierCost
 
@@ -32,29 +39,34 @@ class UnprovedError(Exception):
 class Prefixes:
     """See the module. `warm` is called each time an engine has come up."""
 
-    def __init__(self, runtime: Deployment, *, leaves: bool, on_progress: Progress | None) -> None:
+    def __init__(
+        self, deployment: Deployment, *, leaves: bool, on_progress: Progress | None
+    ) -> None:
         """As the runtime takes them."""
-        self._runtime = runtime
+        self._deployment = deployment
         self._leaves = leaves
         self._on_progress = on_progress
         self._later: asyncio.Task[None] | None = None
-        self.targets: list[Target] = []
+        self.kept: list[KeptPrefix] = []
         """The tiers as the running model renders them."""
         self.warmed: list[Warmed] = []
         """What warming each of them, and each learned prefix, took."""
         self.lacking: set[str] = set()
         """Names of those that aren't warm yet."""
 
-    async def rendered(self) -> list[Target]:
+    async def rendered(self) -> list[KeptPrefix]:
         """Render the tiers with the running model.
 
         Raises:
-            TierError, EngineError: as `tier_targets`.
+            TierError, EngineError: as `tier_prefixes`.
         """
-        runtime = self._runtime
-        settings = runtime.settings.tiers
-        return await tier_targets(
-            runtime.tiers, runtime.counter, fingerprint=runtime.fingerprint, only=settings.warm
+        deployment = self._deployment
+        settings = deployment.settings.tiers
+        return await tier_prefixes(
+            deployment.tiers,
+            deployment.counter,
+            fingerprint=deployment.fingerprint,
+            only=settings.warm,
         )
 
     async def warm(self) -> None:
@@ -64,50 +76,50 @@ class Prefixes:
             ConfigError: a tier doesn't fit into a slot.
             UnprovedError: this engine needs other flags.
         """
-        runtime = self._runtime
-        dispatcher = runtime.dispatcher
-        self.targets = await self.rendered()
-        for target in self.targets:
-            self._check_fits(target)
-            dispatcher.know_static(target.digest, target.tokens)
+        deployment = self._deployment
+        dispatcher = deployment.dispatcher
+        self.kept = await self.rendered()
+        for prefix in self.kept:
+            self._check_fits(prefix)
+            dispatcher.know_static(prefix.digest, prefix.tokens)
         warmer = Warmer(
-            runtime.client,
-            runtime.slot_store,
-            runtime.machine,
+            deployment.client,
+            deployment.slot_store,
+            deployment.machine,
             dispatcher.rates,
             slots=len(dispatcher.scheduler.slots),
-            miss=runtime.metrics.miss,
+            miss=deployment.metrics.miss,
             progress=self._progressed,
             leaves=self._leaves,
-            is_ours=runtime.launch.attached is None,
+            is_ours=deployment.launch.attached is None,
         )
-        targets = [*self.targets, *await runtime.prover.learned_targets()]
-        waits = runtime.settings.tiers.wait or self._leaves
+        kept = [*self.kept, *await deployment.prover.learned_prefixes()]
+        waits = deployment.settings.tiers.wait or self._leaves
         later = [] if waits else await self._unsaved()
-        self.warmed, contents = await warmer.warm([t for t in targets if t not in later])
+        self.warmed, contents = await warmer.warm([t for t in kept if t not in later])
         self._check_proofs()
         now_s = time.monotonic()
         for slot, content in contents.items():
             dispatcher.scheduler.set_content(slot, content, now_s)
-        self.lacking = {target.name for target in later}
+        self.lacking = {prefix.name for prefix in later}
         self.lacking |= {warmed.name for warmed in self.warmed if warmed.how == "cold"}
         # After a restart of the engine the task that was begun before it goes on.
         if later and (self._later is None or self._later.done()):
-            self._later = runtime.supervise(self._warm_later(later))
+            self._later = deployment.supervise(self._warm_later(later))
 
     def costs(self) -> list[TierCost]:
         """What each tier would cost a new request at this moment, by the rates learned here."""
-        dispatcher, store = self._runtime.dispatcher, self._runtime.store
+        dispatcher, store = self._deployment.dispatcher, self._deployment.store
         rates = dispatcher.rates
         slots = dispatcher.scheduler.slots
         held = [slot.content.marks for slot in slots if slot.content]
-        row_bytes = self._runtime.machine.row_bytes
+        row_bytes = self._deployment.machine.row_bytes
         out = []
-        for target in self.targets:
-            tokens = len(target.tokens)
-            if any(target.digest in marks for marks in held):
+        for prefix in self.kept:
+            tokens = len(prefix.tokens)
+            if any(prefix.digest in marks for marks in held):
                 first_s = 0.0
-            elif hit := store.lookup([target.digest], namespace=""):
+            elif hit := store.lookup([prefix.digest], namespace=""):
                 first_s = rates.restore_s(hit.restore_bytes, ready=hit.is_ready)
                 first_s += rates.prefill_s(tokens - hit.at_tokens)
             else:
@@ -118,81 +130,81 @@ class Prefixes:
             # The task itself, behind the tier.
             first_s += rates.prefill_s(_TASK_TOKENS)
             token_s = rates.decode_cost.at(tokens + _TASK_TOKENS)
-            name = target.name.removeprefix("tier:")
+            name = prefix.name.removeprefix("tier:")
             out.append(TierCost(name, first_s, token_s, displaced_s))
         return out
 
-    async def _unsaved(self) -> list[Target]:
+    async def _unsaved(self) -> list[KeptPrefix]:
         """The tiers that would have to be prefilled (new, changed, or under another engine).
 
         What was used last comes first, then the smallest.
         """
-        runtime = self._runtime
+        deployment = self._deployment
         out = []
-        for target in self.targets:
+        for prefix in self.kept:
             try:
-                stored = await runtime.slot_store.match(target.tokens, target.namespace)
+                stored = await deployment.slot_store.match(prefix.tokens, prefix.namespace)
             except SnapshotError as error:
-                runtime.metrics.miss(error.reason)
+                deployment.metrics.miss(error.reason)
                 stored = None
-            if stored is None or stored.tokens < len(target.tokens):
-                out.append(target)
+            if stored is None or stored.tokens < len(prefix.tokens):
+                out.append(prefix)
         return sorted(
-            out, key=lambda target: (-last_used_s(runtime.store, target), len(target.tokens))
+            out, key=lambda prefix: (-last_used_s(deployment.store, prefix), len(prefix.tokens))
         )
 
-    async def _warm_later(self, targets: Sequence[Target]) -> None:
+    async def _warm_later(self, prefixes: Sequence[KeptPrefix]) -> None:
         """Warm tiers behind all requests, which are served cold meanwhile."""
-        for target in [*targets, *targets]:  # again, if the engine died meanwhile
-            if target.name not in self.lacking:
+        for prefix in [*prefixes, *prefixes]:  # again, if the engine died meanwhile
+            if prefix.name not in self.lacking:
                 continue
-            began_s, tokens = time.monotonic(), len(target.tokens)
-            stored = await rebuild(self._runtime, target)
+            began_s, tokens = time.monotonic(), len(prefix.tokens)
+            stored = await rebuild(self._deployment, prefix)
             if stored is None:
                 # A dead engine is found dead first, or the second try would meet it as well.
-                await self._runtime.look_at_engine()
+                await self._deployment.look_at_engine()
                 continue
-            self.lacking.discard(target.name)
+            self.lacking.discard(prefix.name)
             seconds = time.monotonic() - began_s
             self.warmed.append(
                 Warmed(
-                    *(target.name, tokens, "prefilled", tokens, seconds, stored.size_bytes),
+                    *(prefix.name, tokens, "prefilled", tokens, seconds, stored.size_bytes),
                     slot=None,
                     proved=False,  # by the first request that starts from it
                 )
             )
-            self._runtime.tell_warmth()
+            self._deployment.tell_warmth()
 
-    def _check_fits(self, target: Target) -> None:
+    def _check_fits(self, prefix: KeptPrefix) -> None:
         """A tier that fills a slot leaves no room for a task.
 
         Raises:
             ConfigError: it is too large for the engine's slots.
         """
-        room = self._runtime.slot_tokens
-        if len(target.tokens) < room:
+        room = self._deployment.slot_tokens
+        if len(prefix.tokens) < room:
             return
         raise ConfigError(
-            f"The tier {target.name.removeprefix('tier:')!r} has {len(target.tokens):,} tokens, "
+            f"The tier {prefix.name.removeprefix('tier:')!r} has {len(prefix.tokens):,} tokens, "
             f"but a slot has room for {room:,} only. Give a larger --context or fewer "
             '--slots, let slots share the context (engine.pool = "shared"), or name the tiers to '
             "warm (tiers.warm)."
         )
 
     def _check_proofs(self) -> None:
-        runtime = self._runtime
+        deployment = self._deployment
         unproved = [w.name for w in self.warmed if not w.proved and w.how != "cold"]
         if not unproved:
             return
-        options = runtime.launch.options
-        windowed = runtime.probed.kind is MemoryKind.SLIDING_WINDOW
+        options = deployment.launch.options
+        windowed = deployment.probed.kind is MemoryKind.SLIDING_WINDOW
         if windowed and options and not options.swa_full:
             raise UnprovedError
         for name in unproved:
-            runtime.metrics.miss("unproved")
+            deployment.metrics.miss("unproved")
             log.warning("%s was restored, but the engine didn't reuse it", name)
 
     def _progressed(self, name: str, done: int, total: int) -> None:
-        self._runtime.tell(f"{name.removeprefix('tier:')}: {done:,} of {total:,} tokens")
+        self._deployment.tell(f"{name.removeprefix('tier:')}: {done:,} of {total:,} tokens")
         if self._on_progress:
             self._on_progress(name, done, total)

@@ -14,7 +14,7 @@ import uuid
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
 from keepwarm.deployment.deployment import Deployment
-from keepwarm.deployment.warm import Target, keep
+from keepwarm.deployment.warm import KeptPrefix, keep
 from keepwarm.errors import KeepwarmError
 
 log = logging.getLogger("keepwarm")
@@ -23,13 +23,13 @@ log = logging.getLogger("keepwarm")
 _PRIORITY = 2
 
 
-async def rebuild(runtime: Deployment, target: Target) -> Stored | None:
+async def rebuild(deployment: Deployment, prefix: KeptPrefix) -> Stored | None:
     """Fill, save and pin a tier's prefix; None, and a line in the log, if that failed."""
-    assert target.prompt
+    assert prefix.prompt
     job = Job(
         id=uuid.uuid4().hex[:16],
-        namespace=target.namespace,
-        prompt=target.prompt,
+        namespace=prefix.namespace,
+        prompt=prefix.prompt,
         arrived_s=time.monotonic(),
         deadline_s=math.inf,
         reply_tokens=1,
@@ -38,16 +38,16 @@ async def rebuild(runtime: Deployment, target: Target) -> Stored | None:
         must_save=True,
     )
     try:
-        await runtime.dispatcher.acquire(job, target.tokens)
-        runtime.dispatcher.finish(job, counts=None, reply=None, touched=False)
+        await deployment.dispatcher.acquire(job, prefix.tokens)
+        deployment.dispatcher.finish(job, counts=None, reply=None, touched=False)
         # The store works in the order of the calls, so the save has been taken in before this.
-        stored = await runtime.slot_store.match(target.tokens, target.namespace)
-        if stored is None or stored.tokens != len(target.tokens):
-            log.warning("%s was filled but couldn't be kept", target.name)
+        stored = await deployment.slot_store.match(prefix.tokens, prefix.namespace)
+        if stored is None or stored.tokens != len(prefix.tokens):
+            log.warning("%s was filled but couldn't be kept", prefix.name)
             return None
-        await keep(runtime.slot_store, target, stored, rates=runtime.dispatcher.rates)
+        await keep(deployment.slot_store, prefix, stored, rates=deployment.dispatcher.rates)
     except KeepwarmError as error:
-        log.warning("%s couldn't be warmed: %s", target.name, error)
+        log.warning("%s couldn't be warmed: %s", prefix.name, error)
         return None
-    log.info("%s is warm (%d tokens)", target.name, len(target.tokens))
+    log.info("%s is warm (%d tokens)", prefix.name, len(prefix.tokens))
     return stored

@@ -67,7 +67,7 @@ from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.store import Store
 from keepwarm.tiers.router_files import load_router
 from keepwarm.tiers.routing import TierRouter
-from keepwarm.tiers.tiering import AUTO, Tiered
+from keepwarm.tiers.tiering import AUTO, TieredRequest
 
 log = logging.getLogger("keepwarm")
 
@@ -557,7 +557,9 @@ class Runtime(Deployment):
         why = str(self.failure or "Keepwarm is stopping.").partition(" Its last lines:")[0]
         return f"The engine isn't available. {why}"
 
-    def proved(self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: Tiered) -> None:
+    def proved(
+        self, job: Job, plan: Plan, counts: Counts, *, ttft_s: float, tier: TieredRequest
+    ) -> None:
         """Compare a reply's counts with its plan."""
         self.prover.proved(job, plan, counts, ttft_s=ttft_s, tier=tier)
 

@@ -42,7 +42,7 @@ log = logging.getLogger("keepwarm")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class KeptPrefix:
     """One prefix to warm: a tier's, or one learned from clients."""
 
     name: str
@@ -86,9 +86,9 @@ class Warmed:
 Progress = Callable[[str, int, int], None]
 
 
-async def tier_targets(
+async def tier_prefixes(
     tiers: TierSet, counter: PromptCounter, *, fingerprint: str, only: Iterable[str] = ()
-) -> list[Target]:
+) -> list[KeptPrefix]:
     """Render and tokenize every tier with the running model.
 
     Raises:
@@ -110,7 +110,9 @@ async def tier_targets(
             shared_segments=len(static["messages"]),
         )
         assert prompt.static
-        out.append(Target(f"tier:{tier.name}", tokens, prompt, prompt.static.digest, Origin.TIER))
+        out.append(
+            KeptPrefix(f"tier:{tier.name}", tokens, prompt, prompt.static.digest, Origin.TIER)
+        )
     return out
 
 
@@ -137,9 +139,9 @@ async def check_tools(client: EngineClient, static: dict[str, Any], tier: str) -
 
 
 class Warmer:
-    """Warms targets on an idle engine.
+    """Warms prefixes on an idle engine.
 
-    `leaves`: no gateway will restore anything afterwards, so each target needs a slot to wait in.
+    `leaves`: no gateway will restore anything afterwards, so each prefix needs a slot to wait in.
     `is_ours`: nobody else has filled the engine's slots, so a restore that is refused from an empty
     one is the snapshot's fault. `miss` counts what was to be warm and isn't, by reason.
     """
@@ -167,8 +169,8 @@ class Warmer:
         self._slots = slots
         self._progress = progress
 
-    async def warm(self, targets: list[Target]) -> tuple[list[Warmed], dict[int, Content]]:
-        """Warm all targets in order.
+    async def warm(self, prefixes: list[KeptPrefix]) -> tuple[list[Warmed], dict[int, Content]]:
+        """Warm all of them in order.
 
         Returns:
             What was done for each, and what the slots hold now.
@@ -180,17 +182,17 @@ class Warmer:
         report: list[Warmed] = []
         # The slot that a cold fill goes through is the last one to get a prefix of its own.
         workbench = self._slots - 1
-        room = self._room(targets)
-        for index, target in enumerate(targets):
+        room = self._room(prefixes)
+        for index, prefix in enumerate(prefixes):
             slot = room.get(index)
-            report.append(await self._warm_one(target, slot, workbench, contents))
-        if targets and workbench not in contents and self._machine.can_save:
+            report.append(await self._warm_one(prefix, slot, workbench, contents))
+        if prefixes and workbench not in contents and self._machine.can_save:
             # What was left there would take room in a shared pool that nobody counts.
             await self._client.erase(workbench)
         return report, contents
 
-    def _room(self, targets: list[Target]) -> dict[int, int]:
-        """Which targets (by index) wait in which slot: those used last; one slot stays free.
+    def _room(self, prefixes: list[KeptPrefix]) -> dict[int, int]:
+        """Which of them (by index) wait in which slot: those used last; one slot stays free.
 
         In a shared pool what waits slows every other slot down, and a ready file is restored in
         milliseconds, so only one waits there; unless nobody will be there to restore it.
@@ -200,32 +202,32 @@ class Warmer:
         spare = max(self._slots - 1, 1) if all_wait else 1
         chosen: list[int] = []
         for index in sorted(
-            range(len(targets)), key=lambda i: -last_used_s(self._snapshots.store, targets[i])
+            range(len(prefixes)), key=lambda i: -last_used_s(self._snapshots.store, prefixes[i])
         ):
-            fits = pool_tokens is None or len(targets[index].tokens) <= pool_tokens // 2
+            fits = pool_tokens is None or len(prefixes[index].tokens) <= pool_tokens // 2
             if fits and len(chosen) < spare:
                 chosen.append(index)
         return {index: slot for slot, index in enumerate(chosen)}
 
     async def _warm_one(
-        self, target: Target, slot: int | None, workbench: int, contents: dict[int, Content]
+        self, prefix: KeptPrefix, slot: int | None, workbench: int, contents: dict[int, Content]
     ) -> Warmed:
         began_s = time.monotonic()
         if not self._machine.can_save:
-            return await self._warm_unsaved(target, slot, contents, began_s)
+            return await self._warm_unsaved(prefix, slot, contents, began_s)
         try:
-            return await self._warm_saved(target, slot, workbench, contents, began_s)
+            return await self._warm_saved(prefix, slot, workbench, contents, began_s)
         except EngineDownError:
             raise
         except (SnapshotError, EngineError) as error:
             reason = error.reason if isinstance(error, SnapshotError) else "refused"
             self._miss(reason)
-            log.warning("%s has no snapshot to start from: %s", target.name, error)
-            return await self._warm_unsaved(target, slot, contents, began_s)
+            log.warning("%s has no snapshot to start from: %s", prefix.name, error)
+            return await self._warm_unsaved(prefix, slot, contents, began_s)
 
     async def _warm_saved(
         self,
-        target: Target,
+        prefix: KeptPrefix,
         slot: int | None,
         workbench: int,
         contents: dict[int, Content],
@@ -239,27 +241,27 @@ class Warmer:
             SnapshotError: there is none to be had.
             EngineError: the engine doesn't take it, or refuses the prefix itself.
         """
-        stored = await self._snapshots.match(target.tokens, target.namespace)
+        stored = await self._snapshots.match(prefix.tokens, prefix.namespace)
         prefilled = 0
-        if stored is None or stored.tokens != len(target.tokens):
+        if stored is None or stored.tokens != len(prefix.tokens):
             contents.pop(workbench, None)
-            prefilled = await self._fill(target, stored, workbench)
-            stored = await self._snapshots.match(target.tokens, target.namespace)
-            if stored is None or stored.tokens != len(target.tokens):
+            prefilled = await self._fill(prefix, stored, workbench)
+            stored = await self._snapshots.match(prefix.tokens, prefix.namespace)
+            if stored is None or stored.tokens != len(prefix.tokens):
                 raise SnapshotError(
-                    f"{target.name} was saved but isn't found again.", reason="not_kept"
+                    f"{prefix.name} was saved but isn't found again.", reason="not_kept"
                 )
         # Once is enough: what was just made and isn't taken won't be the next time.
         is_last = is_again or prefilled > 0
         try:
-            await keep(self._snapshots, target, stored, rates=self._rates)
-            proved = await self._place(target, stored, workbench if slot is None else slot)
+            await keep(self._snapshots, prefix, stored, rates=self._rates)
+            proved = await self._place(prefix, stored, workbench if slot is None else slot)
         except SnapshotError as error:
             if is_last or error.reason not in UNTRUSTED:
                 raise
             # The store has set it aside; what is left of it may be sound.
             return await self._warm_saved(
-                target, slot, workbench, contents, began_s, is_again=is_again
+                prefix, slot, workbench, contents, began_s, is_again=is_again
             )
         except EngineDownError:
             raise
@@ -268,16 +270,16 @@ class Warmer:
                 raise
             self._miss("refused")
             await self._snapshots.quarantine(stored, "refused")
-            return await self._warm_saved(target, slot, workbench, contents, began_s, is_again=True)
+            return await self._warm_saved(prefix, slot, workbench, contents, began_s, is_again=True)
         if not proved and not is_last:
             # It restores and isn't reused: never trust it again, make it anew.
             await self._snapshots.quarantine(stored, "unproved")
-            return await self._warm_saved(target, slot, workbench, contents, began_s, is_again=True)
+            return await self._warm_saved(prefix, slot, workbench, contents, began_s, is_again=True)
         if slot is not None:
-            contents[slot] = content_of(target)
+            contents[slot] = content_of(prefix)
         return Warmed(
-            target.name,
-            len(target.tokens),
+            prefix.name,
+            len(prefix.tokens),
             "prefilled" if prefilled else "restored",
             prefilled,
             time.monotonic() - began_s,
@@ -287,7 +289,7 @@ class Warmer:
         )
 
     async def _warm_unsaved(
-        self, target: Target, slot: int | None, contents: dict[int, Content], began_s: float
+        self, prefix: KeptPrefix, slot: int | None, contents: dict[int, Content], began_s: float
     ) -> Warmed:
         """Without a snapshot: prefilled where it waits, else left to its first request."""
         prefilled = 0
@@ -295,19 +297,19 @@ class Warmer:
             contents.pop(slot, None)
             try:
                 counts = await self._client.fill(
-                    target.tokens, slot=slot, progress=self._progress_of(target)
+                    prefix.tokens, slot=slot, progress=self._progress_of(prefix)
                 )
             except EngineDownError:
                 raise
             except EngineError as error:
-                log.warning("%s stays cold: %s", target.name, error)
+                log.warning("%s stays cold: %s", prefix.name, error)
                 slot = None
             else:
                 prefilled = counts.prefilled
                 self._rates.observe_prefill(tokens=prefilled, seconds=counts.prefill_s)
-                contents[slot] = replace(content_of(target), saved_tokens=0)
+                contents[slot] = replace(content_of(prefix), saved_tokens=0)
         return Warmed(
-            *(target.name, len(target.tokens), "cold" if slot is None else "prefilled"),
+            *(prefix.name, len(prefix.tokens), "cold" if slot is None else "prefilled"),
             prefilled,
             time.monotonic() - began_s,
             size_bytes=0,
@@ -315,7 +317,7 @@ class Warmer:
             proved=slot is not None,
         )
 
-    async def _fill(self, target: Target, stored: Stored | None, slot: int) -> int:
+    async def _fill(self, prefix: KeptPrefix, stored: Stored | None, slot: int) -> int:
         """Prefill to the exact end, starting from what is there, and save it."""
         if stored is not None:
             try:
@@ -324,26 +326,26 @@ class Warmer:
             except EngineDownError:
                 raise
             except (SnapshotError, EngineError) as error:
-                log.warning("%s is prefilled from its beginning: %s", target.name, error)
+                log.warning("%s is prefilled from its beginning: %s", prefix.name, error)
         counts = await self._client.fill(
-            target.tokens, slot=slot, progress=self._progress_of(target)
+            prefix.tokens, slot=slot, progress=self._progress_of(prefix)
         )
         self._rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
-        name = await self._snapshots.expect(len(target.tokens))
+        name = await self._snapshots.expect(len(prefix.tokens))
         await self._client.save(slot, name)
-        marks = tuple(content_of(target).marks.items())
+        marks = tuple(content_of(prefix).marks.items())
         await self._snapshots.absorb(
             name,
-            namespace=target.namespace,
+            namespace=prefix.namespace,
             marks=marks,
-            tokens=len(target.tokens),
-            prefill_s=counts.prefill_s * len(target.tokens) / max(counts.prefilled, 1),
-            origin=target.origin,
-            expected=target.tokens,
+            tokens=len(prefix.tokens),
+            prefill_s=counts.prefill_s * len(prefix.tokens) / max(counts.prefilled, 1),
+            origin=prefix.origin,
+            expected=prefix.tokens,
         )
         return counts.prefilled
 
-    async def _place(self, target: Target, stored: Stored, slot: int) -> bool:
+    async def _place(self, prefix: KeptPrefix, stored: Stored, slot: int) -> bool:
         """Restore into a slot and see by one more token that all of it is reused."""
         async with self._snapshots.ready(stored) as file:
             try:
@@ -352,51 +354,51 @@ class Warmer:
                 # What the slot held may have been in the way; now it is empty.
                 await self._client.erase(slot)
                 await self._client.restore(slot, file.name)
-            counts = await self._client.fill([*target.tokens, target.tokens[-1]], slot=slot)
+            counts = await self._client.fill([*prefix.tokens, prefix.tokens[-1]], slot=slot)
             if not self._machine.cuttable:
                 # The proof has moved the slot beyond the end that can be reused.
                 await self._client.restore(slot, file.name)
-        return counts.cached >= len(target.tokens) - self._machine.slack_tokens
+        return counts.cached >= len(prefix.tokens) - self._machine.slack_tokens
 
-    def _progress_of(self, target: Target) -> Callable[[int, int], None]:
+    def _progress_of(self, prefix: KeptPrefix) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
             if self._progress:
-                self._progress(target.name, done, total)
+                self._progress(prefix.name, done, total)
 
         return told
 
 
-async def keep(snapshots: SlotStore, target: Target, stored: Stored, *, rates: Rates) -> None:
+async def keep(snapshots: SlotStore, prefix: KeptPrefix, stored: Stored, *, rates: Rates) -> None:
     """Let the digest find a prefix that the store holds, and keep it from eviction."""
     assert stored.extent_id is not None
-    tokens = len(target.tokens)
-    mark = KeptMark(target.digest, tokens)
-    await snapshots.store.mark(stored.extent_id, tokens, namespace=target.namespace, marks=[mark])
+    tokens = len(prefix.tokens)
+    mark = KeptMark(prefix.digest, tokens)
+    await snapshots.store.mark(stored.extent_id, tokens, namespace=prefix.namespace, marks=[mark])
     await snapshots.pin(
-        target.name,
+        prefix.name,
         stored,
-        origin=target.origin,
-        digest=target.digest,
+        origin=prefix.origin,
+        digest=prefix.digest,
         prefill_s=rates.prefill_s(tokens),
     )
 
 
-def last_used_s(store: Store, target: Target) -> float:
+def last_used_s(store: Store, prefix: KeptPrefix) -> float:
     """When a prefix, or what it was before a change, was last of use; 0 if it is new."""
-    pin = store.pin_named(target.name)
+    pin = store.pin_named(prefix.name)
     return (pin.used_s or pin.created_s) if pin else 0.0
 
 
-def content_of(target: Target) -> Content:
-    """What a slot holds that was restored to a target's end."""
-    tokens = len(target.tokens)
-    marks = {target.digest: Position(tokens, exact=True)}
-    if target.prompt is not None:
-        marks = positions(target.prompt.marks, known=marks, total_tokens=tokens)
-    return Content(target.namespace, marks, tokens, saved_tokens=tokens)
+def content_of(prefix: KeptPrefix) -> Content:
+    """What a slot holds that was restored to a prefix's end."""
+    tokens = len(prefix.tokens)
+    marks = {prefix.digest: Position(tokens, exact=True)}
+    if prefix.prompt is not None:
+        marks = positions(prefix.prompt.marks, known=marks, total_tokens=tokens)
+    return Content(prefix.namespace, marks, tokens, saved_tokens=tokens)
 
 
-def shared_tokens(targets: list[Target]) -> list[tuple[str, str, int]]:
+def shared_tokens(prefixes: list[KeptPrefix]) -> list[tuple[str, str, int]]:
     """For each pair of neighbours in nesting order: how many tokens they begin with alike."""
-    pairs = pairwise(targets)
+    pairs = pairwise(prefixes)
     return [(a.name, b.name, common_length(a.tokens, b.tokens)) for a, b in pairs]

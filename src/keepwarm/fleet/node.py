@@ -149,8 +149,8 @@ class NodeRuntime(Runtime):
             await self._pull_tiers(self.second)
         await super()._warm()
         if self.second is not None:
-            for target in self.prefixes.targets:
-                await self.second.offer(target.digest)
+            for prefix in self.prefixes.kept:
+                await self.second.offer(prefix.digest)
             self.second.start()
 
     async def _pull_tiers(self, second: SecondLevel) -> None:

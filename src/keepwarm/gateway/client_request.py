@@ -20,7 +20,7 @@ from keepwarm.core.hints import (
 from keepwarm.core.hygiene import Hygiene
 from keepwarm.core.prompt import SharedEnd, is_raw, segments_of
 from keepwarm.errors import RequestError
-from keepwarm.tiers.tiering import Tiered
+from keepwarm.tiers.tiering import TieredRequest
 
 # An editor asks for what belongs in a gap at every pause of typing; nothing continues such prompts.
 INFILL = "/infill"
@@ -86,7 +86,7 @@ class ClientRequest:
         """
         return parse_priority(self.headers.get(PRIORITY_HEADER, ""))
 
-    def ends(self, tiered: Tiered) -> list[SharedEnd]:
+    def ends(self, tiered: TieredRequest) -> list[SharedEnd]:
         """The shared places that the header names, in the segments of the composed request.
 
         A tier puts its messages before the sender's, so a sender's segment is counted from the end.

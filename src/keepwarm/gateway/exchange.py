@@ -10,7 +10,7 @@ from keepwarm.core.job import Job
 from keepwarm.core.reply import Reply
 from keepwarm.deployment.dispatcher import Grant
 from keepwarm.gateway.client_request import ClientRequest
-from keepwarm.tiers.tiering import HEADER, Tiered
+from keepwarm.tiers.tiering import HEADER, TieredRequest
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class Exchange:
     id: str
     asked: ClientRequest
     received_s: float
-    tiered: Tiered
+    tiered: TieredRequest
     job: Job
     static: dict[str, Any] | None
     grant: Grant | None = None

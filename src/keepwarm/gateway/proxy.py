@@ -42,8 +42,7 @@ from keepwarm.gateway.door import namespace_of, path_of, read_body
 from keepwarm.gateway.ending import tell_ended
 from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
-from keepwarm.gateway.fits import bounded, check_fits, reply_limit
-from keepwarm.gateway.fitting import refuse_too_long
+from keepwarm.gateway.fits import bounded, check_prompt, check_text, reply_limit
 from keepwarm.gateway.opening import Opening
 from keepwarm.gateway.upstream import (
     PROGRESS,
@@ -55,7 +54,7 @@ from keepwarm.gateway.upstream import (
     reply_headers,
 )
 from keepwarm.router import Escalation
-from keepwarm.tiers.tiering import HEADER, Tiered
+from keepwarm.tiers.tiering import HEADER, TieredRequest
 
 log = logging.getLogger("keepwarm")
 
@@ -149,7 +148,7 @@ class Proxy:
         api, body, namespace = asked.api, asked.body, asked.namespace
         runtime.metrics.rewritten(asked.rewrites)
         await runtime.admitted()
-        await refuse_too_long(runtime, asked)
+        await check_text(runtime, asked)
         tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:
             exchange = self._exchange(asked, tiered, received_s)
@@ -177,7 +176,7 @@ class Proxy:
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
         runtime = self._runtime
-        await check_fits(runtime, exchange.asked.dialect, exchange.job)
+        await check_prompt(runtime, exchange.job)
         exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
         try:
             return await self._forward_again(request, exchange)
@@ -222,7 +221,7 @@ class Proxy:
                     exchange.grant = await runtime.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
-    def _exchange(self, asked: ClientRequest, tiered: Tiered, received_s: float) -> Exchange:
+    def _exchange(self, asked: ClientRequest, tiered: TieredRequest, received_s: float) -> Exchange:
         runtime = self._runtime
         prompt = self._prompt(asked, tiered)
         now_s = time.monotonic()
@@ -266,7 +265,7 @@ class Proxy:
         )
         return exchange
 
-    def _prompt(self, asked: ClientRequest, tiered: Tiered) -> Prompt:
+    def _prompt(self, asked: ClientRequest, tiered: TieredRequest) -> Prompt:
         return prompt_of(
             tiered.shaping,
             fingerprint=self._runtime.fingerprint,

@@ -67,15 +67,15 @@ def _totals(totals: Totals) -> dict[str, float]:
 
 
 def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
-    targets = {target.name: target for target in runtime.prefixes.targets}
+    kept = {prefix.name: prefix for prefix in runtime.prefixes.kept}
     slots = runtime.dispatcher.scheduler.slots
     out = []
     for tier in runtime.tiers:
-        target = targets.get(f"tier:{tier.name}")
+        prefix = kept.get(f"tier:{tier.name}")
         holding = [
             slot.id
             for slot in slots
-            if target and slot.content and target.digest in slot.content.marks
+            if prefix and slot.content and prefix.digest in slot.content.marks
         ]
         pin = runtime.store.pin_named(f"tier:{tier.name}")
         out.append(
@@ -85,7 +85,7 @@ def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
                 "extends": tier.extends,
                 "is_default": tier.is_default,
                 "tools": len(tier.tools),
-                "tokens": len(target.tokens) if target else None,
+                "tokens": len(prefix.tokens) if prefix else None,
                 "slots": holding,
                 "on_disk": pin is not None,
                 "uses": pin.uses if pin else 0,
@@ -181,7 +181,7 @@ def _holds(runtime: Runtime, slot: Slot) -> str:
     content = slot.content
     if content is None:
         return "empty"
-    held = [t for t in runtime.prefixes.targets if t.digest in content.marks]
+    held = [t for t in runtime.prefixes.kept if t.digest in content.marks]
     if not held:
         return "conversation" if content.turns else "prefix"
     largest = max(held, key=lambda t: len(t.tokens))

@@ -61,8 +61,8 @@ class StoreSettings:
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
     form. `quota_bytes` bounds everything under `root`, `staging_bytes` the staging directory, which
     is the engine's `--slot-save-path`. `streams` is the engine's stream count, `max_tokens` what
-    a slot may hold. `tenants` is how many API keys there are. `file_mode` is what staged files have.
-    `owner` is what the lock says of this process.
+    a slot may hold. `tenants` is how many API keys there are. `file_mode` is what staged files
+    have. `owner` is what the lock says of this process.
     """
 
     root: Path

@@ -27,7 +27,7 @@ from keepwarm.router.replies import ReplyLengths
 from keepwarm.tiers.router_files import Router
 from keepwarm.tiers.tiering import (
     AUTO,
-    Tiered,
+    TieredRequest,
     apply_tier,
     asked_tier,
     has_own_system,
@@ -61,7 +61,9 @@ class TierRouter:
         # Set once the engine is up and has been asked; see `engine.rendering`.
         self.unrendered: frozenset[str] = frozenset()
 
-    def tier(self, api: Api, body: dict[str, Any], header: str | None, namespace: str) -> Tiered:
+    def tier(
+        self, api: Api, body: dict[str, Any], header: str | None, namespace: str
+    ) -> TieredRequest:
         """The request with its tier in it.
 
         An explicit tier wins; a request with a system prompt of its own and no tier asked for is
@@ -78,7 +80,7 @@ class TierRouter:
         own = has_own_system(chat)
         if not asked and (self._untiered == "pass" or own or is_raw(chat)):
             reason = "own-prompt" if own else "untiered"
-            return Tiered(body, None, reason, unrendered=self.unrendered, chat=chat)
+            return TieredRequest(body, None, reason, unrendered=self.unrendered, chat=chat)
         conversation = self._conversation(chat, namespace)
         decision = self.decide(chat, tier_so_far=self._tier_so_far(conversation))
         tier = self.tiers.get(decision.tier) or self.tiers.default
@@ -105,7 +107,7 @@ class TierRouter:
             request, self._costs(), reply_tokens=self._lengths.expected(), explain=explain
         )
 
-    def note(self, tiered: Tiered, reply: Reply | None) -> None:
+    def note(self, tiered: TieredRequest, reply: Reply | None) -> None:
         """Learn from the reply of a routed request how long its kind's are."""
         if tiered.decision is None or reply is None or reply.counts is None:
             return
@@ -114,8 +116,13 @@ class TierRouter:
             self._lengths.learn(tiered.decision.kind, reply.counts.decoded)
 
     def escalated(
-        self, api: Api, body: dict[str, Any], now: Tiered, escalation: Escalation, namespace: str
-    ) -> Tiered | None:
+        self,
+        api: Api,
+        body: dict[str, Any],
+        now: TieredRequest,
+        escalation: Escalation,
+        namespace: str,
+    ) -> TieredRequest | None:
         """The request one tier up, None if there is none."""
         assert now.tier
         up = self.tiers.next_up(now.tier.name)
@@ -125,7 +132,7 @@ class TierRouter:
         reason = f"escalated from {now.tier.name}: {escalation.cause.value}"
         return self._apply(api, body, up, reason)
 
-    def _apply(self, api: Api, body: dict[str, Any], tier: Tier, reason: str) -> Tiered:
+    def _apply(self, api: Api, body: dict[str, Any], tier: Tier, reason: str) -> TieredRequest:
         return apply_tier(api, body, tier, reason, unrendered=self.unrendered)
 
     def _named(self, name: str) -> Tier:

@@ -18,7 +18,7 @@ HEADER = "X-Keepwarm-Tier"
 
 
 @dataclass(frozen=True, slots=True)
-class Tiered:
+class TieredRequest:
     """A request as it will be forwarded. `tier` None: left as the client sent it.
 
     `chat` is the same in chat's terms; not given, the body is in them already.
@@ -88,7 +88,7 @@ def apply_tier(
     reason: str,
     *,
     unrendered: frozenset[str] = frozenset(),
-) -> Tiered:
+) -> TieredRequest:
     """Put a tier's static prompt and tools into a request of any chat-like API."""
     chat = read(api, body)
     # A schema or a template's arguments are the client's own as much as tools are.
@@ -97,4 +97,4 @@ def apply_tier(
     )
     shared = 0 if mixed else len(tier.messages)
     body, chat = composed(api, tier, body, chat)
-    return Tiered(body, tier, reason, shared, unrendered=unrendered, chat=chat)
+    return TieredRequest(body, tier, reason, shared, unrendered=unrendered, chat=chat)
