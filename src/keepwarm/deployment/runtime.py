@@ -30,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.ahead import Ahead
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
@@ -225,6 +226,7 @@ class Runtime(Deployment):
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
         self.supervise(self._keep_outcomes())
+        self.ahead.start()
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
 
@@ -375,6 +377,7 @@ class Runtime(Deployment):
             scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         self.prover = Prover(self)
+        self.ahead = Ahead(self)
 
     async def _warm(self) -> None:
         """Warm all prefixes. Raises: UnprovedError, ConfigError; see `Prefixes.warm`."""
