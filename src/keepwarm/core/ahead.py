@@ -28,8 +28,8 @@ PRIORITY = 3
 # Fewer aren't worth a save and a job.
 LEAST_TOKENS = 32
 # A second for which somebody waits is worth so many idle ones. So the first turn that is ever seen
-# is prepared (its chance is a third, see `returns`), and no more once two had no second.
-WAITED_FOR_IDLE = 3.5
+# is prepared (its chance is a third, see `returns`), and no more once two had no second one.
+WAITED_FOR_IDLE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
