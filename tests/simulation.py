@@ -14,6 +14,7 @@ from itertools import zip_longest
 from random import Random
 from typing import Any
 
+from keepwarm.core.ahead import PRIORITY, prompt_of_ids
 from keepwarm.core.effects import (
     CountPrompt,
     Effect,
@@ -38,7 +39,7 @@ from keepwarm.core.prompt import Prompt, Segment, prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
-from keepwarm.core.slots import Position, Slot, SlotState
+from keepwarm.core.slots import Content, Position, Slot, SlotState
 from keepwarm.core.tree import Tokens, as_tokens
 
 ROW_BYTES = 1000
@@ -143,6 +144,28 @@ def request_of(
         chat=body if number % 2 else None,
     )
     return Request(job.id, namespace, body, prompt, tokens, static, shared, job)
+
+
+def ahead_of(number: int, content: Content, tokens: list[int], *, now_s: float) -> Request:
+    """What is computed ahead of the next turn behind a content: these tokens."""
+    ids = as_tokens(tokens)
+    job = Job(
+        id=f"r{number}",
+        namespace=content.namespace,
+        prompt=prompt_of_ids(ids, b"ahead" + ids.tobytes()),
+        arrived_s=now_s,
+        deadline_s=now_s + 1.0,
+        reply_tokens=1,
+        priority=PRIORITY,
+        can_fill=True,
+        static_tokens=len(tokens),
+        static_ids=ids,
+        must_save=True,
+        ids=ids,
+        ahead_of=content,
+    )
+    size = len(tokens)
+    return Request(job.id, job.namespace, {}, job.prompt, tokens, size, 0, job)
 
 
 def common(first: list[int], second: list[int]) -> int:
@@ -298,7 +321,8 @@ class Simulation:
             return None
         if isinstance(step, FillSlot):
             request = self.requests[step.job]
-            self.write(slot, request, request.static_tokens)
+            reused = self.write(slot, request, request.static_tokens)
+            request.job.filled_tokens = request.static_tokens - reused
             request.job.static_tokens = request.static_tokens
             request.job.static_ids = as_tokens(request.tokens[: request.static_tokens])
             return FilledSlot(request.static_tokens)
@@ -447,6 +471,14 @@ class Simulation:
         self.check()
         while self.counting:
             self.count(self.counting.pop())
+        for request in [r for r in self.running if r.job.ahead_of is not None]:
+            # What was computed ahead is there to be filled and saved, and nothing is forwarded.
+            self._end(request)
+            self.perform(
+                self.scheduler.finished(
+                    request.id, self.now_s, counts=None, reply=None, touched=False
+                )
+            )
 
     def _started(self, effect: Start) -> None:
         request = self.requests[effect.job]

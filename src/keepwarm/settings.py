@@ -159,6 +159,13 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     yarn_beta_fast: Annotated[
         float, Meta(ge=-1, description="YaRN: low correction dimension; -1: the engine's own")
     ] = -1.0
+    ahead: Annotated[
+        Literal["auto", "off"],
+        Meta(
+            description="`auto`: where a template writes the history otherwise at each new "
+            "question, it is prefilled while the machine is idle and not on battery"
+        ),
+    ] = "auto"
     mlock: Annotated[bool, Meta(description="keep the model in memory: never swapped out")] = False
     mmap: Annotated[
         bool, Meta(description="map the model's file; false: read all of it at the start")

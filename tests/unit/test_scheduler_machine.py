@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from keepwarm.core.effects import StepFailed
-from simulation import Request, Simulation, request_of
+from simulation import Request, Simulation, ahead_of, request_of
 
 TIER = {"role": "system", "content": "You are the agent of this house. " * 30}
 OWN = {"role": "system", "content": "Follow the rules of my own. " * 40}
@@ -92,6 +92,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         before: Request = data.draw(st.sampled_from(talks))
         body = self.sim.continued(before, trimmed=trimmed)
         self.send(body, 1 if before.shared_tokens else 0, before.namespace, 1e9)
+
+    @precondition(lambda self: any(s.content for s in self.sim.scheduler.slots))
+    @rule(data=st.data(), kept=st.floats(0.0, 1.0))
+    def a_turn_is_computed_ahead(self, data: st.DataObject, kept: float) -> None:
+        slots = [s for s in self.sim.scheduler.slots if s.content]
+        slot = data.draw(st.sampled_from(slots))
+        held = [t for t, whose in self.sim.engine[slot.id] if whose in ("", slot.owner)]
+        self.number += 1
+        tokens = [*held[: int(kept * len(held))], *range(self.number, self.number + 40)]
+        assert slot.content
+        self.sim.submit(ahead_of(self.number, slot.content, tokens, now_s=self.sim.now_s))
+
+    @precondition(lambda self: any(r.job.ahead_of for r in self.sim.requests.values()))
+    @rule(data=st.data())
+    def the_next_turn_comes(self, data: st.DataObject) -> None:
+        ahead = [r for r in self.sim.requests.values() if r.job.ahead_of]
+        before: Request = data.draw(st.sampled_from(ahead))
+        body = {"prompt": [*before.tokens, *range(7, 30)]}
+        self.send(body, 0, before.namespace, 1e9)
 
     @precondition(lambda self: self.sim.pending)
     @rule(data=st.data(), fails=st.sampled_from([None, None, None, True, False]))

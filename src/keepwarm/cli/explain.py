@@ -20,6 +20,7 @@ STYLES = {
     "slot": "green",
     "snapshot": "blue",
     "shared": "magenta",
+    "ahead": "green",
     "cold": "red",
     "none": "bright_black",
 }

@@ -25,7 +25,9 @@ _UBATCH_TOKENS = 512
 _CELLS = 256
 
 
-def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None) -> Content:
+def after_fill(
+    job: Job, before: Content | None, tokens: int, ids: Tokens | None, *, window_tokens: int = 0
+) -> Content:
     """A slot that was filled to the exact end of a job's static part."""
     static = job.prompt.static
     assert static
@@ -37,6 +39,10 @@ def after_fill(job: Job, before: Content | None, tokens: int, ids: Tokens | None
     content = Content("" if job.static_shared else job.namespace, marks, tokens)
     content.ids, content.end = ids, static.digest
     content.states = (Position(tokens, exact=True),)
+    if job.ahead_of is not None:
+        content.turns, content.returns = job.ahead_of.turns, job.ahead_of.returns
+        content.ahead_from = tokens - job.filled_tokens
+        content.held_from = _held_from(before, content.ahead_from, tokens, window_tokens)
     return content
 
 

@@ -80,7 +80,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The request ends without having been forwarded: `queue_full` or `deadline`."""
+    """The request ends without having been forwarded.
+
+    `queue_full`, `deadline`, and what is computed ahead by `no_room` or `overtaken`.
+    """
 
     job: str
     reason: str

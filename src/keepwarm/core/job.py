@@ -8,6 +8,7 @@ from typing import Any
 
 from keepwarm.core.plan import Demand, Plan
 from keepwarm.core.prompt import Prompt
+from keepwarm.core.slots import Content
 from keepwarm.core.tree import Tokens
 
 
@@ -27,7 +28,8 @@ class Job:
     False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
     among the tenants' jobs, lower first.
     `reply_tokens` is what each of its `replies` may come to. `agent` names the coding agent and
-    its version that ask; empty: somebody else.
+    its version that ask; empty: somebody else. `ahead_of`: nobody has asked yet; its static part
+    is the history of the next user's turn behind this content (see `ahead`).
     """
 
     id: str
@@ -59,6 +61,7 @@ class Job:
     is_refused: bool = False
     counted_s: float = 0.0
     reuses: bool = True
+    ahead_of: Content | None = None
     agent: str = ""
 
     def demand(self) -> Demand:

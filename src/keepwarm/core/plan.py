@@ -1,12 +1,13 @@
 """Which slot serves a request, and from which source: the least estimated time to first token.
 
-Pure: `choose` gets all it looks at and only decides. Four sources, as a client sees them in
+Pure: `choose` gets all it looks at and only decides. Five sources, as a client sees them in
 `X-Keepwarm-Plan`:
 
 1. *slot*: an idle slot already holds a prefix of the prompt.
 2. *snapshot*: the store (or a save that is on its way into it) holds a longer one; it is restored.
 3. *shared*: as 2, but the request has waited for another one's prefill of that prefix.
-4. *cold*: nothing worth using. A long static part is then filled and saved on its own before the
+4. *ahead*: as 1, and part of it was prefilled before anybody asked (see `ahead`).
+5. *cold*: nothing worth using. A long static part is then filled and saved on its own before the
    rest, so that others can start from it at once.
 
 Each candidate is charged with what its slot loses (see `slots.loss`): what nobody else holds and is
@@ -52,6 +53,7 @@ class Source(StrEnum):
     SLOT = "slot"
     SNAPSHOT = "snapshot"
     SHARED = "shared"
+    AHEAD = "ahead"
     COLD = "cold"
 
 
@@ -97,7 +99,8 @@ class Plan:
     True where their content is saved first. `discard`: the engine must not compare the prompt with
     what the slot holds, since that may be another tenant's and couldn't be erased. `reply_tokens`
     is what each reply may come to in a shared pool (0: it has the context to itself),
-    `granted_tokens` what the slots come to with it at most.
+    `granted_tokens` what the slots come to with it at most. `ahead_tokens` of what is reused were
+    prefilled before anybody asked.
     """
 
     source: Source
@@ -114,6 +117,7 @@ class Plan:
     discard: bool = False
     reply_tokens: int = 0
     granted_tokens: int = 0
+    ahead_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +280,15 @@ def choose(
         discard=not demand.reuses,
         reply_tokens=room.reply_tokens,
         granted_tokens=room.granted_tokens,
+        ahead_tokens=_ahead_tokens(slots[option.slot], option),
     )
+
+
+def _ahead_tokens(slot: Slot, option: Option) -> int:
+    """What of the reused tokens was prefilled before anybody asked."""
+    if option.source is not Source.AHEAD or slot.content is None:
+        return 0
+    return option.reuse_tokens - (slot.content.ahead_from or 0)
 
 
 def _lacking_tokens(demand: Demand, option: Option, rates: Rates) -> int:
@@ -351,6 +363,9 @@ def _options(
     out: list[tuple[Option, Loss, int]] = []
     lost = Loss(0.0, save=False) if goes_on and kept else lose(kept)
     source = Source.SLOT if kept >= LEAST_TOKENS else Source.COLD
+    ahead_from = slot.content.ahead_from if slot.content else None
+    if ahead_from is not None and kept > ahead_from:
+        source = Source.AHEAD
     ttft = rates.prefill_s(total - kept)
     option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
     certain = 0 if machine.tells_time and demand.ids is None else min(reuse.certain, kept)

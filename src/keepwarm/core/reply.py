@@ -42,7 +42,8 @@ class Counts:
 class Reply:
     """What is known of a reply, finished or not; `counts` is None if the engine didn't say.
 
-    `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text.
+    `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text;
+    `text` and `reasoning` are what it said.
     """
 
     counts: Counts | None
@@ -51,6 +52,8 @@ class Reply:
     error: str | None = None
     calls: tuple[str, ...] = ()
     reasons: bool = False
+    text: str = ""
+    reasoning: str = ""
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
@@ -69,7 +72,8 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
         _add_responses(event, said)
     reasons = b'"reasoning_content":"' in raw
     calls = tuple(call.name for call in said.calls)
-    return Reply(counts, said.segment(), finish, error, calls, reasons)
+    text, reasoning = said.text, said.reasoning
+    return Reply(counts, said.segment(), finish, error, calls, reasons, text, reasoning)
 
 
 def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
@@ -126,6 +130,7 @@ class _Said:
     """What the model has said so far."""
 
     text: str = ""
+    reasoning: str = ""
     calls: list[_Call] = field(default_factory=list)
 
     def call(self, index: object) -> _Call:
@@ -153,6 +158,7 @@ def _add_chat(event: dict[str, Any], said: _Said) -> None:
     choice = next((c for c in choices if c.get("index", 0) == 0), {})
     part = _dict(choice.get("delta")) or _dict(choice.get("message")) or choice
     said.text += _text(part.get("content")) or _text(part.get("text"))
+    said.reasoning += _text(part.get("reasoning_content"))
     for item in _list(part.get("tool_calls")):
         function = _dict(_dict(item).get("function"))
         call = said.call(_dict(item).get("index"))

@@ -12,6 +12,7 @@ and the request goes on cold.
 
 What happens to a waiting request, each time that something has changed (`_dispatch`):
 1. The engine is down, or a request that must be alone has a slot: nobody begins.
+   While what is computed ahead is ended for those who wait (`ahead`), nobody begins either.
 2. Requests are looked at by priority, then in turn (`turns`); one that is being counted is passed.
 3. What the store has of it is looked up, and what is on its way into the store counts as well.
 4. Another request fills its static part: it waits for that, rather than prefill the same beside it.
@@ -19,6 +20,7 @@ What happens to a waiting request, each time that something has changed (`_dispa
 6. Its marks leave more in doubt than counting costs: its prompt is counted.
 7. The plan with the least estimated time to first token is chosen (`plan.choose`).
 8. There is none while no slot is idle, or no room is left in the pool: later requests wait, too.
+   What is computed ahead of a request begins at once or not at all, and empties no other slot.
 9. Its slot is led through the plan's steps.
 
 What an event does to a slot:
@@ -57,6 +59,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from keepwarm.core.ahead import overtaken
 from keepwarm.core.contents import (
     after_count,
     after_fill,
@@ -359,6 +362,15 @@ class Scheduler:
         is_long = now_s - idle_since_s > max(SAVE_AFTER_IDLE_S, ERASE_AFTER_IDLE_S)
         return is_long and not self._queue and not self.busy
 
+    def is_settled(self, now_s: float) -> bool:
+        """Whether nobody has asked for a while and all is saved that is worth it."""
+        if not self.up or self._queue or self.busy or self._absorbing:
+            return False
+        return all(
+            now_s - slot.idle_since_s >= SAVE_AFTER_IDLE_S and not self._worth_saving(slot, now_s)
+            for slot in self.slots
+        )
+
     def drain(self, now_s: float) -> list[Effect]:
         """Save what is worth it in every idle slot, before the engine is stopped."""
         return [e for slot in self.slots for e in self._save_if_worth(slot, now_s)]
@@ -427,6 +439,8 @@ class Scheduler:
         effects: list[Effect] = []
         if not self.up or any(job.is_alone and job.plan for job in self.jobs.values()):  # 1
             return effects
+        if (ending := overtaken(self.jobs, self._queue, self._running)) is not None:
+            return ending
         for job in sorted(map(self.jobs.__getitem__, self._queue), key=order):  # 2
             if job.is_counting:
                 continue
@@ -448,9 +462,13 @@ class Scheduler:
                 rates=self.rates,
                 now_s=now_s,
             )
-            if plan is None:  # 8
+            if plan is None and job.ahead_of is None:  # 8
                 break
             self._queue.remove(job.id)
+            if plan is None or (job.ahead_of is not None and plan.evict):
+                del self.jobs[job.id]
+                effects.append(Fail(job.id, "no_room"))
+                continue
             self._turns.served(job)
             effects += self._begin(job, plan, now_s)  # 9
             if job.is_alone:
@@ -682,7 +700,9 @@ class Scheduler:
 
     def _filled(self, slot: Slot, job: Job, tokens: int) -> None:
         job.static_tokens = tokens
-        slot.content = after_fill(job, slot.content, tokens, job.static_ids)
+        slot.content = after_fill(
+            *(job, slot.content, tokens, job.static_ids), window_tokens=self.machine.window_tokens
+        )
         slot.held_tokens, slot.owner = tokens, slot.content.namespace
         if job.plan:
             job.plan = replace(job.plan, promise_tokens=tokens)

@@ -73,6 +73,7 @@ class Content:
     `is_final`: nobody is expected to go on from its end; `save_failed`: it couldn't be saved, and
     isn't tried again unchanged; `is_savable`: as its job's. `end` is the mark of its end: a prompt
     that has it goes on from here. `chat`: what its last prompt is rendered from, to be counted.
+    `ahead_from`: behind this place it was computed before anybody asked (None: nothing was).
     """
 
     namespace: str
@@ -89,6 +90,7 @@ class Content:
     held_from: int = 0
     end: bytes | None = None
     chat: Mapping[str, Any] | str | None = None
+    ahead_from: int | None = None
 
     @property
     def counted_tokens(self) -> int:

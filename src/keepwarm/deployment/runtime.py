@@ -30,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.ahead import Ahead
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
@@ -218,6 +219,7 @@ class Runtime(Deployment):
             hang_timeout_s=settings.engine.hang_timeout_s,
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
+        self.ahead.start()
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
         self._set_ready()
 
@@ -358,6 +360,7 @@ class Runtime(Deployment):
         )
         self.prover = Prover(self)
         self.dispatcher.on_kept = self.prover.kept
+        self.ahead = Ahead(self)
 
     async def _warm(self) -> None:
         """Warm all prefixes. Raises: UnprovedError, ConfigError; see `Prefixes.warm`."""

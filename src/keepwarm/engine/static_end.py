@@ -9,7 +9,7 @@ text instead would miss tokens that merge across the boundary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keepwarm.core.prompt import SHAPING, is_raw
@@ -50,6 +50,24 @@ async def static_tokens(counter: PromptCounter, static: Mapping[str, Any]) -> li
     return [int(token) for token in first[:end]]
 
 
+async def history_tokens(
+    counter: PromptCounter, chat: Mapping[str, Any], reply: Mapping[str, Any]
+) -> Tokens:
+    """The tokens that the next user's turn begins with, whatever he says.
+
+    Args:
+        counter: counts with the engine's template and tokenizer.
+        chat: the chat body that was answered.
+        reply: the answer, as its client will send it back.
+
+    Raises:
+        EngineError: the engine refuses to render it or can't be reached.
+    """
+    first = await counter.count(_with_turns(chat, [dict(reply), *_PROBES[0]]))
+    second = await counter.count(_with_turns(chat, [dict(reply), *_PROBES[1]]))
+    return first[: common_tokens(first, second)]
+
+
 async def _earlier(counter: PromptCounter, static: Mapping[str, Any]) -> Tokens | None:
     """A prompt with an earlier turn; None where the template refuses one."""
     try:
@@ -60,7 +78,7 @@ async def _earlier(counter: PromptCounter, static: Mapping[str, Any]) -> Tokens 
         return None
 
 
-def _with_turns(static: Mapping[str, Any], turns: list[dict[str, str]]) -> dict[str, Any]:
+def _with_turns(static: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     request = {key: static[key] for key in SHAPING if static.get(key) is not None}
     request["messages"] = [*static["messages"], *turns]
     return request

@@ -67,6 +67,11 @@ class Metrics:
         self._misses = counter("keepwarm_misses", "What was to be warm and wasn't", "reason")
         self._failures = counter("keepwarm_failures", "Requests that ended in an error", "kind")
         self._decoded = counter("keepwarm_decoded_tokens", "Tokens generated")
+        self._ahead = counter(
+            "keepwarm_ahead_tokens",
+            "Prompt tokens computed before anybody asked, and those that a request then used",
+            "what",
+        )
         self._spared_s = counter(
             "keepwarm_prefill_seconds_spared", "Estimated prefill time of reused tokens"
         )
@@ -113,6 +118,8 @@ class Metrics:
             self._prompt.labels(source)
         for cause in Cause:
             self._cold.labels(cause.value)
+        for what in ("computed", "used"):
+            self._ahead.labels(what)
         for plan in Source:
             self._ttft.labels(plan.value)
         for rule in RULES:
@@ -170,6 +177,14 @@ class Metrics:
     def filled(self, counts: Counts) -> None:
         """A static part was prefilled on its own, for the request that comes behind it."""
         self._prefill_s.inc(counts.prefill_s)
+
+    def computed_ahead(self, tokens: int) -> None:
+        """So many prompt tokens were prefilled before anybody asked."""
+        self._ahead.labels("computed").inc(tokens)
+
+    def used_ahead(self, tokens: int) -> None:
+        """A request was spared so many of them."""
+        self._ahead.labels("used").inc(tokens)
 
     def restored(self, seconds: float) -> None:
         """A snapshot was brought into a slot."""

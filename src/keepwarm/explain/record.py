@@ -135,7 +135,8 @@ def _tokens(ended: EndedRequest, told: Explanation | None) -> dict[str, int]:
         return out
     out |= {"prompt": counts.prompt, "cold": told.cold_tokens, "decoded": counts.decoded}
     # What a cold plan reused all the same was in the slot, unknown to us.
-    source = ended.plan.source if ended.plan.source is not Source.COLD else Source.SLOT
+    in_slot = ended.plan.source in (Source.COLD, Source.AHEAD)
+    source = Source.SLOT if in_slot else ended.plan.source
     out[source.value] = told.warm_tokens
     return out
 

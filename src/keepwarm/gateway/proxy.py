@@ -427,6 +427,7 @@ class Proxy:
         self._runtime.dispatcher.finish(
             exchange.job, counts=counts, reply=reply.segment, touched=touched
         )
+        self._runtime.ahead.note(exchange.job, reply)
         if counts is None or exchange.grant is None or exchange.first_byte_s is None:
             self._runtime.metrics.failed(f"engine_{status}" if status != 200 else "no_counts")
             return

@@ -1,0 +1,256 @@
+"""The next turn, prefilled ahead: what is worth it, and that it stands back for whoever comes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepwarm.core.ahead import ended_turn, is_worth, lacking_tokens, prompt_of_ids
+from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot
+from keepwarm.core.plan import Source, Stored
+from keepwarm.core.reply import Counts, Reply, read_reply
+from keepwarm.core.returns import first_turn
+from keepwarm.core.slots import Content, Position
+from keepwarm.core.tree import as_tokens
+from keepwarm.deployment.ahead import on_battery
+from simulation import Request, Simulation, ahead_of, request_of
+
+RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
+USER = {"role": "user", "content": "What now?"}
+BODY = {"messages": [RULES, USER]}
+COUNTS = Counts(0, 400, 20)
+REPLY = Reply(COUNTS, None, "stop", text="Noon.", reasoning="A clock.")
+# What a template makes of a history's reply once a user asks anew.
+REWRITTEN = list(range(9000, 9060))
+
+
+def answered(sim: Simulation, **job: Any) -> Request:
+    """A first turn, answered; the machine has been idle since, and all is saved."""
+    request = request_of(1, BODY, namespace="a", shared_segments=0, now_s=sim.now_s)
+    for name, value in job.items():
+        setattr(request.job, name, value)
+    sim.submit(request)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    sim.finish(request, decoded=20, heard=True)
+    settle(sim)
+    return request
+
+
+def settle(sim: Simulation) -> None:
+    sim.tick(1.0)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    for name in list(sim.arriving):
+        sim.absorb(name)
+
+
+def compute_ahead(sim: Simulation, before: Request, number: int = 100) -> Request:
+    """Begin to compute what the next turn begins with: the prompt, and its reply in other words."""
+    content = next(s.content for s in sim.scheduler.slots if s.content)
+    ahead = ahead_of(number, content, [*before.tokens, *REWRITTEN], now_s=sim.now_s)
+    sim.submit(ahead)
+    return ahead
+
+
+def next_turn(sim: Simulation, ahead: Request, number: int = 7) -> Request:
+    body = {"prompt": [*ahead.tokens, *range(7, 30)]}
+    request = request_of(number, body, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(request)
+    return request
+
+
+@pytest.mark.parametrize("cuttable", [True, False])
+def test_the_next_turn_starts_from_what_was_computed_ahead(cuttable: bool) -> None:
+    sim = Simulation(slots=2, cuttable=cuttable)
+    before = answered(sim)
+    ahead = compute_ahead(sim, before)
+    settle(sim)
+    assert sim.ended[ahead.id] == 1
+    request = next_turn(sim, ahead)
+    assert request.plan
+    assert request.plan.source is Source.AHEAD
+    assert request.plan.reuse_tokens == len(ahead.tokens)
+    assert request.plan.ahead_tokens > 0
+
+
+@pytest.mark.parametrize("cuttable", [True, False])
+def test_the_old_rendering_is_found_after_it(cuttable: bool) -> None:
+    sim = Simulation(slots=1, cuttable=cuttable)
+    before = answered(sim)
+    held = [token for token, _ in sim.engine[0]]
+    compute_ahead(sim, before)
+    settle(sim)
+    again = request_of(
+        3, {"prompt": [*held, 5, 6]}, namespace="a", shared_segments=0, now_s=sim.now_s
+    )
+    sim.submit(again)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    assert again.plan
+    assert again.plan.reuse_tokens == len(held)
+
+
+def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:
+    sim = Simulation(slots=2)
+    before = answered(sim)
+    ahead = compute_ahead(sim, before)
+    (fill,) = sim.pending
+    assert isinstance(fill, FillSlot)
+    request = next_turn(sim, ahead)
+    assert sim.interrupted == [fill]
+    assert sim.ended[ahead.id] == 1
+    assert request.plan is None, "what the fill has computed may be what it needs"
+    another = next_turn(sim, ahead, 9)
+    assert sim.interrupted == [fill], "it is ended once"
+    sim.complete(fill)
+    (look,) = sim.pending
+    assert isinstance(look, LookSlot)
+    sim.complete(look)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    assert request.plan
+    assert request.plan.slot == fill.slot
+    assert another.plan
+    sim.settle()
+
+
+def test_a_save_behind_it_is_let_through() -> None:
+    sim = Simulation(slots=2)
+    before = answered(sim)
+    ahead = compute_ahead(sim, before)
+    sim.complete(sim.pending[0])
+    (save,) = sim.pending
+    assert isinstance(save, SaveSlot)
+    request = request_of(4, BODY, namespace="b", shared_segments=0, now_s=sim.now_s)
+    sim.submit(request)
+    assert not sim.said["Interrupt"]
+    assert not sim.ended[ahead.id]
+    assert len(sim.pending) == 2
+    sim.settle()
+
+
+def test_it_never_waits_for_a_slot_nor_empties_one() -> None:
+    sim = Simulation(slots=1)
+    before = answered(sim)
+    content = sim.scheduler.slots[0].content
+    assert content
+    other = request_of(5, BODY, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(other)
+    ahead = ahead_of(6, content, [*before.tokens, *REWRITTEN], now_s=sim.now_s)
+    effects = sim.scheduler.submit(ahead.job, sim.now_s)
+    assert effects == [Fail(ahead.id, "no_room")]
+    assert ahead.id not in sim.scheduler.jobs
+
+    # A pool that is nearly full: only another slot's content makes room.
+    pool = Simulation(slots=2, pool_tokens=1400)
+    for slot in pool.scheduler.slots:
+        pool.scheduler.set_content(slot.id, content_of(400, 400), pool.now_s)
+    held = [slot.content for slot in pool.scheduler.slots]
+    assert held[0]
+    ahead = ahead_of(8, held[0], list(range(1100)), now_s=pool.now_s)
+    assert pool.scheduler.submit(ahead.job, pool.now_s) == [Fail(ahead.id, "no_room")]
+    assert [slot.content for slot in pool.scheduler.slots] == held
+
+
+def test_a_batch_ends_it_too_and_so_does_an_engine_that_dies() -> None:
+    sim = Simulation(slots=2)
+    before = answered(sim)
+    compute_ahead(sim, before)
+    batch = request_of(4, BODY, namespace="b", shared_segments=0, now_s=sim.now_s)
+    batch.job.priority = 1
+    effects = sim.scheduler.submit(batch.job, sim.now_s)
+    assert [type(effect) for effect in effects] == [Fail, Interrupt]
+
+    sim = Simulation(slots=2)
+    ahead = compute_ahead(sim, answered(sim))
+    sim.engine_down()
+    sim.tick(1.5)
+    assert sim.ended[ahead.id] == 1, "nobody needs it any more when the engine is back"
+    sim.settle()
+
+
+def test_the_machine_is_settled_once_nobody_asks_and_all_is_saved() -> None:
+    sim = Simulation(slots=2)
+    assert sim.scheduler.is_settled(sim.now_s + 1.0)
+    request = request_of(1, BODY, namespace="a", shared_segments=0, now_s=sim.now_s)
+    sim.submit(request)
+    while sim.pending:
+        sim.complete(sim.pending[0])
+    assert not sim.scheduler.is_settled(sim.now_s + 1.0), "it serves"
+    sim.finish(request, decoded=20, heard=True)
+    assert not sim.scheduler.is_settled(sim.now_s + 1.0), "what it holds isn't saved"
+    settle(sim)
+    assert sim.scheduler.is_settled(sim.now_s)
+    sim.engine_down()
+    assert not sim.scheduler.is_settled(sim.now_s + 1.0)
+
+
+def content_of(tokens: int, *states: int) -> Content:
+    known = tuple(Position(at, exact=True) for at in states)
+    return Content("a", {}, tokens, ids=as_tokens(list(range(tokens))), states=known)
+
+
+def test_lacking_is_what_neither_the_slot_nor_the_store_spares() -> None:
+    ids = as_tokens([*range(100), *REWRITTEN])
+    prompt = prompt_of_ids(ids, b"x")
+    machine = Simulation().scheduler.machine
+    held = content_of(300, 64, 300)
+    assert lacking_tokens(held, prompt, ids, None, machine=machine) == 60
+    whole = replace(machine, cuttable=False)
+    assert lacking_tokens(held, prompt, ids, None, machine=whole) == 96
+    stored = Stored(-1, 160, 160, size_bytes=1, ready=True)
+    assert lacking_tokens(held, prompt, ids, stored, machine=whole) == 0
+
+
+def test_it_is_worth_it_while_conversations_go_on() -> None:
+    chance = first_turn()
+    chance.begun()
+    assert is_worth(lacking=60, chance=chance.value)
+    for _ in range(2):
+        chance.begun()
+    assert not is_worth(lacking=60, chance=chance.value), "each had one turn"
+    assert not is_worth(lacking=8, chance=1.0)
+
+
+def test_a_users_message_follows_a_reply_that_stopped() -> None:
+    sim = Simulation(slots=1)
+    job = answered(sim, chat=BODY).job
+    content = sim.scheduler.slots[0].content
+    turn = ended_turn(job, 0, content, REPLY)
+    assert turn
+    assert turn.reply == {"role": "assistant", "content": "Noon.", "reasoning_content": "A clock."}
+    for other in (
+        replace(REPLY, finish_reason="tool_calls"),
+        replace(REPLY, calls=("look",)),
+        replace(REPLY, finish_reason="length"),
+        replace(REPLY, counts=None),
+    ):
+        assert ended_turn(job, 0, content, other) is None
+    job.is_final = True
+    assert ended_turn(job, 0, content, REPLY) is None, "a batch's task isn't gone on from"
+
+
+def test_reasoning_is_read_whole_and_in_a_stream() -> None:
+    whole = b'{"choices":[{"message":{"content":"Noon.","reasoning_content":"A clock."}}]}'
+    stream = (
+        b'data: {"choices":[{"delta":{"reasoning_content":"A "}}]}\n\n'
+        b'data: {"choices":[{"delta":{"reasoning_content":"clock."}}]}\n\n'
+        b'data: {"choices":[{"delta":{"content":"Noon."},"finish_reason":"stop"}]}\n\n'
+    )
+    for reply in (read_reply(whole, streamed=False), read_reply(stream, streamed=True)):
+        assert (reply.text, reply.reasoning) == ("Noon.", "A clock.")
+
+
+def test_a_laptop_on_battery_keeps_still(tmp_path: Path) -> None:
+    assert not on_battery(tmp_path / "none")
+    for name, kind, online in (("AC", "Mains", "1"), ("BAT0", "Battery", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "type").write_text(kind + "\n")
+        (tmp_path / name / "online").write_text(online + "\n")
+    assert not on_battery(tmp_path)
+    (tmp_path / "AC" / "online").write_text("0\n")
+    assert on_battery(tmp_path)
