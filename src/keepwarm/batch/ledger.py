@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from keepwarm.batch.job import BatchPaths
-from keepwarm.batch.journal import DiskFullError, disk_errors
+from keepwarm.batch.journal import DiskFullError, disk_errors, transaction
 from keepwarm.errors import ConfigError, ConflictError, NotFoundError
 
 log = logging.getLogger("keepwarm")
@@ -164,7 +164,7 @@ class Ledger:
             size_bytes = part.stat().st_size
             self._db.execute("INSERT INTO refuse VALUES (?)", (file_id,))
             part.rename(self._files / file_id)
-        with self._locked(), self._transaction():
+        with self._locked(), transaction(self._db):
             self._db.execute(
                 "INSERT INTO files VALUES (?,?,?,?,?,?)",
                 (file_id, namespace, filename[:255], purpose, size_bytes, int(time.time())),
@@ -209,7 +209,7 @@ class Ledger:
                     raise ConflictError(
                         f"The batch {batch['id']} reads this file. Cancel it first, or wait."
                     )
-            with self._transaction():
+            with transaction(self._db):
                 self._db.execute("DELETE FROM files WHERE id=?", (file_id,))
                 self._db.execute("INSERT OR IGNORE INTO refuse VALUES (?)", (file_id,))
             self._clear_refuse()
@@ -327,7 +327,7 @@ class Ledger:
             namespace = self._db.execute(
                 "SELECT namespace FROM batches WHERE id=?", (batch_id,)
             ).fetchone()[0]
-            with self._transaction():
+            with transaction(self._db):
                 for key, path in (
                     ("output_file_id", paths.results),
                     ("error_file_id", paths.errors),
@@ -354,18 +354,6 @@ class Ledger:
                 batch = self.change(batch_id, status=status, **changes)
             self._clear_refuse()
         return batch
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All statements inside, or none. Under the lock."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
 
 def _file_object(row: tuple[Any, ...]) -> dict[str, Any]:
