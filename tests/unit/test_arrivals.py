@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.api.arrival import Arrived, arrived, session_of
+from keepwarm.api.arrival import Arrived, arrived
 from keepwarm.api.dialect import OPENAI, Anthropic
 from keepwarm.api.mending import decode_body, whole_json
 from keepwarm.api.messages import chat_request
@@ -289,21 +289,6 @@ def test_a_prompt_that_is_too_long_is_told_in_each_clients_words() -> None:
         "type": "invalid_request_error",
         "message": "prompt is too long: 900 tokens > 512 maximum",
     }
-
-
-@pytest.mark.parametrize(
-    ("body", "headers", "session"),
-    [
-        ({"prompt_cache_key": "k"}, {"session-id": "s"}, "k"),
-        ({}, {"Session-Id": "s"}, "s"),
-        ({}, {"x-session-affinity": "a"}, "a"),
-        ({"prompt_cache_key": 7}, {}, ""),
-    ],
-)
-def test_clients_say_which_conversation_it_is(
-    body: dict[str, Any], headers: dict[str, str], session: str
-) -> None:
-    assert session_of(body, headers) == session
 
 
 def test_the_clients_own_beginning_of_a_reply_is_found() -> None:

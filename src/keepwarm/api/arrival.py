@@ -21,9 +21,6 @@ TURNED, LEFT_OUT = "turn-items", "leave-out-items"
 """The changes that aren't rules of hygiene: what the engine would refuse otherwise."""
 CHANGES = (RULE, ARGUMENTS, TURNED, LEFT_OUT)
 
-# Headers by which clients say which conversation a request belongs to.
-_SESSION_HEADERS = ("session-id", "session_id", "x-session-id", "x-session-affinity")
-
 
 class Arrived(NamedTuple):
     """A body as it goes on: of which API of the engine's, what was changed how often."""
@@ -54,15 +51,6 @@ def arrived(
         RequestError: there is something in it that can't be served.
     """
     return _DOORS[kind](body, hygiene, takes, keeps_text)
-
-
-def session_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> str:
-    """Which conversation a client says this is; '' where it doesn't. A hint, never proof."""
-    key = body.get("prompt_cache_key")
-    if isinstance(key, str) and key:
-        return key[:200]
-    told = {name.lower(): value for name, value in headers.items()}
-    return next((told[name][:200] for name in _SESSION_HEADERS if told.get(name)), "")
 
 
 def _raw(body: dict[str, Any], *_: object) -> Arrived:

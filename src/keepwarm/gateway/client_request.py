@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keepwarm.api.arrival import arrived, session_of
+from keepwarm.api.arrival import arrived
 from keepwarm.api.dialect import OPENAI, Dialect
 from keepwarm.api.reading import Api, read
 from keepwarm.api.steering import SystemPlaces
@@ -71,11 +71,6 @@ class ClientRequest:
     def is_infill(self) -> bool:
         """Whether code for a gap is asked for."""
         return self.path.startswith(INFILL)
-
-    @property
-    def session(self) -> str:
-        """Which conversation its client says it belongs to; '' where it doesn't say."""
-        return session_of(self.body, self.headers)
 
     @property
     def priority(self) -> int:
