@@ -1,10 +1,14 @@
-"""What a person does to a running store: look at it, evict something now. On the store's thread."""
+"""What a person does to a running store: look at it, evict or forget something now.
+
+On the store's thread.
+"""
 
 from __future__ import annotations
 
 from keepwarm.errors import SnapshotError
+from keepwarm.store.shelf import Shelf
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Listed, Origin, Removed
+from keepwarm.store.types import Forgotten, Listed, Origin, Removed, tenant_of
 
 
 def list_extents(snapshots: Snapshots) -> list[Listed]:
@@ -68,3 +72,39 @@ def evict_extent(snapshots: Snapshots, extent_id: int) -> Removed:
     removed = shelf.evict_subtree(extent_id)
     snapshots.forget_ready(removed)
     return removed
+
+
+def forget_key(shelf: Shelf, namespace: str) -> tuple[Forgotten, Removed]:
+    """Remove all that is one API key's own: extents, marks, pins, and its tokens in the index.
+
+    What was quarantined and files that no index names go too, since nobody can tell whose they are.
+    What all share stays.
+
+    Raises: SnapshotError('io', 'index', 'no_space') if not all of it is gone; again is safe.
+    """
+    assert namespace
+    catalog = shelf.catalog
+    own = [extent.id for extent in catalog.tree if extent.namespace == namespace]
+    pins = {name for name in catalog.pins if tenant_of(name) == namespace}
+    pins |= set(catalog.pins_through(own))
+    removed = shelf.forget(own, sorted(pins))
+    marks = shelf.forget_marks(namespace)
+    refuse_bytes = shelf.files.empty_quarantine() + shelf.clear_refuse()
+    shelf.scrub(namespace)
+    shelf.tell()
+    told = Forgotten(
+        extents=len(removed.extents),
+        pins=tuple(sorted(pins)),
+        marks=marks,
+        size_bytes=removed.size_bytes,
+        refuse_bytes=refuse_bytes,
+    )
+    return told, removed
+
+
+def forget(snapshots: Snapshots, namespace: str) -> Forgotten:
+    """As `forget_key`, with its ready files in the staging directory."""
+    snapshots.revive()
+    told, removed = forget_key(snapshots.shelf, namespace)
+    snapshots.forget_ready(removed)
+    return told
