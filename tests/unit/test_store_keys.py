@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,10 +18,12 @@ from typer.testing import CliRunner
 
 from keepwarm.cli.main import app
 from keepwarm.core.evict import Candidate, SharedQueue, over_share
+from keepwarm.deployment.aging import evict_unused
 from keepwarm.explain.history import FILE_NAME, Entry, History
 from keepwarm.store import admin, files
 from keepwarm.store.checks import forget_key, integrity
 from keepwarm.store.snapshots import Snapshots
+from keepwarm.store.store import Store
 from keepwarm.store.types import KeptMark, Origin, tenant_of
 from storesamples import (
     PLAIN,
@@ -246,3 +252,54 @@ def test_a_store_that_a_gateway_has_open_is_left_and_told(tmp_path: Path) -> Non
     assert "left as it is" in result.output
     assert "ann" in store.shelf.catalog.held_by_key()
     store.close()
+
+
+def test_what_is_too_old_goes_and_what_is_pinned_by_hand_or_used_stays(tmp_path: Path) -> None:
+    store = small(tmp_path, 100)
+    tier = save(store, run(0), now_s=0.0)
+    pin(store, "tier:standard", tier.extent_id, 10)
+    trunk = save(store, run(100), namespace="ann", now_s=0.0)
+    branch = save(store, run(100) + run(200), namespace="ann", now_s=0.0)
+    other = save(store, run(100) + run(300), namespace="ann", now_s=0.0)
+    old = save(store, run(400), namespace="ann", now_s=0.0)
+    pin(store, "learned:ann:00", old.extent_id, 10)
+    used = save(store, run(500), namespace="ann", now_s=0.0)
+    pin(store, "learned:ann:01", used.extent_id, 10)
+    store.touch(branch.extent_id, 20, now_s=50.0)
+    store.touch(used.extent_id, 10, now_s=50.0)
+    assert admin.evict_unused(store, 0.0).extents == (), "nothing is older than that"
+    removed = admin.evict_unused(store, 50.0)
+    assert set(removed.extents) == {other.extent_id, old.extent_id}
+    assert removed.pins == ("learned:ann:00",)
+    assert removed.size_bytes == 2 * TEN
+    left = {extent.id for extent in store.shelf.catalog.tree}
+    assert left == {one.extent_id for one in (tier, trunk, branch, used)}
+    assert set(store.shelf.catalog.pins) == {"tier:standard", "learned:ann:01"}
+    assert store.stats().evicted_extents == 2
+    assert integrity(store) == ()
+    store.close()
+    assert {e.id for e in small(tmp_path, 100).shelf.catalog.tree} == left
+
+
+async def test_age_is_looked_at_in_quiet_moments_only(tmp_path: Path) -> None:
+    store = small(tmp_path, 100)
+    save(store, run(0), namespace="ann", now_s=0.0)
+    store.close()
+    opened_store = await Store.open(settings_in(tmp_path), clock=lambda: 3 * 24 * 3600.0)
+    scheduler = SimpleNamespace(busy=True, queued=0)
+    runtime: Any = SimpleNamespace(
+        settings=SimpleNamespace(store=SimpleNamespace(max_age_days=2)),
+        store=opened_store,
+        dispatcher=SimpleNamespace(scheduler=scheduler),
+    )
+    looking = asyncio.create_task(evict_unused(runtime, look_s=0.001))
+    await asyncio.sleep(0.05)
+    assert opened_store.stats().extents == 1, "a request runs"
+    scheduler.busy = False
+    async with asyncio.timeout(5):
+        while opened_store.stats().extents:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    looking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await looking
+    await opened_store.close()

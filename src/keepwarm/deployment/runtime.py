@@ -30,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.aging import evict_unused
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.explaining import begin_explaining
@@ -219,6 +220,8 @@ class Runtime(Deployment):
             max_rss_bytes=settings.engine.max_rss_bytes,
         )
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
+        if settings.store.max_age_days:
+            self.supervise(evict_unused(self))
         self._set_ready()
 
     def _set_ready(self) -> None:

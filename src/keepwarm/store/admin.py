@@ -5,6 +5,8 @@ On the store's thread.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from keepwarm.errors import SnapshotError
 from keepwarm.store.shelf import Shelf
 from keepwarm.store.snapshots import Snapshots
@@ -108,3 +110,40 @@ def forget(snapshots: Snapshots, namespace: str) -> Forgotten:
     told, removed = forget_key(snapshots.shelf, namespace)
     snapshots.forget_ready(removed)
     return told
+
+
+def evict_unused(snapshots: Snapshots, before_s: float) -> Removed:
+    """Evict what wasn't used since `before_s`, and unpin what was learned and not used since.
+
+    Other pins keep their prefixes, and what is used keeps what it hangs off.
+
+    Raises: SnapshotError('index', 'no_space') if a pin can't be removed from the index.
+    """
+    snapshots.revive()
+    shelf, catalog = snapshots.shelf, snapshots.shelf.catalog
+
+    def used_s(extent_id: int) -> float:
+        return max(catalog.uses(extent_id).used_s, catalog.row(extent_id).created_s)
+
+    old = [
+        pin.name
+        for pin in catalog.pins.values()
+        if pin.origin is Origin.LEARNED
+        and max(pin.used_s or pin.created_s, used_s(pin.extent_id)) < before_s
+    ]
+    for name in old:
+        snapshots.unpin(name)
+    kept: set[int | None] = set()
+    unused = []
+    # A child's number is greater than its parent's.
+    for extent in sorted(catalog.tree, key=lambda extent: -extent.id):
+        is_needed = extent.id in kept or catalog.is_pinned(extent.id)
+        if is_needed or used_s(extent.id) >= before_s:
+            kept.add(extent.parent)
+        else:
+            unused.append(extent.id)
+    removed = shelf.forget(unused, ()) if unused else Removed()
+    shelf.counts.evicted_extents += len(removed.extents)
+    shelf.counts.evicted_bytes += removed.size_bytes
+    snapshots.forget_ready(removed)
+    return replace(removed, pins=tuple(old))

@@ -343,6 +343,10 @@ class Store:
         """Evict an extent and what hangs off it now. Raises: SnapshotError('unknown', 'pinned')."""
         return await self._run(admin.evict_extent, self._snapshots, extent_id)
 
+    async def evict_unused(self, max_age_s: float) -> Removed:
+        """Evict what wasn't used for so long; `pins` of the answer are no longer kept."""
+        return await self._run(admin.evict_unused, self._snapshots, self._clock() - max_age_s)
+
     async def forget(self, namespace: str) -> Forgotten:
         """Remove all that is one API key's own. Raises: SnapshotError; again is safe."""
         return await self._run(admin.forget, self._snapshots, namespace)
