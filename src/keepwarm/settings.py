@@ -343,6 +343,15 @@ class StoreSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tru
         int,
         Meta(ge=1 << 20, le=1 << 50, description="bytes of ready slot files kept in staging"),
     ] = _GIB
+    max_age_days: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=36_500,
+            description="days after which what nobody used is evicted, learned prefixes too; 0: "
+            "only when room is needed",
+        ),
+    ] = 0
     learned: Annotated[
         int,
         Meta(ge=0, le=1000, description="prefixes of clients' own that are kept warm at most"),

@@ -388,3 +388,43 @@ async def test_the_page_is_served_at_its_address(keepwarm: Keepwarm) -> None:
     status, _, body = await ask(keepwarm, "POST", "/keepwarm/store/1/eat", Content_Type="text/json")
     assert status == 404
     assert json.loads(body)["error"]["message"]
+
+
+@has_keys("root:root-key", operators=("root",))
+async def test_an_operator_forgets_a_key_and_no_other_key_can(keepwarm: Keepwarm) -> None:
+    async def forget(name: str, key: str) -> tuple[int, Any]:
+        raw = json.dumps({"key": name}).encode()
+        status, _, body = await ask(
+            keepwarm,
+            "POST",
+            "/keepwarm/store/forget",
+            data=raw,
+            key=key,
+            Content_Type="application/json",
+        )
+        return status, json.loads(body)
+
+    words = " ".join(f"word{number}" for number in range(300))
+    body = {"messages": [{"role": "system", "content": words}, {"role": "user", "content": "a"}]}
+    raw = json.dumps(body | {"max_tokens": 4}).encode()
+    for key in (ALICE, BOB):
+        for _ in range(3):
+            assert (await ask(keepwarm, "POST", CHAT, data=raw, key=key))[0] == 200
+            await keepwarm.settled()
+    runtime = keepwarm.runtime
+    before = await runtime.store.list_extents()
+    assert {"alice", "bob"} <= {e.namespace for e in before}
+    assert (await forget("alice", BOB))[0] == 403
+    assert (await forget("", "root-key"))[0] == 400
+    status, told = await forget("alice", "root-key")
+    assert status == 200
+    own = [e for e in before if e.namespace == "alice"]
+    assert told["store"]["extents"] == len(own)
+    assert told["store"]["size_bytes"] == sum(e.size_bytes for e in own)
+    assert (told["requests"], told["busy_slots"]) == (3, 0)
+    assert not runtime.dispatcher.scheduler.slots_of("alice")
+    after = await runtime.store.list_extents()
+    assert [e.extent_id for e in after] == [e.extent_id for e in before if e.namespace != "alice"]
+    assert not [p.name for p in runtime.store.pins() if ":alice:" in p.name]
+    assert await runtime.explainer.latest(namespace="alice", limit=9) == []
+    assert len(await runtime.explainer.latest(namespace="bob", limit=9)) == 3

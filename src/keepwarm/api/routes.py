@@ -120,6 +120,7 @@ def _table() -> Iterator[Route]:
         yield from _own("GET", f"/keepwarm/{name}", name, Access.OWN)
     yield from _own("GET", "/keepwarm/requests/{id}", "request", Access.OWN)
     yield from _own("POST", "/keepwarm/store/{extent}/{action}", "change_store", Access.OWN)
+    yield from _own("POST", "/keepwarm/store/forget", "forget", Access.OWN)
     yield from _own("POST", "/keepwarm/route", "route", Access.OWN)
     yield from _own("POST", "/keepwarm/warm-prefix", "warm_prefix", Access.OWN)
     yield Route("HEAD", "/", Way.OWN, Access.SITE, "knock")

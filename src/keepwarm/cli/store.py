@@ -18,9 +18,11 @@ from rich.progress import Progress
 from rich.tree import Tree
 
 from keepwarm.cli import options as opt
+from keepwarm.cli.gateway import DEFAULT_URL, Gateway, GatewayError, Url
 from keepwarm.cli.inspect import describe
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.errors import ConfigError, SnapshotError
+from keepwarm.explain.history import FILE_NAME, forget_requests
 from keepwarm.slotfile import Layout
 from keepwarm.store import checks
 from keepwarm.store.container import read_container
@@ -180,6 +182,108 @@ def prune(
             out.print(f"{name}: removed {what}, {one.size_bytes / 1e6:,.1f} MB")
     if not pruned:
         out.print(f"{root} holds no snapshots.")
+
+
+@app.command("rm")
+def remove(
+    key: Annotated[
+        str, typer.Option("--key", metavar="NAME", help="Name of the API key whose data goes.")
+    ],
+    config: opt.ConfigFile = None,
+    store: opt.StoreDir = None,
+    url: Url = DEFAULT_URL,
+    operator_key: Annotated[
+        str | None,
+        typer.Option(
+            "--operator-key",
+            metavar="KEY",
+            help="An operator's API key, for a running gateway. [default: KEEPWARM_API_KEY]",
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Forget an API key: what was saved for it alone, its pins, its requests' history.
+
+    A running gateway is asked to (`--url`); what nobody has open is changed here. What all keys
+    share stays, and so do the key itself and its batches. Exit status 1 if anything is left.
+    """
+    if not key:
+        raise ConfigError("Name an API key: --key NAME.")
+    root, _ = _root(config, store)
+    with _refusals():
+        done = checks.forget_key(root, key)
+    lines = [_forgotten(msgspec.to_builtins(one)) for one in done if one.owner is None]
+    owned = [one for one in done if one.owner is not None]
+    if owned:
+        lines += _forget_running(root, key, owned, url=url, operator_key=operator_key)
+    else:
+        history = root / FILE_NAME
+        requests = forget_requests(history, key) if history.exists() else 0
+        lines.append({"name": FILE_NAME, "requests": requests, "is_left": requests is None})
+    if as_json:
+        print_json({"directory": str(root), "key": key, "removed": lines})
+    else:
+        for line in lines:
+            out.print(_forgotten_line(line))
+    if any(line["is_left"] for line in lines):
+        sys.exit(1)
+
+
+def _forget_running(
+    root: Path,
+    key: str,
+    owned: list[checks.ForgottenStore],
+    *,
+    url: str,
+    operator_key: str | None,
+) -> list[dict[str, Any]]:
+    """Ask the gateway at `url`; stores that are open in another one are left, and told."""
+
+    async def ask() -> dict[str, Any]:
+        async with Gateway(url, operator_key) as gateway:
+            return await gateway.post("store/forget", {"key": key})
+
+    why, told = "", None
+    try:
+        told = asyncio.run(ask())
+    except GatewayError as error:
+        why = str(error)
+    lines: list[dict[str, Any]] = []
+    for one in owned:
+        if told is not None and Path(told["directory"]).resolve() == (root / one.name).resolve():
+            is_left = told["busy_slots"] > 0 or told["requests"] is None
+            rest = {"busy_slots": told["busy_slots"], "requests": told["requests"]}
+            lines.append({"name": one.name, **told["store"], **rest, "is_left": is_left})
+        else:
+            left = why or f"{one.owner} has it open, not the gateway at {url}"
+            lines.append({"name": one.name, "why_not": left, "is_left": True})
+    return lines
+
+
+def _forgotten(one: dict[str, Any]) -> dict[str, Any]:
+    if one["why_not"]:
+        return {"name": one["name"], "why_not": one["why_not"], "is_left": True}
+    return {"name": one["name"], **one["told"], "is_left": False}
+
+
+def _forgotten_line(line: dict[str, Any]) -> str:
+    name = line["name"][:12] if "size_bytes" in line else line["name"]
+    if line.get("why_not"):
+        return f"{name}: left as it is, {line['why_not']}"
+    said = []
+    if "size_bytes" in line:
+        said.append(f"{line['extents']} extents of {line['size_bytes'] / 1e6:,.1f} MB")
+        said.append(f"{len(line['pins'])} pins")
+        if line["refuse_bytes"]:
+            said.append(f"{line['refuse_bytes'] / 1e6:,.1f} MB that was set aside")
+    if "requests" in line:
+        requests = line["requests"]
+        said.append(
+            "no requests (it can't be written)" if requests is None else f"{requests} requests"
+        )
+    if line.get("busy_slots"):
+        said.append(f"but {line['busy_slots']} slots compute for it still: end them, ask again")
+    return f"{name}: removed {', '.join(said)}"
 
 
 @app.command()

@@ -403,6 +403,26 @@ class Scheduler:
         slot.held_tokens = content.tokens if content else 0
         slot.owner = content.namespace if content else ""
 
+    def forget_tenant(self, namespace: str, now_s: float) -> list[Effect]:
+        """Empty the idle slots that hold a tenant's text. Nothing of it is saved any more."""
+        effects: list[Effect] = []
+        for slot in self.slots_of(namespace):
+            if slot.state is SlotState.IDLE:
+                slot.state = SlotState.PREPARING
+                self._scripts[slot.id] = deque([EraseSlot(slot.id)])
+                effects += self._advance(slot, now_s)
+        return effects
+
+    def slots_of(self, namespace: str) -> list[Slot]:
+        """The slots that hold a tenant's text, or compute for it."""
+        return [
+            slot
+            for slot in self.slots
+            if slot.owner == namespace
+            or (slot.content is not None and slot.content.namespace == namespace)
+            or (slot.job is not None and self.jobs[slot.job].namespace == namespace)
+        ]
+
     def forget_contents(self) -> None:
         """Texts render to other tokens than before: nothing is known of what slots hold."""
         for slot in self.slots:

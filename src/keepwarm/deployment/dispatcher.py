@@ -247,6 +247,11 @@ class Dispatcher:
         prepared_s = now_s - (waiting.begun_s or now_s)
         return Grant(plan, queued_s=now_s - began_s - prepared_s, prepared_s=prepared_s)
 
+    def forget_tenant(self, namespace: str) -> int:
+        """Empty the idle slots that hold a tenant's text; returns how many slots hold it yet."""
+        self._perform(self.scheduler.forget_tenant(namespace, time.monotonic()))
+        return len(self.scheduler.slots_of(namespace))
+
     def _perform(self, effects: list[Effect]) -> None:
         self._has_event.set()
         for effect in effects:

@@ -30,6 +30,7 @@ from keepwarm.core.reply import Counts
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.core.tiers import TierSet
+from keepwarm.deployment.aging import evict_unused
 from keepwarm.deployment.ahead import Ahead
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher
@@ -221,6 +222,8 @@ class Runtime(Deployment):
         )
         self.ahead.start()
         self._vital = [self.dispatcher.start(), self.supervise(self._supervisor.watch())]
+        if settings.store.max_age_days:
+            self.supervise(evict_unused(self))
         self._set_ready()
 
     def _set_ready(self) -> None:

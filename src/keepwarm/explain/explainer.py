@@ -176,6 +176,16 @@ class Explainer:
 
         return await self._read(read, (Totals(), Totals()))
 
+    async def forget(self, namespace: str) -> int | None:
+        """Remove all of one namespace; returns how many requests, None if that can't be now."""
+        self._namespaces.discard(namespace)
+
+        def forget(history: History) -> int | None:
+            self._recent.forget(namespace)
+            return history.forget(namespace)
+
+        return await self._read(forget, None)
+
     async def _read(self, read: Callable[[History], T], otherwise: T) -> T:
         if self._loop is None:
             return otherwise

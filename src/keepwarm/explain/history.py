@@ -199,6 +199,11 @@ class History:
             *(namespace, before_s, before_s, cause, cause, limit),
         )
 
+    def forget(self, namespace: str) -> int | None:
+        """Remove all of one namespace; returns how many requests that were, None if it failed."""
+        self.write()
+        return self._try(lambda: _forget(self._db, namespace), None)
+
     def knows(self, namespace: str) -> bool:
         """Whether this namespace has asked anything before."""
         return bool(self._read("SELECT 1 FROM totals WHERE namespace = ? LIMIT 1", namespace))
@@ -292,6 +297,24 @@ class History:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
         self._try(forget, None)
+
+
+def forget_requests(path: Path, namespace: str) -> int | None:
+    """Remove one namespace's requests from a file; None if it can't be written or read."""
+    try:
+        with closing(_connect(path)) as db:
+            return _forget(db, namespace)
+    except (sqlite3.Error, OSError):
+        return None
+
+
+def _forget(db: sqlite3.Connection, namespace: str) -> int:
+    with db:
+        found = db.execute("DELETE FROM requests WHERE namespace = ?", (namespace,))
+        db.execute("DELETE FROM totals WHERE namespace = ?", (namespace,))
+    # Deleted text may be in the write-ahead log still.
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    return found.rowcount
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -128,6 +128,12 @@ class Recent:
             if not self._forget_oldest(keep=remembered.namespace):
                 break
 
+    def forget(self, namespace: str) -> None:
+        """Forget all prompts of one namespace."""
+        gone = self._shelves.pop(namespace, None)
+        if gone:
+            self.chars -= sum(remembered.parts.chars for remembered in gone.prompts)
+
     def share(self, prompts: Iterable[Remembered]) -> None:
         """Set what everyone may be compared with: the tiers."""
         old = self._shelves.pop(SHARED, None)

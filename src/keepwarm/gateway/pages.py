@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.forget import forget_key
 from keepwarm.deployment.runtime import Runtime
 from keepwarm.errors import (
     ConflictError,
@@ -25,7 +26,7 @@ from keepwarm.errors import (
     SnapshotError,
 )
 from keepwarm.explain.record import brief
-from keepwarm.gateway.door import Answer, namespace_of
+from keepwarm.gateway.door import Answer, namespace_of, read_body
 from keepwarm.gateway.feed import Feed, encode_event
 from keepwarm.gateway.views import HAND, SHARED, overview, slots_now, store_now
 from keepwarm.store.types import Listed
@@ -47,6 +48,7 @@ def page_handlers(app: web.Application, runtime: Runtime) -> dict[str, Answer]:
         "request": pages.request,
         "store": pages.store,
         "change_store": pages.change_store,
+        "forget": pages.forget,
     }
 
 
@@ -153,6 +155,28 @@ class _Pages:
                 raise NotFoundError("It is gone already.") from error
             raise ConflictError(f"It can't be done: {error}.") from error
         return _json({"evicted": list(removed.extents), "bytes": removed.size_bytes})
+
+    async def forget(self, request: web.Request) -> web.StreamResponse:
+        """Forget all that is one key's own: `{"key": NAME}`. For operators, and for that key."""
+        namespace = namespace_of(request)
+        if request.content_type != "application/json":
+            raise RequestError("Send `Content-Type: application/json`.")
+        try:
+            asked = msgspec.json.decode(await read_body(request), type=dict[str, Any])
+        except (msgspec.DecodeError, ValueError) as error:
+            raise RequestError('Send `{"key": NAME}`.') from error
+        name = asked.get("key")
+        if not isinstance(name, str) or not name:
+            raise RequestError('Send `{"key": NAME}`: the name of an API key.')
+        if name != namespace and not self._runtime.keys.sees_all(namespace):
+            raise ForbiddenError("Only an operator's key (server.operators) may forget another's.")
+        await self._runtime.admitted()
+        try:
+            told = await forget_key(self._runtime, name)
+        except SnapshotError as error:
+            raise ConflictError(f"Not all of it is gone: {error}. Ask again.") from error
+        directory = str(self._runtime.store.settings.directory)
+        return _json({"directory": directory, **msgspec.to_builtins(told)})
 
     async def _extent(self, number: str, namespace: str) -> Listed:
         """The extent, if this namespace may change it."""

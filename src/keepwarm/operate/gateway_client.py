@@ -62,6 +62,14 @@ class Gateway:
         except aiohttp.ClientError as error:
             raise self._unreached(error) from error
 
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What /keepwarm/ answers to a JSON object. Raises: as `get`."""
+        try:
+            async with self._session.post(f"{self.url}/keepwarm/{path}", json=body) as reply:
+                return await self._read(reply)
+        except aiohttp.ClientError as error:
+            raise self._unreached(error) from error
+
     async def context_tokens(self) -> int | None:
         """Tokens that one conversation may have, as the engine tells; None where it doesn't."""
         try:

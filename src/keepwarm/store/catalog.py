@@ -163,7 +163,7 @@ class Catalog:
         self.used_bytes += size_bytes
         self.held_bytes[extent.namespace] += size_bytes
 
-    def keys(self) -> dict[str, int]:
+    def held_by_key(self) -> dict[str, int]:
         """Bytes that each API key holds for itself; what all share is nobody's."""
         return {name: held for name, held in self.held_bytes.items() if held and name != SHARED}
 

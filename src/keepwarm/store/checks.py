@@ -10,11 +10,12 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Layout, SlotFileError
+from keepwarm.store import admin
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.files import UNTRUSTED, FileKey, check_file, key_of
 from keepwarm.store.index import BoundaryRow, ExtentRow, read_only
@@ -23,7 +24,7 @@ from keepwarm.store.neighbours import Neighbours, remove_unowned
 from keepwarm.store.places import INDEX_SUFFIX, LOCK_SUFFIX, is_own_name
 from keepwarm.store.shelf import Shelf, StoreSettings
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Finding, Listed, Origin, Pin, Removed, Verified
+from keepwarm.store.types import Finding, Forgotten, Listed, Origin, Pin, Removed, Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,36 +254,88 @@ def prune_root(root: Path, bound_bytes: int, *, disk: Disk | None = None) -> lis
 
 def _prune_one(directory: Path, bound_bytes: int | None, *, disk: Disk) -> Pruned:
     """Remove what nobody misses of one store, and evict to within a bound if there is one."""
-    name = directory.name
     try:
-        with _reading(directory.with_name(name + INDEX_SUFFIX)) as db:
-            meta = dict(db.execute("SELECT key, value FROM meta"))
-        layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
-        settings = StoreSettings(
-            root=directory.parent,
-            fingerprint=meta["fingerprint"],
-            layout=layout,
-            quota_bytes=1 << 50,
-            staging=directory.parent,
-            staging_bytes=0,
-            streams=1,
-            max_tokens=0,
-            owner=f"keepwarm store prune, process {os.getpid()}",
-        )
-        if settings.directory != directory:
-            raise SnapshotError("its index is another store's", reason="index")
-        shelf = Shelf(settings, disk=disk)
-    except (SnapshotError, SlotFileError, ConfigError, KeyError) as error:
-        return Pruned(name, None, why_not=str(error))
+        shelf = _open_shelf(directory, disk=disk)
+    except _UNOPENED as error:
+        return Pruned(directory.name, None, why_not=str(error))
     try:
         before = shelf.used_bytes
         shelf.files.empty_quarantine()
         shelf.clear_refuse()
         removed = shelf.evict(bound_bytes) if bound_bytes is not None else Removed()
         freed = before - shelf.used_bytes
-        return Pruned(name, settings.fingerprint, len(removed.extents), freed)
+        return Pruned(directory.name, shelf.settings.fingerprint, len(removed.extents), freed)
     finally:
         shelf.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ForgottenStore:
+    """What `forget_key` removed from one store. `owner` has it open: nothing was done then.
+
+    `why_not` is what kept it from being done, or from being done in full.
+    """
+
+    name: str
+    told: Forgotten = field(default_factory=Forgotten)
+    owner: str | None = None
+    why_not: str | None = None
+
+
+def forget_key(root: Path, namespace: str, *, disk: Disk | None = None) -> list[ForgottenStore]:
+    """Remove all that is one API key's own from every store under a root that nobody has open.
+
+    What was set aside with a damaged index goes, too: nobody can tell whose it is.
+
+    Raises: SnapshotError if the root can't be listed.
+    """
+    disk = disk or Disk()
+    done = []
+    for one in Neighbours(root / "none", quota_bytes=1 << 50, disk=disk).look():
+        name = one.directory.name
+        if one.owner is not None:
+            done.append(ForgottenStore(name, owner=one.owner))
+            continue
+        if one.is_aside:
+            freed = remove_unowned(one.directory, disk=disk)
+            done.append(ForgottenStore(name, Forgotten(refuse_bytes=freed)))
+            continue
+        try:
+            shelf = _open_shelf(one.directory, disk=disk)
+        except _UNOPENED as error:
+            done.append(ForgottenStore(name, why_not=str(error)))
+            continue
+        try:
+            done.append(ForgottenStore(name, admin.forget_key(shelf, namespace)[0]))
+        except SnapshotError as error:
+            done.append(ForgottenStore(name, why_not=str(error)))
+        finally:
+            shelf.close()
+    return done
+
+
+_UNOPENED = (SnapshotError, SlotFileError, ConfigError, KeyError)
+
+
+def _open_shelf(directory: Path, *, disk: Disk) -> Shelf:
+    """Open a store for maintenance. Raises: one of `_UNOPENED`."""
+    with _reading(directory.with_name(directory.name + INDEX_SUFFIX)) as db:
+        meta = dict(db.execute("SELECT key, value FROM meta"))
+    layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
+    settings = StoreSettings(
+        root=directory.parent,
+        fingerprint=meta["fingerprint"],
+        layout=layout,
+        quota_bytes=1 << 50,
+        staging=directory.parent,
+        staging_bytes=0,
+        streams=1,
+        max_tokens=0,
+        owner=f"keepwarm store, process {os.getpid()}",
+    )
+    if settings.directory != directory:
+        raise SnapshotError("its index is another store's", reason="index")
+    return Shelf(settings, disk=disk)
 
 
 @contextlib.contextmanager

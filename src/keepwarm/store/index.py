@@ -321,6 +321,16 @@ class Index:
             [(used_s, heat, count, extent_id) for extent_id, used_s, heat, count in uses],
         )
 
+    def scrub(self, namespace: str) -> int:
+        """Rewrite the file without what was deleted; returns how many rows a namespace has yet."""
+        left = 0
+        for table in ("extents", "marks"):
+            count = f"SELECT COUNT(*) FROM {table} WHERE namespace = ?"  # noqa: S608
+            left += self._db.execute(count, (namespace,)).fetchone()[0]
+        self._db.execute("VACUUM")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return left
+
     def damage(self) -> str | None:
         """What SQLite finds wrong with the file itself; reads all of it."""
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]

@@ -61,8 +61,8 @@ class StoreSettings:
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
     form. `quota_bytes` bounds everything under `root`, `staging_bytes` the staging directory, which
     is the engine's `--slot-save-path`. `streams` is the engine's stream count, `max_tokens` what
-    a slot may hold. `tenants` is how many API keys there are. `file_mode` is what staged files
-    have. `owner` is what the lock says of this process.
+    a slot may hold. `tenants` is how many API keys share it. `file_mode` is what staged files have.
+    `owner` is what the lock says of this process.
     """
 
     root: Path
@@ -430,7 +430,7 @@ class Shelf:
 
     def _givers(self, quota_bytes: int, coming: Mapping[str, int]) -> frozenset[str]:
         """The API keys that hold more than their share; none where there is one key only."""
-        held = Counter(self.catalog.keys())
+        held = Counter(self.catalog.held_by_key())
         held.update({name: size for name, size in coming.items() if name != SHARED})
         keys = max(self.settings.tenants, len(held))
         return over_share(held, share_bytes=quota_bytes // keys) if keys > 1 else frozenset()
@@ -445,6 +445,27 @@ class Shelf:
         self.counts.evicted_extents += len(extents)
         self.counts.evicted_bytes += freed
         return Removed(tuple(extents), (), freed)
+
+    def forget(self, extent_ids: Collection[int], pins: Collection[str]) -> Removed:
+        """Remove extents, with all that hangs off them in `extent_ids`, and pins."""
+        before = self.catalog.used_bytes
+        for name in pins:
+            self.catalog.drop_pin(name)
+        # A child's number is greater than its parent's.
+        extents = sorted(extent_ids, reverse=True)
+        ends = [end for i in extents for end in self._forget_extent(i)]
+        self._remove(extents=extents, ends=ends, pins=pins)
+        return Removed(tuple(extents), tuple(pins), before - self.catalog.used_bytes)
+
+    def scrub(self, namespace: str) -> None:
+        """Leave nothing of what was removed in the index's free pages, nor in its log.
+
+        Raises: SnapshotError if that can't be, or if the index names something of `namespace` yet.
+        """
+        with disk_errors("forgetting"):
+            left = self.index.scrub(namespace)
+        if left:
+            raise SnapshotError(f"{left} rows of {namespace} are in the index yet", reason="index")
 
     def quarantine_extent(self, extent_id: int) -> Removed:
         """Set an extent aside as untrusted, and remove all that hangs off it, pins included."""

@@ -29,6 +29,7 @@ from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import (
     Finding,
+    Forgotten,
     Hit,
     Imported,
     KeptMark,
@@ -341,6 +342,14 @@ class Store:
     async def evict_extent(self, extent_id: int) -> Removed:
         """Evict an extent and what hangs off it now. Raises: SnapshotError('unknown', 'pinned')."""
         return await self._run(admin.evict_extent, self._snapshots, extent_id)
+
+    async def evict_unused(self, max_age_s: float) -> Removed:
+        """Evict what wasn't used for so long; `pins` of the answer are no longer kept."""
+        return await self._run(admin.evict_unused, self._snapshots, self._clock() - max_age_s)
+
+    async def forget(self, namespace: str) -> Forgotten:
+        """Remove all that is one API key's own. Raises: SnapshotError; again is safe."""
+        return await self._run(admin.forget, self._snapshots, namespace)
 
     def stats(self) -> StoreStats:
         """Sizes and counts, from memory."""

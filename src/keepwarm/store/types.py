@@ -108,6 +108,28 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was removed of an API key. `marks` beside those of its extents; `refuse_bytes` is what
+    the quarantine and files without an owner took, whoever's they were.
+    """
+
+    extents: int = 0
+    pins: tuple[str, ...] = ()
+    marks: int = 0
+    size_bytes: int = 0
+    refuse_bytes: int = 0
+
+
+def tenant_of(pin: str) -> str | None:
+    """Whose a pin is, by its name (`learned:<key>:...`, `hand:<key>:...`); None for a shared one.
+
+    A key's name may hold colons itself.
+    """
+    kind, _, rest = pin.partition(":")
+    return rest.rpartition(":")[0] or None if kind in ("learned", "hand") else None
+
+
+@dataclass(frozen=True, slots=True)
 class OpenReport:
     """What opening the store found. All zero and None after a clean life.
 
