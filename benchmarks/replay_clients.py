@@ -4,7 +4,8 @@
 
 `DIR` holds one file for each client, `CLIENT.jsonl`, a line a request in the order they came:
 `{"n": 1, "phase": "A", "method": "POST", "path": "/v1/messages", "headers": [...], "body": {...}}`.
-They are sent one after the other, each with its own path and headers and a reply of a few tokens:
+They are sent one after the other, each with its own path and headers and a whole reply of a few
+tokens:
 
 1. to Keepwarm on an empty store, and once more after it was stopped and started again;
 2. to the engine alone with its defaults (four slots over one pool, its cache in memory).
@@ -33,7 +34,7 @@ from keepwarm.api.messages import chat_request
 from keepwarm.api.reading import chat_form
 from keepwarm.bench.client import ChatClient
 from keepwarm.bench.servers import KeepwarmServer, Server, Workplace, bare_engine
-from keepwarm.core.reply import counts_of, stream_events
+from keepwarm.core.reply import counts_of
 from keepwarm.core.tree import Tokens, common_tokens
 from keepwarm.engine.attach import plan_launch
 from keepwarm.engine.client import EngineClient
@@ -69,10 +70,15 @@ class Recorded:
 
     @property
     def short(self) -> dict[str, Any]:
-        """Its body, with a reply of a few tokens."""
+        """Its body, with a reply of a few tokens that comes whole.
+
+        A stream's headers are sent before its prompt is computed, so they can't tell what was
+        filled ahead of it.
+        """
         own = [name for name in _LENGTHS if name in self.body]
         usual = "max_output_tokens" if self.api == "responses" else "max_tokens"
-        return self.body | dict.fromkeys(own or [usual], _REPLY_TOKENS)
+        body = self.body | dict.fromkeys(own or [usual], _REPLY_TOKENS) | {"stream": False}
+        return {name: value for name, value in body.items() if name != "stream_options"}
 
     @property
     def chat(self) -> dict[str, Any]:
@@ -130,25 +136,22 @@ async def send(session: aiohttp.ClientSession, base: str, asked: Recorded) -> Ev
     async with session.post(base + asked.path, data=data, headers=asked.headers) as reply:
         raw = await reply.read()
         ahead = int(reply.headers.get("X-Keepwarm-Filled", "0"))
-        streamed = "event-stream" in reply.headers.get("Content-Type", "")
     if reply.status != 200:
         raise EngineError(f"{asked.client} {asked.path}: {reply.status}: {raw[:300]!r}")
-    events = list(stream_events(raw)) if streamed else [msgspec.json.decode(raw)]
-    found = [counts for event in events if (counts := _counts(event))]
-    if not found:
+    counts = _counts(msgspec.json.decode(raw))
+    if counts is None:
         raise EngineError(f"{asked.client} {asked.path}: no counts in {raw[-300:]!r}")
-    cached, prefilled = found[-1]
+    cached, prefilled = counts
     return Evaluated(cached + prefilled, prefilled + ahead)
 
 
-def _counts(event: dict[str, Any]) -> tuple[int, int] | None:
+def _counts(reply: dict[str, Any]) -> tuple[int, int] | None:
     """Cached and prefilled tokens, by any API's words."""
-    if counts := counts_of(event):
+    if counts := counts_of(reply):
         return counts.cached, counts.prefilled
-    for holder in (event, event.get("message")):
-        usage = holder.get("usage") if isinstance(holder, dict) else None
-        if isinstance(usage, dict) and "cache_read_input_tokens" in usage:
-            return usage["cache_read_input_tokens"], usage.get("input_tokens", 0)
+    usage = reply.get("usage")
+    if isinstance(usage, dict) and "cache_read_input_tokens" in usage:
+        return usage["cache_read_input_tokens"], usage.get("input_tokens", 0)
     return None
 
 

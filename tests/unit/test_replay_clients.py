@@ -35,15 +35,15 @@ def test_a_recording_is_read_without_what_only_counts(tmp_path: Path) -> None:
     assert asked.chat["messages"] == body["messages"]
 
 
-def test_a_reply_is_kept_short_in_the_clients_own_words() -> None:
+def test_a_reply_is_whole_and_kept_short_in_the_clients_own_words() -> None:
     def short(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return Recorded("one", "A", path, {}, body).short
 
-    assert short("/v1/chat/completions", {}) == {"max_tokens": 8}
-    assert short("/v1/responses", {}) == {"max_output_tokens": 8}
-    assert short("/v1/chat/completions", {"max_completion_tokens": 900}) == {
-        "max_completion_tokens": 8
-    }
+    chat, responses = "/v1/chat/completions", "/v1/responses"
+    assert short(chat, {"stream": True}) == {"max_tokens": 8, "stream": False}
+    assert short(responses, {"stream_options": {}}) == {"max_output_tokens": 8, "stream": False}
+    own = {"max_completion_tokens": 900}
+    assert short(chat, own) == {"max_completion_tokens": 8, "stream": False}
 
 
 def measured(*, keepwarm: int, bare: int = 2000, least: int = 1000) -> Measured:
