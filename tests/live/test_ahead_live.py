@@ -42,6 +42,7 @@ COMPUTED, USED = (
     'keepwarm_ahead_tokens_total{what="computed"',
     'keepwarm_ahead_tokens_total{what="used"',
 )
+ROUNDING = 0.02  # in a logprob, as for all that was computed in other pieces
 # A question of four words, and the opening of two turns.
 QUESTION_TOKENS = 16
 
@@ -99,16 +100,18 @@ def prepared(served: Served, *messages: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_new_question_is_all_that_is_left_and_the_answer_is_the_same(
     serve: Serve, model: Path, tmp_path: Path
 ) -> None:
-    ask: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
-    texts: dict[str, list[str]] = {"auto": [], "off": []}
-    for ahead, heard in texts.items():
+    # One token: later ones of a model without sense hang on the last bits, which differ where a
+    # prompt was computed in other pieces.
+    ask: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+    answers: dict[str, list[Answer]] = {"auto": [], "off": []}
+    for ahead, heard in answers.items():
         served = start(serve, model, tmp_path, ahead=ahead)
         talk: list[dict[str, Any]] = [RULES]
         for turn in range(3):
             talk = [*talk, user(f"And what then, {turn}?")]
             if turn:
                 answer = served.chat(*talk, **ask)
-                heard.append(answer.text)
+                heard.append(answer)
                 if ahead == "auto":
                     assert answer.plan in ("ahead", "slot")
             talk = (prepared if ahead == "auto" else think)(served, *talk)
@@ -121,7 +124,11 @@ def test_a_new_question_is_all_that_is_left_and_the_answer_is_the_same(
         else:
             assert served.metric(COMPUTED) == 0
         served.stop()
-    assert texts["auto"] == texts["off"]
+    for ours, theirs in zip(answers["auto"], answers["off"], strict=True):
+        first, second = dict(ours.logprobs[0][2]), dict(theirs.logprobs[0][2])
+        both = first.keys() & second.keys()
+        assert len(both) >= 3
+        assert all(first[token] == pytest.approx(second[token], abs=ROUNDING) for token in both)
 
 
 def test_what_is_generated_again_finds_the_old_rendering(
