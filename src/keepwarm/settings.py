@@ -165,7 +165,7 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
             description="`auto`: where a template writes the history otherwise at each new "
             "question, it is prefilled while the machine is idle and not on battery"
         ),
-    ] = "auto"
+    ] = "off"
     mlock: Annotated[bool, Meta(description="keep the model in memory: never swapped out")] = False
     mmap: Annotated[
         bool, Meta(description="map the model's file; false: read all of it at the start")

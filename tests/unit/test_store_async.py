@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from keepwarm.core.tree import as_tokens
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Buffer
 from keepwarm.store import (
@@ -23,6 +24,7 @@ from keepwarm.store import (
     verify_files,
 )
 from keepwarm.store.disk import Written
+from keepwarm.store.shelf import Shelf
 from storesamples import HYBRID, NoSyncDisk, digest_of, refused, settings_in, slot_file
 
 FIRST = list(range(100, 140))
@@ -217,3 +219,21 @@ def test_reading_what_is_not_there_says_so(tmp_path: Path) -> None:
             list_extents(tmp_path, name)
     with pytest.raises(SnapshotError):
         verify_files(tmp_path, "x")
+
+
+async def test_what_is_looked_up_while_requests_wait_never_opens_the_store_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = await save(store, TURN)
+
+    def revive(_: Shelf) -> bool:
+        raise AssertionError("an index that two threads open at once crashes the process")
+
+    monkeypatch.setattr(Shelf, "revive", revive)
+    hit = store.match_now(as_tokens(TURN), namespace="")
+    assert hit is not None
+    assert (hit.extent_id, hit.at_tokens) == (saved.extent_id, len(TURN))
+    assert store.lookup([digest_of(TURN)], namespace="") is not None
+    assert store.knows(digest_of(TURN), namespace="")
+    assert store.tokens_now(saved.extent_id, len(TURN)) is not None
+    monkeypatch.undo()

@@ -46,7 +46,7 @@ FLUSH_USES_AFTER_S = 60.0
 
 
 class Snapshots:
-    """See the module. Lives on one thread, but for `lookup`, which may be called anywhere."""
+    """See the module. Lives on one thread; `lookup` and `find` alone may be called anywhere."""
 
     def __init__(self, settings: StoreSettings, *, disk: Disk, now_s: float) -> None:
         """Open. Raises: ConfigError, SnapshotError; see `Shelf`."""
@@ -99,6 +99,10 @@ class Snapshots:
     def match(self, tokens: Sequence[int] | Tokens, namespace: str) -> Hit | None:
         """The longest restorable prefix of these tokens; `is_exact` if it is all of them."""
         self.revive()
+        return self.find(tokens, namespace)
+
+    def find(self, tokens: Sequence[int] | Tokens, namespace: str) -> Hit | None:
+        """As `match`, from memory alone: as `lookup`, it may be called anywhere."""
         ids = as_tokens(tokens)
         catalog = self.shelf.catalog
         found = catalog.tree.match(ids, namespaces=namespaces_of(namespace))

@@ -126,7 +126,7 @@ class Store:
     def match_now(self, tokens: Tokens, *, namespace: str) -> Hit | None:
         """As `match`, from memory, as `lookup` does: what changes meanwhile is a miss."""
         try:
-            return self._snapshots.match(tokens, namespace)
+            return self._snapshots.find(tokens, namespace)
         except (KeyError, RuntimeError):
             return None
 
