@@ -123,10 +123,10 @@ class Session:
                     started = await self._start()
                     before = await self._account(started.url)
             url = started.url if started else self.url
-            missing = {"drop-billing", "move-known"} - set((before or {}).get("hygiene") or ())
+            moves_blocks = "move-known" in ((before or {}).get("hygiene") or ())
             if started is None:
-                self._advise(before or {}, missing)
-            endpoint = await self._endpoint(url, moves_blocks="move-known" not in missing)
+                self._advise(before or {}, moves_blocks=moves_blocks)
+            endpoint = await self._endpoint(url, moves_blocks=moves_blocks)
             status = await self._client(executable, endpoint)
             await self._settled(url)
             after = await self._account(url)
@@ -175,12 +175,11 @@ class Session:
             context_tokens = await gateway.context_tokens()
         return Endpoint(url, self.key or "none", context_tokens, moves_blocks)
 
-    def _advise(self, overview: dict[str, Any], missing: set[str]) -> None:
+    def _advise(self, overview: dict[str, Any], *, moves_blocks: bool) -> None:
         self.tell(f"using the Keepwarm that runs at {self.url} ({overview.get('model')})")
-        if missing:
+        if not moves_blocks:
             self.tell(
-                f"it runs without the rule{'s' if len(missing) > 1 else ''} "
-                f"{' and '.join(sorted(missing))} (hygiene.rules), so a new day, directory or "
+                "it runs without the rule move-known (hygiene.rules), so a new day, directory or "
                 "commit is prefilled with all that stands behind it"
             )
 
