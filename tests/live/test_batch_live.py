@@ -286,6 +286,7 @@ def test_a_keepwarm_of_its_own_fills_ends_for_a_model_whose_state_cant_be_cut(
     report = json.loads(done.stdout[done.stdout.index("{") :])
     assert (report["succeeded"], report["fills"]) == (9, 2)
     results = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
-    # Restored at the very end of what is shared, or the whole prompt would be prefilled.
+    # Restored at the very end of what is shared, or gone on from the engine's checkpoint there:
+    # else the whole prompt would be prefilled.
     assert max(r["response"]["body"]["timings"]["prompt_n"] for r in results) < 60
-    assert '"snapshot"' in json.dumps(report["by_plan"])
+    assert set(report["by_plan"]) <= {"slot", "snapshot", "shared"}
