@@ -85,10 +85,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         body = {"messages": [*messages, user]}
         self.send(body, shared, namespace, wait_s, is_alone=is_alone)
 
-    @precondition(lambda self: any(r.reply for r in self.sim.requests.values()))
+    @precondition(
+        lambda self: any(r.reply and "messages" in r.body for r in self.sim.requests.values())
+    )
     @rule(data=st.data(), trimmed=st.booleans())
     def a_conversation_goes_on(self, data: st.DataObject, trimmed: bool) -> None:
-        talks = [r for r in self.sim.requests.values() if r.reply]
+        talks = [r for r in self.sim.requests.values() if r.reply and "messages" in r.body]
         before: Request = data.draw(st.sampled_from(talks))
         body = self.sim.continued(before, trimmed=trimmed)
         self.send(body, 1 if before.shared_tokens else 0, before.namespace, 1e9)

@@ -90,6 +90,7 @@ from keepwarm.core.effects import (
 from keepwarm.core.job import Job
 from keepwarm.core.plan import (
     FILL_MIN_TOKENS,
+    LEAST_TOKENS,
     Machine,
     Plan,
     Source,
@@ -102,7 +103,7 @@ from keepwarm.core.prompt import Mark, Prompt, Segment
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.returns import Returns, first_turn
-from keepwarm.core.slots import Content, Slot, SlotState, loss
+from keepwarm.core.slots import Content, Slot, SlotState, loss, uncounted
 from keepwarm.core.tree import Tokens
 from keepwarm.core.turns import Turns, is_full, order
 
@@ -116,8 +117,6 @@ SAVE_AT_ONCE = 50.0
 # and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
 # compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
-# The opening of a turn and a first word are in any two prompts: nothing to wait for.
-_COMMON_OPENING_TOKENS = 8
 # What the store needs to take a saved file in, in times that the engine needs to save it: it
 # compares, writes and flushes (46 MB: some 60 ms after 15).
 _TAKING_IN = 4.0
@@ -472,7 +471,7 @@ class Scheduler:
                 continue
             if self._must_count(job, stored):  # 6
                 job.is_counting = True
-                effects.append(CountPrompt(job.id, self._uncounted(job)))
+                effects.append(CountPrompt(job.id, uncounted(self.slots, job.namespace)))
                 continue
             plan = choose(  # 7
                 job.demand(),
@@ -527,20 +526,6 @@ class Scheduler:
         doubt = doubt_tokens(job.demand(), idle, stored, machine=self.machine, rates=self.rates)
         return self.rates.prefill_s(doubt) > COUNT_IF_TIMES * self.rates.count_s(job.prompt.chars)
 
-    def _uncounted(self, job: Job) -> tuple[Content, ...]:
-        """What slots hold that this job might start from and that was never counted."""
-        held = [
-            slot.content
-            for slot in self.slots
-            if slot.state is SlotState.IDLE and slot.content and not slot.is_foreign(job.namespace)
-        ]
-        return tuple(
-            content
-            for content in held
-            if content.chat is not None
-            and content.tokens - content.counted_tokens >= FILL_MIN_TOKENS
-        )
-
     def _waits_for_fill(self, job: Job, stored: Stored | None) -> bool:
         """Whether another request is prefilling this one's static part right now.
 
@@ -576,7 +561,7 @@ class Scheduler:
         for content, saves in soon:
             lacking = self._reusable(job, content) - known
             wait_s = saves * self.rates.save_s(content.tokens * self.machine.row_bytes)
-            if lacking > _COMMON_OPENING_TOKENS and wait_s < self.rates.prefill_s(lacking):
+            if lacking >= LEAST_TOKENS and wait_s < self.rates.prefill_s(lacking):
                 return True
         return False
 
@@ -756,9 +741,8 @@ class Scheduler:
 
     def _is_kept(self, job: Job, said: Mark) -> bool:
         """Whether the store has a prompt with this very reply, or is to have it in a moment."""
-        if any(said.digest in content.marks for content in self._absorbing.values()):
-            return True
-        return self.knows(said.digest, job.namespace)
+        arriving = any(said.digest in content.marks for content in self._absorbing.values())
+        return arriving or self.knows(said.digest, job.namespace)
 
     def _look(self, slot: Slot, job: Job, now_s: float) -> list[Effect]:
         """A reply ended without counts: see what the slot holds of it before anybody gets it."""

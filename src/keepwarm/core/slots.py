@@ -14,6 +14,8 @@ from keepwarm.core.tree import Tokens, common_tokens
 
 # Estimated places of states and of a prompt's parting may differ by the opening of a turn.
 _STATE_SLACK_TOKENS = 8
+# Fewer uncounted tokens cost no more to prefill than to count.
+_WORTH_COUNTING_TOKENS = 96
 # The chance that a conversation comes back halves with every ten minutes of silence.
 _RETURN_HALF_LIFE_S = 600.0
 
@@ -190,6 +192,18 @@ class Slot:
             return 0.0
         chance = max(self.content.returns.value, at_least)
         return float(chance * 0.5 ** (max(now_s - self.idle_since_s, 0.0) / _RETURN_HALF_LIFE_S))
+
+
+def uncounted(slots: Iterable[Slot], namespace: str) -> tuple[Content, ...]:
+    """What idle slots hold that a namespace may start from, and that was never counted."""
+    held = (s.content for s in slots if s.state is SlotState.IDLE and not s.is_foreign(namespace))
+    return tuple(
+        content
+        for content in held
+        if content is not None
+        and content.chat is not None
+        and content.tokens - content.counted_tokens >= _WORTH_COUNTING_TOKENS
+    )
 
 
 @dataclass(frozen=True, slots=True)
