@@ -236,6 +236,11 @@ def choose(
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
     idle = [(slot, _reuse(demand, slot, machine)) for slot in slots if slot.state == "idle"]
+    if not machine.appends and demand.ids is None:
+        # Marks can't tell a history that is written otherwise now from one that isn't.
+        newer = [slot.id for slot, reuse in idle if reuse.mark_index > demand.prompt.asked_index]
+        if newer:
+            idle = [(s, reuse if s.id in newer else NOTHING) for s, reuse in idle]
     if not demand.reuses or demand.is_refused:
         stored = None
     total = _total_tokens(demand, [reuse for _, reuse in idle], stored, rates)
