@@ -310,3 +310,13 @@ def test_a_reply_behind_what_is_stored_is_in_doubt_however_dense_the_text_before
         replace(DEMAND, prompt=prompt), [], stored(1, 240), machine=MACHINE, rates=Rates()
     )
     assert doubt == 52
+
+
+def test_of_two_slots_that_marks_find_the_one_asked_since_the_last_question_is_taken() -> None:
+    # The older one was asked before "b", the last question; its history may read otherwise now.
+    machine = replace(MACHINE, appends=False)
+    demand = replace(DEMAND, prompt=replace(DEMAND.prompt, asked_index=1))
+    older, newer = holding("ab", 790), holding("abc", 780)
+    slots = [slot(0, older), slot(1, newer)]
+    assert best(slots, demand=demand, machine=machine).slot == 1
+    assert best(slots, demand=demand).slot == 0
