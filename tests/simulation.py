@@ -353,7 +353,8 @@ class Simulation:
             self.erase_failed = True
         elif isinstance(step, FillSlot):
             request = self.requests[step.job]
-            self.write(step.slot, request, request.static_tokens // 2)
+            reused = self.reusable(step.slot, request.tokens[: request.static_tokens])
+            self.write(step.slot, request, max(reused, request.static_tokens // 2))
         elif isinstance(step, RestoreSlot) and failure.emptied:
             self.engine[step.slot] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.ahead import ended_turn, is_worth, lacking_tokens, prompt_of_ids
-from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot
+from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot, StepFailed
 from keepwarm.core.plan import Source, Stored
 from keepwarm.core.reply import Counts, Reply, read_reply
 from keepwarm.core.returns import first_turn
@@ -116,6 +116,21 @@ def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:
     assert request.plan.slot == fill.slot
     assert another.plan
     sim.settle()
+
+
+def test_behind_a_fill_that_failed_nothing_is_promised() -> None:
+    sim = Simulation(slots=1)
+    before = answered(sim)
+    ahead = compute_ahead(sim, before)
+    (fill,) = sim.pending
+    planned = sim.scheduler.jobs[ahead.id].plan
+    assert planned
+    assert planned.promise_tokens > 0
+    sim.complete(fill, failure=StepFailed(emptied=False))
+    plan = sim.scheduler.jobs[ahead.id].plan
+    assert plan
+    assert plan.promise_tokens == 0
+    settle(sim)
 
 
 def test_a_save_behind_it_is_let_through() -> None:

@@ -89,15 +89,11 @@ from keepwarm.core.effects import (
 )
 from keepwarm.core.job import Job
 from keepwarm.core.plan import (
-    FILL_MIN_TOKENS,
-    LEAST_TOKENS,
     Machine,
     Plan,
     Source,
     Stored,
     choose,
-    doubt_tokens,
-    static_tokens,
 )
 from keepwarm.core.prompt import Mark, Prompt, Segment
 from keepwarm.core.rates import Rates
@@ -106,6 +102,7 @@ from keepwarm.core.returns import Returns, first_turn
 from keepwarm.core.slots import Content, Slot, SlotState, loss, uncounted
 from keepwarm.core.tree import Tokens
 from keepwarm.core.turns import Turns, is_full, order
+from keepwarm.core.waiting import TAKING_IN, must_count, waits_for_fill, waits_for_save
 
 # A slot that has been idle for so long is saved if that is worth it: the agent is thinking or
 # gone, and nobody waits for the engine's loop.
@@ -117,16 +114,8 @@ SAVE_AT_ONCE = 50.0
 # and step, SmolLM2-135M on two cores), so what is saved and idle leaves it as soon as others
 # compute: a restore costs ten milliseconds. What isn't saved leaves after this.
 ERASE_AFTER_IDLE_S = 2.0
-# What the store needs to take a saved file in, in times that the engine needs to save it: it
-# compares, writes and flushes (46 MB: some 60 ms after 15).
-_TAKING_IN = 4.0
-
-
 # Owner of what no request may begin with: no key has this name, so a slot of his is emptied first.
 _NOBODY = "\0"
-# A prompt is counted where what is in doubt costs so many times the count to prefill. A count also
-# settles what the next requests may start from, and the estimate of what is in doubt is rough.
-COUNT_IF_TIMES = 0.3
 
 # Finds the longest restorable prefix of a prompt: by its tokens where they are given, else by its
 # marks. A model that can't be cut must be left a token to evaluate.
@@ -464,12 +453,16 @@ class Scheduler:
             if job.is_counting:
                 continue
             stored = self._stored(job)  # 3
-            if self._waits_for_fill(job, stored):  # 4
+            if waits_for_fill(job, stored, self._fills, rates=self.rates):  # 4
                 job.waited_for_fill = True
                 continue
-            if self._waits_for_save(job, stored):  # 5
+            idle = [slot for slot in self.slots if slot.state is SlotState.IDLE]
+            known = (job, stored, idle)
+            if waits_for_save(
+                *known, self._being_saved(), machine=self.machine, rates=self.rates
+            ):  # 5
                 continue
-            if self._must_count(job, stored):  # 6
+            if must_count(*known, machine=self.machine, rates=self.rates):  # 6
                 job.is_counting = True
                 effects.append(CountPrompt(job.id, uncounted(self.slots, job.namespace)))
                 continue
@@ -515,64 +508,15 @@ class Scheduler:
             )
         return stored
 
-    def _must_count(self, job: Job, stored: Stored | None) -> bool:
-        """Whether what the marks leave in doubt is dearer to prefill than to count."""
-        if job.chat is None or job.is_counted or not any(s.state == "idle" for s in self.slots):
-            return False
-        idle = [slot for slot in self.slots if slot.state is SlotState.IDLE]
-        if self.machine.tells_time:
-            held = [s.content for s in idle if s.content and not s.is_foreign(job.namespace)]
-            return not any(content.goes_on(job.prompt) for content in held)
-        doubt = doubt_tokens(job.demand(), idle, stored, machine=self.machine, rates=self.rates)
-        return self.rates.prefill_s(doubt) > COUNT_IF_TIMES * self.rates.count_s(job.prompt.chars)
-
-    def _waits_for_fill(self, job: Job, stored: Stored | None) -> bool:
-        """Whether another request is prefilling this one's static part right now.
-
-        Waiting is never slower than prefilling the same beside it: the fill is ahead of us, and
-        two prefills share the machine. Who is here to have it saved has nothing else to wait for.
-        """
-        static = job.prompt.static
-        if static is None or static.digest not in self._fills or not job.can_fill:
-            return False
-        if job.must_save:
-            return True
-        known = stored.tokens if stored else 0
-        return static_tokens(job.demand(), self.rates) - known >= FILL_MIN_TOKENS
-
-    def _waits_for_save(self, job: Job, stored: Stored | None) -> bool:
-        """Whether what a prompt begins with is being saved, and waiting is cheaper than a prefill.
-
-        A slot that is saved on its own is idle again in a moment: an agent often goes on at once
-        when its conversation is saved behind its reply. One that is saved since another request
-        takes it is found in the store as soon as that has taken it in.
-        """
-        soon = [(content, _TAKING_IN) for content in self._absorbing.values()]
+    def _being_saved(self) -> list[tuple[Content, float]]:
+        """What the store has in a moment, and in how many times of what its save takes."""
+        soon = [(content, TAKING_IN) for content in self._absorbing.values()]
         soon += [
-            (slot.content, 1.0 if slot.job is None else 1.0 + _TAKING_IN)
+            (slot.content, 1.0 if slot.job is None else 1.0 + TAKING_IN)
             for slot in self.slots
             if isinstance(self._running.get(slot.id), SaveSlot | LookSlot) and slot.content
         ]
-        if not soon:
-            return False
-        idle = [s.content for s in self.slots if s.state is SlotState.IDLE and s.content]
-        known = max((self._reusable(job, content) for content in idle), default=0)
-        known = max(known, stored.tokens if stored else 0)
-        for content, saves in soon:
-            lacking = self._reusable(job, content) - known
-            wait_s = saves * self.rates.save_s(content.tokens * self.machine.row_bytes)
-            if lacking >= LEAST_TOKENS and wait_s < self.rates.prefill_s(lacking):
-                return True
-        return False
-
-    def _reusable(self, job: Job, content: Content) -> int:
-        """Tokens of a job's prompt that some content spares."""
-        if content.namespace not in ("", job.namespace):
-            return 0
-        machine = self.machine
-        return content.reuse(
-            job.prompt, job.ids, cuttable=machine.cuttable, window_tokens=machine.window_tokens
-        ).tokens
+        return soon
 
     def _begin(self, job: Job, plan: Plan, now_s: float) -> list[Effect]:
         slot = self.slots[plan.slot]
@@ -696,6 +640,9 @@ class Scheduler:
             job.plan = replace(
                 job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
             )
+        elif isinstance(step, FillSlot):
+            # Nobody knows where the engine was when it stopped; the look behind it may say less.
+            job.plan = replace(job.plan, promise_tokens=0)
         if isinstance(step, EraseSlot) and slot.is_foreign(job.namespace):
             # A fill here would be measured against another tenant's tokens.
             self._scripts.pop(slot.id, None)
