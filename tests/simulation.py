@@ -354,7 +354,7 @@ class Simulation:
         elif isinstance(step, FillSlot):
             request = self.requests[step.job]
             reused = self.reusable(step.slot, request.tokens[: request.static_tokens])
-            self.write(step.slot, request, max(reused, request.static_tokens // 2))
+            self.write(step.slot, request, (reused + request.static_tokens) // 2)
         elif isinstance(step, RestoreSlot) and failure.emptied:
             self.engine[step.slot] = []
 
