@@ -471,7 +471,7 @@ class Simulation:
                 self.pending.append(effect)
         self.check()
         while self.counting:
-            self.count(self.counting.pop())
+            self.count(self.counting.pop(0))
         for request in [r for r in self.running if r.job.ahead_of is not None]:
             # What was computed ahead is there to be filled and saved, and nothing is forwarded.
             self._end(request)

@@ -170,6 +170,7 @@ def while_unsure(job: Job, before: Content | None) -> Content | None:
     content.turns = prompt.turns
     content.ids = job.ids if job.ids is not None else job.static_ids
     reused = job.plan.reuse_tokens if job.plan else 0
+    content.saved_tokens = min(before.saved_tokens, reused) if before else 0
     content.states = _states(job, before, marks, cached=reused, prompt_tokens=whole)
     return content
 
