@@ -57,6 +57,7 @@ class EndedRequest:
     engine: int | None
     traceparent: str
     rewrites: Mapping[str, int]
+    fingerprint: str = ""
 
     @property
     def counts(self) -> Counts | None:
