@@ -108,6 +108,7 @@ def test_memory_is_given_back_behind_the_last_request() -> None:
         model("b", loaded=True, idle_s=100.0, is_pinned=True),
         model("c", loaded=True, idle_s=100.0, batch_pending=1),
         model("d", idle_s=100.0),
+        model("e", loaded=True, loaded_for_s=59.0),
     ]
     assert unused(models, 60.0) == ["a"]
     assert unused(models, 0.0) == []

@@ -35,7 +35,8 @@ class ModelNow:
     """One model at a moment. Seconds and bytes are measured, or estimated where it never ran.
 
     `waited_s`: how long each interactive request has waited for it to be loaded. `pending` and
-    `batch_pending`: requests that it has. `idle_s`: since its last one ended.
+    `batch_pending`: requests that it has. `idle_s`: since its last one ended; `loaded_for_s`: since
+    it was loaded last.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelNow:
     pending: int = 0
     batch_pending: int = 0
     idle_s: float = math.inf
+    loaded_for_s: float = math.inf
     is_pinned: bool = False
     may_load: bool = True
 
@@ -109,7 +111,7 @@ def unused(models: Iterable[ModelNow], idle_unload_s: float) -> list[str]:
         and not one.is_pinned
         and not one.pending
         and not one.batch_pending
-        and idle_unload_s <= one.idle_s
+        and idle_unload_s <= min(one.idle_s, one.loaded_for_s)
     ]
 
 

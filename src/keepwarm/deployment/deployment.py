@@ -406,10 +406,6 @@ class Deployment:
             self.tell("the engine doesn't come back")
             self.dispatcher.refuse_waiting(self._condition.why_down())
 
-    async def ready(self) -> None:
-        """Wait until it has been ready for the first time."""
-        await self._condition.ready()
-
     async def admitted(self) -> None:
         """Wait until requests are served. Raises: EngineDownError, DeadlineError."""
         await self._condition.admitted(timeout_s=self.settings.server.queue_timeout_s)

@@ -64,6 +64,7 @@ class Life:
         self._tasks = Tasks()
         self._turning: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._was_ready = asyncio.Event()
         self._line = "starting"
         self.models = Models(settings)
         self.models.check_tiers(self._begun.tiers.names)
@@ -176,6 +177,7 @@ class Life:
             self.turns.loaded(first, first.deployment)
         if self.takes_turns:
             self._turning = self.supervise(self.turns.run())
+        self._was_ready.set()
 
     async def stop(self, *, drain: bool = True) -> None:
         """Let requests end, save, close the stores, end the engines."""
@@ -191,6 +193,8 @@ class Life:
         if self.house.tracing:
             await asyncio.to_thread(self.house.tracing.close)
         await asyncio.gather(*(one.close() for one in deployments))
+        for model in self.models:
+            model.let_go()
 
     def supervise(
         self, work: Coroutine[Any, Any, None], *, name: str | None = None
@@ -200,7 +204,7 @@ class Life:
 
     async def ready(self) -> None:
         """Wait until it has been ready for the first time."""
-        await self.deployment.ready()
+        await self._was_ready.wait()
 
     async def admitted(self, model: Model | None = None, *, is_batch: bool = False) -> Stay:
         """Wait until a model serves requests, having it loaded if need be.

@@ -26,6 +26,7 @@ from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.learned import Learned
 from keepwarm.errors import ConfigError, KeepwarmError, NotFoundError
 from keepwarm.settings import Settings
+from keepwarm.store.lock import OwnerLock
 from keepwarm.tiers.tiering import AUTO
 
 # What loading takes where it was never measured: a file is read at this rate, and the engine needs
@@ -69,12 +70,26 @@ class Model:
     batch_users: int = 0
     ended_s: float = -math.inf
     loads: int = 0
+    loaded_s: float = -math.inf
     load_s: float | None = None
     size_bytes: int | None = None
     failure: KeepwarmError | None = None
     failures: int = 0
     again_s: float = -math.inf
     learned: Learned | None = None
+    held: OwnerLock | None = None
+    """On its store while it is unloaded: what it has saved stays, whatever others save."""
+
+    def let_go(self) -> None:
+        """Let its store be opened."""
+        if self.held is not None:
+            self.held.release()
+            self.held = None
+
+    @property
+    def label(self) -> str:
+        """Its name for logs; the only one needs none."""
+        return self.name or "the model"
 
     @property
     def is_open(self) -> bool:
@@ -111,6 +126,7 @@ class Model:
             pending=self.users,
             batch_pending=self.batch_users,
             idle_s=now_s - self.ended_s,
+            loaded_for_s=now_s - self.loaded_s,
             is_pinned=self.is_pinned,
             may_load=now_s >= self.again_s,
         )
@@ -191,6 +207,11 @@ class Models:
     def __iter__(self) -> Iterator[Model]:
         """As the settings name them."""
         return iter(self.by_name.values())
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether one is being loaded, or about to go."""
+        return any(one.state in (ModelState.LOADING, ModelState.LEAVING) for one in self)
 
     def check_tiers(self, names: tuple[str, ...]) -> None:
         """Refuse a model that is named like a tier.

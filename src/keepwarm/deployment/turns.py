@@ -29,8 +29,10 @@ from keepwarm.errors import (
     EngineDownError,
     EngineStartError,
     KeepwarmError,
+    SnapshotError,
 )
 from keepwarm.settings import EngineSettings
+from keepwarm.store.neighbours import hold
 
 log = logging.getLogger("keepwarm")
 
@@ -83,6 +85,9 @@ class Turns:
         self._is_stopping = True
         for model in self._models:
             _refuse(model, EngineDownError(message))
+        for _, done in self._asked:
+            if not done.done():
+                done.set_exception(EngineDownError(message))
 
     async def wait(self, model: Model, *, is_batch: bool) -> Stay:
         """Wait until a model is loaded.
@@ -194,21 +199,36 @@ class Turns:
                 self._admit(model, deployment)
                 return False
             await asyncio.sleep(_LET_END_S)
-        self._tell(f"{model.name}: saving slots")
+        self._tell(f"{model.label}: saving slots")
         began_s = time.monotonic()
         model.measure()
         await deployment.halt()
-        await deployment.close()
+        await self._leave_store(model, deployment)
         model.deployment, model.state = None, ModelState.UNLOADED
-        log.info("%s: saved and unloaded in %.2f s", model.name, time.monotonic() - began_s)
-        self._tell(f"{model.name}: unloaded")
+        log.info("%s: saved and unloaded in %.2f s", model.label, time.monotonic() - began_s)
+        self._tell(f"{model.label}: unloaded")
         return True
+
+    async def _leave_store(self, model: Model, deployment: Deployment) -> None:
+        """Close a model's store with room for the others in it, and keep it from them."""
+        if not deployment.is_open:
+            await deployment.close()
+            return
+        store = deployment.store
+        try:
+            await store.leave_room(len(list(self._models)))
+        except SnapshotError as error:
+            log.warning("%s: its store leaves the others no room: %s", model.name, error)
+        await deployment.close()
+        model.held = await asyncio.to_thread(
+            hold, store.settings.directory, what=f"{store.settings.owner}, {model.name} is unloaded"
+        )
 
     async def _load(self, model: Model) -> bool:
         """Load a model and let its requests go on; or tell them why not."""
         error = await self._try(model)
         if isinstance(error, EngineStartError):
-            log.warning("%s couldn't be loaded, and is tried again: %s", model.name, error)
+            log.warning("%s couldn't be loaded, and is tried again: %s", model.label, error)
             error = await self._try(model)
         if error is None:
             return True
@@ -226,20 +246,23 @@ class Turns:
         may_mend_itself = isinstance(error, EngineStartError)
         pause = pause_s(model.failures) if may_mend_itself else _LONG_PAUSE_S
         model.again_s = time.monotonic() + pause
-        log.error("the model %s can't be loaded: %s", model.name, error)
-        self._tell(f"{model.name}: can't be loaded")
+        log.error("%s can't be loaded: %s", model.label, error)
+        self._tell(f"{model.label}: can't be loaded")
         _refuse(model, _failed(model))
 
     async def _try(self, model: Model) -> KeepwarmError | None:
         began_s = time.monotonic()
         model.state = ModelState.LOADING
+        for other in self._models:
+            if other.settings.engine.model == model.settings.engine.model:
+                other.let_go()  # run otherwise, the same file may have the same store
         error = await failure_of(self._start(model))
         if error is not None:
             await self._drop(model)
             return error
         assert model.deployment
         model.load_s = time.monotonic() - began_s
-        log.info("%s: loaded and warm in %.2f s", model.name, model.load_s)
+        log.info("%s: loaded and warm in %.2f s", model.label, model.load_s)
         self.loaded(model, model.deployment)
         return None
 
@@ -249,7 +272,7 @@ class Turns:
 
     def loaded(self, model: Model, deployment: Deployment) -> None:
         """A model's deployment is warm."""
-        model.loads += 1
+        model.loads, model.loaded_s = model.loads + 1, time.monotonic()
         model.learned = deployment.learned
         model.failure, model.failures = None, 0
         model.measure()

@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from keepwarm.api.bodies import check_body
@@ -469,16 +470,31 @@ class Proxy:
 
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
         """Forward a request that touches no slot, body and reply as they are."""
-        with await self._life.admitted() as deployment:
-            return await self._passed(request, deployment)
+        body = await read_body(request) if request.body_exists else None
+        with await self._life.admitted(self._meant(request, body)) as deployment:
+            return await self._passed(request, body, deployment)
 
-    async def _passed(self, request: web.Request, deployment: Deployment) -> web.StreamResponse:
+    def _meant(self, request: web.Request, body: bytes | None) -> Model | None:
+        """Of several models the one that a request names that is passed on as it is."""
+        if not self._life.models.several:
+            return None
+        name: object = request.query.get("model")
+        if body and not name:
+            try:
+                name = msgspec.json.decode(body, type=dict).get("model")
+            except msgspec.MsgspecError:
+                return None
+        return self._life.models.addressed(name)[0] if name else None
+
+    async def _passed(
+        self, request: web.Request, body: bytes | None, deployment: Deployment
+    ) -> web.StreamResponse:
         query = request.rel_url.raw_query_string
         sent = deployment.client.http.request(
             request.method,
             path_of(request) + (f"?{query}" if query else ""),
             headers=request_headers(request.headers, is_unchanged=True),
-            body=await read_body(request) if request.body_exists else None,
+            body=body,
         )
         with closing(await sent) as upstream:
             if upstream.status >= 400 and upstream.is_json:

@@ -36,7 +36,7 @@ async def overview(life: Life, namespace: str) -> dict[str, Any]:
     today, ever = await life.explainer.totals(namespace=namespace)
     out: dict[str, Any] = {
         "version": __version__,
-        "state": life.state.value,
+        "state": _state(life),
         "status": life.status,
         "started": life.started_s,
         "has_keys": bool(life.keys),
@@ -62,6 +62,11 @@ async def overview(life: Life, namespace: str) -> dict[str, Any]:
         "prefill_s_per_token": rates.prefill_s_per_token.value,
         "tiers": _tiers(deployment),
     }
+
+
+def _state(life: Life) -> str:
+    """For those who look: `loading`, too, while models change places."""
+    return "loading" if life.models.is_swapping else life.state.value
 
 
 def _totals(totals: Totals) -> dict[str, float]:
@@ -154,11 +159,11 @@ def slots_now(life: Life, namespace: str) -> dict[str, Any]:
     """The slots and the queue at this moment."""
     deployment = life.deployment
     if not deployment.is_open:
-        return {"state": life.state.value, "slots": [], "queued": 0, "store": ""}
+        return {"state": _state(life), "status": life.status, "slots": [], "queued": 0, "store": ""}
     scheduler = deployment.dispatcher.scheduler
     stats, sees_all = deployment.store.stats(), life.keys.sees_all(namespace)
     return {
-        "state": life.state.value,
+        "state": _state(life),
         "status": life.status,
         "slots": [_slot(deployment, slot, namespace) for slot in scheduler.slots],
         "queued": scheduler.queued if sees_all else scheduler.queued_of(namespace),
