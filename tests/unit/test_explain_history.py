@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.prompt import prompt_of
-from keepwarm.explain.history import Entry, History, Totals
+from keepwarm.explain.history import History, PastRequest, Totals
 from keepwarm.explain.parts import Parts, parts_of
 from keepwarm.explain.recent import Recent, Remembered
 from keepwarm.explain.record import without_text
@@ -173,7 +173,7 @@ def test_calls_are_kept_as_they_were_sent() -> None:
 # --- records on disk
 
 
-def entry(number: int, namespace: str = "ada", **changes: Any) -> Entry:
+def entry(number: int, namespace: str = "ada", **changes: Any) -> PastRequest:
     values: dict[str, Any] = {
         "id": f"request{number:05}",
         "namespace": namespace,
@@ -194,7 +194,7 @@ def entry(number: int, namespace: str = "ada", **changes: Any) -> Entry:
         "decoded_tokens": 5,
         "spared_s": 0.5,
     }
-    return Entry(**(values | changes))
+    return PastRequest(**(values | changes))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_its_files_are_private(path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
-def with_text(number: int) -> Entry:
+def with_text(number: int) -> PastRequest:
     difference = {"cause": "timestamp", "context": "is ", "before": "SECRET", "after": "NEWER"}
     record = {"id": f"request{number:05}", "difference": difference}
     return entry(number, has_text=True, record=record)

@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class PastRequest:
     """One request as it is written. `record` is what is shown; counts in tokens.
 
     `opening` is a digest of how the prompt begins, whatever the fingerprint; `day` is the local
@@ -112,7 +112,7 @@ class History:
         """
         self._keep = keep
         self._since_prune = 0
-        self._unwritten: list[Entry] = []
+        self._unwritten: list[PastRequest] = []
         self._is_broken = False
         self._db = _open(path)
         self.salt: bytes = self._salt()
@@ -124,7 +124,7 @@ class History:
         self.write()
         self._db.close()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: PastRequest) -> None:
         """Take in one request; it is counted and found from now on."""
         self._unwritten.append(entry)
         if len(self._unwritten) >= _AT_ONCE:
@@ -141,7 +141,7 @@ class History:
         if entries:
             self._try(lambda: self._write(entries), None)
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[PastRequest]) -> None:
         with self._db:
             self._db.executemany(
                 "INSERT OR REPLACE INTO requests (id, namespace, at_s, cause, plan, fingerprint,"

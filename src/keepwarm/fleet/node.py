@@ -24,7 +24,7 @@ from keepwarm.core.tiers import compose
 from keepwarm.deployment.dispatcher import Dispatcher, Grant
 from keepwarm.deployment.runtime import Runtime, State
 from keepwarm.errors import ConfigError
-from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.objects import Seal
 from keepwarm.fleet.second_level import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
@@ -112,11 +112,11 @@ class NodeRuntime(Runtime):
         """Tokens that were moved for a request, by its id; the latest requests'."""
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> NodeCosts:
         """What things cost here, for the routers."""
         if self.second is not None:
             return self.second.costs
-        return Costs.of(
+        return NodeCosts.of(
             self.dispatcher.rates,
             row_bytes=self.machine.row_bytes,
             fetch_s_per_byte=0.0,
