@@ -11,8 +11,8 @@ A line is `{"custom_id", "method", "url", "body"}`. Beside those four a line may
 A line that can't be used becomes an error with its number; the others aren't touched by it.
 
 A night's prompts may be larger than the memory. So a task knows where its line is
-(`TaskSource`) and its digest, and its body is read again each time it is needed; a line that has changed since it was
-first read is an error, never another task's prompt.
+(`TaskSource`) and its digest, and its body is read again each time it is needed; a line that has
+changed since it was first read is an error, never another task's prompt.
 """
 
 from __future__ import annotations
