@@ -1,7 +1,7 @@
 """The tools on offer, prepared once a tools list so that a request is compared with them cheaply.
 
 A `ToolCatalog` is an index from stem to the tools that use it; comparing a request with it costs
-one look-up a stem of the request plus the details of the few best tools, however many tools there are.
+one look-up a stem of the request plus the details of the few best tools, however many there are.
 The same question needs a tool or not depending on the catalog, so this is the router's strongest
 and most transferable evidence.
 """
