@@ -39,7 +39,7 @@ from keepwarm.cli.output import err
 from keepwarm.core.tiers import Tier
 from keepwarm.errors import EngineError, KeepwarmError
 from keepwarm.fleet.costs import NodeCosts
-from keepwarm.fleet.node import NodeRuntime
+from keepwarm.fleet.node import NodeLife
 from keepwarm.fleet.routing import Fleet, NodeReport, Want
 from keepwarm.fleet.shared import open_shared
 from keepwarm.gateway.app import make_app
@@ -57,7 +57,7 @@ _SAID_CHARS = 4000
 class Running:
     """A node that is ready, after `seconds`."""
 
-    runtime: NodeRuntime
+    life: NodeLife
     client: ChatClient
     url: str
     seconds: float
@@ -81,17 +81,17 @@ async def node(settings: Settings, place: Workplace, name: str) -> AsyncIterator
         download_bytes_per_s=0,
         timeout_s=30,
     )
-    runtime, client = NodeRuntime(settings, places, shared=shared), ChatClient()
-    runner = web.AppRunner(make_app(runtime), access_log=None)
+    life, client = NodeLife(settings, places, shared=shared), ChatClient()
+    runner = web.AppRunner(make_app(life), access_log=None)
     began = time.perf_counter()
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        await runtime.start()
+        await life.start()
         host, port = runner.addresses[0][:2]
-        yield Running(runtime, client, f"http://{host}:{port}", time.perf_counter() - began)
+        yield Running(life, client, f"http://{host}:{port}", time.perf_counter() - began)
     finally:
-        await runtime.stop()
+        await life.stop()
         await runner.cleanup()
         await client.close()
 
@@ -119,16 +119,16 @@ async def measure(settings: Settings, tier: Tier, *, rounds: int) -> dict[str, A
             talk = [said, assistant(first.text), user("And the second?")]
             async with node(settings, place, f"other-{i}") as other:
                 seconds.setdefault(PULLED, []).append(other.seconds)
-                if any(warmed.how != "restored" for warmed in other.runtime.prefixes.warmed):
+                if any(warmed.how != "restored" for warmed in other.life.node.prefixes.warmed):
                     raise EngineError("A node that should have pulled its tiers prefilled one.")
                 await other.ask(tier, hello)
                 note(MOVED, await other.ask(tier, talk))
-                moved.append(sum(other.runtime.moved.values()))
+                moved.append(sum(other.life.node.moved.values()))
             async with node(settings, place, "home") as home:
                 await home.ask(tier, hello)
                 answer = await home.ask(tier, talk)
                 note(HOME, answer)
-                if home.runtime.moved or answer.plan != "snapshot":
+                if home.life.node.moved or answer.plan != "snapshot":
                     raise EngineError(f"At home the plan was {answer.plan!r}, not a restore.")
     if not min(moved):
         raise EngineError("Nothing was moved, so nothing is told of moving.")

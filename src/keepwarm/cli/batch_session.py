@@ -13,7 +13,7 @@ from keepwarm.batch.senders import HttpSender, RefusedError, Sender, Unreachable
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.rates import Rates
 from keepwarm.core.tiers import compose
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.batch_service import LocalSender
 from keepwarm.gateway.proxy import Proxy
@@ -89,18 +89,18 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> B
 @asynccontextmanager
 async def _own(settings: Settings, places: Places) -> AsyncIterator[BatchSession]:
     with WarmProgress() as progress:
-        runtime = Runtime(settings, places, on_status=progress.status, on_progress=progress.tokens)
-        await runtime.start()
-    proxy = Proxy(runtime)
+        life = Life(settings, places, on_status=progress.status, on_progress=progress.tokens)
+        await life.start()
+    proxy = Proxy(life)
     try:
         yield BatchSession(
-            LocalSender(runtime, proxy, "local"),
-            slots=len(runtime.dispatcher.scheduler.slots),
-            tier_tokens=_tiers_of([w.as_dict() for w in runtime.prefixes.warmed]),
+            LocalSender(life, proxy, "local"),
+            slots=len(life.deployment.dispatcher.scheduler.slots),
+            tier_tokens=_tiers_of([w.as_dict() for w in life.deployment.prefixes.warmed]),
             max_body_bytes=settings.server.max_body_bytes,
         )
     finally:
-        await runtime.stop()
+        await life.stop()
 
 
 def _tiers_of(warmed: list[dict[str, object]]) -> dict[str, int]:

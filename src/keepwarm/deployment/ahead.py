@@ -27,7 +27,7 @@ from keepwarm.core.ahead import (
 from keepwarm.core.job import Job
 from keepwarm.core.reply import Reply
 from keepwarm.core.tree import Tokens
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.engine.static_end import history_tokens
 from keepwarm.errors import EngineError, KeepwarmError
 
@@ -43,7 +43,7 @@ _POWER = Path("/sys/class/power_supply")
 class Ahead:
     """See the module. All methods are called on the event loop that made it."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: KeptEngine) -> None:
         self._deployment = deployment
         # Where a template appends, a slot holds the next turn's beginning already.
         self._is_on = deployment.settings.engine.ahead == "auto" and not deployment.machine.appends
