@@ -99,7 +99,11 @@ class Campaign:
         for number, one in enumerate(faults):
             chance = random.Random(f"{self.seed}/{number}")
             kind = self.kinds.setdefault(one.kind, Kind())
-            if not self._round(one, kind, chance, f"{one.kind} #{number}"):
+            told = len(kind.troubles)
+            is_well = self._round(one, kind, chance, f"{one.kind} #{number}")
+            for text in kind.troubles[told:]:  # a campaign takes hours: whatever it finds is told
+                sys.stderr.write(f"{text}\n")
+            if not is_well:
                 self.place.close()
                 kind.troubles.append(f"{one.kind} #{number}: begun anew")
                 self.place = Place(self.place.root.with_name(f"place-{number}"), self.place.model)
