@@ -23,6 +23,7 @@ from keepwarm.slotfile import (
     file_tokens,
     parse,
 )
+from keepwarm.slotfile.boundary import boundary_tensors
 from keepwarm.slotfile.finite import rows_are_finite
 
 
@@ -30,15 +31,17 @@ from keepwarm.slotfile.finite import rows_are_finite
 class Taken:
     """A slot file understood: its tokens, the payload of any `[lo, hi)`, and what else is to keep.
 
-    `rows` raises SnapshotError('not_finite') for what was computed from NaN or infinity.
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
-    context checkpoints). `is_restorable`: the file itself, unchanged, can be given back.
+    context checkpoints). `rows`, and `check_end` of a state in `ends`, raise
+    SnapshotError('not_finite') for what was computed from NaN or infinity. `is_restorable`: the
+    file itself, unchanged, can be given back.
     """
 
     tokens: Tokens
     rows: Callable[[int, int], Sequence[Buffer]]
     ends: Sequence[tuple[int, Buffer]]
     is_restorable: bool
+    check_end: Callable[[Buffer], None] = lambda _state: None
 
 
 class Form(Protocol):
@@ -105,7 +108,12 @@ class RowsForm:
                 raise SnapshotError(f"tokens {lo}-{hi} aren't finite", reason="not_finite")
             return buffers
 
-        return Taken(found.tokens, rows, ends, is_restorable)
+        def check_end(state: Buffer) -> None:
+            held = boundary_tensors(self.layout, state)
+            if not rows_are_finite([tensor for tensor, _ in held], [data for _, data in held]):
+                raise SnapshotError("a boundary state isn't finite", reason="not_finite")
+
+        return Taken(found.tokens, rows, ends, is_restorable, check_end)
 
     def give(
         self,
