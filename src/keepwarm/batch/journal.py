@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepwarm.errors import ConfigError, KeepwarmError
+from keepwarm.wal import use_wal
 
 Target = Literal["results", "errors"]
 _TARGETS: tuple[Target, ...] = ("results", "errors")
@@ -109,8 +110,7 @@ class Journal:
 
     def _open(self) -> None:
         try:
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
+            use_wal(self._db, self.path, alone=True)
             self._db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
             with self._transaction():
                 for statement in _SCHEMA.split(";"):

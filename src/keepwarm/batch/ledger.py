@@ -30,6 +30,7 @@ import msgspec
 from keepwarm.batch.job import BatchPaths
 from keepwarm.batch.journal import DiskFullError, disk_errors, transaction
 from keepwarm.errors import ConfigError, ConflictError, NotFoundError
+from keepwarm.wal import use_wal
 
 log = logging.getLogger("keepwarm")
 
@@ -88,9 +89,12 @@ class Ledger:
             ) from error
         self._db = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
+            use_wal(self._db, database, alone=True)
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+        except (sqlite3.OperationalError, OSError) as error:
+            self.close()
+            raise ConfigError(f"{database} can't be used now: {error}.") from error
         except sqlite3.DatabaseError as error:
             self.close()
             raise ConfigError(f"{database} is damaged ({error}). Move it away.") from error

@@ -28,6 +28,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from keepwarm.wal import use_wal
+
 log = logging.getLogger("keepwarm")
 
 KEEP = 5000
@@ -344,7 +346,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     path.chmod(0o600)
     db = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
     try:
-        db.execute("PRAGMA journal_mode = WAL")
+        use_wal(db, path)
         # The last requests before a power cut are no loss; the file stays sound.
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA secure_delete = ON")
