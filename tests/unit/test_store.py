@@ -320,6 +320,7 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
     assert hit.at_tokens == 40
     expected = slot_file(FIRST, layout, for_engine=True)
     assert restored(store, hit.extent_id, 40) == expected
+    assert store.stats().quarantined_ends == 1
     assert integrity(store) == ()
 
 

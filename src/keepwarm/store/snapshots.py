@@ -378,6 +378,8 @@ class Snapshots:
             evicted_extents=counts.evicted_extents,
             evicted_bytes=counts.evicted_bytes,
             quarantined_extents=counts.quarantined_extents,
+            quarantined_ends=counts.quarantined_ends,
+            damaged_staged=self.staging.damaged,
         )
 
     def export(self, what: str | tuple[int, int], path: Path) -> int:
