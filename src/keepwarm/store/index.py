@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keepwarm.errors import SnapshotError
+from keepwarm.sqlite_file import shares_memory_safely, use_wal
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.types import KeptMark, Origin, Pin
-from keepwarm.wal import shares_memory_safely, use_wal
 
 SCHEMA_VERSION = 1
 
