@@ -359,6 +359,19 @@ def staging_full(place: Place, chance: Chance) -> None:
 
 
 @fault()
+def clock_jumps(place: Place, chance: Chance) -> None:
+    for _ in range(chance.randint(1, 3)):
+        place.set_clock(chance.choice((-1, 1)) * chance.choice((90.0, 4e3, 9e4, 3e7, 3e8)))
+        time.sleep(chance.uniform(0.1, 0.6))
+        if chance.random() < 0.2:
+            place.signal_engine(signal.SIGKILL)
+    if chance.random() < 0.2:
+        with _stopped(place):
+            pass
+    place.set_clock(0.0)
+
+
+@fault()
 def a_second_gateway_on_the_same_root(place: Place, chance: Chance) -> None:
     second = place.serve("second")
     try:

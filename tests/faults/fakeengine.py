@@ -85,6 +85,8 @@ class FakeEngine:
         # With a draft model, a longer prefix restored over a shorter one is half there.
         self.speculates = False
         self.half_restored: set[int] = set()
+        # Slots whose rows are no numbers, until they are emptied.
+        self.poisoned: set[int] = set()
         self.is_sleeping = False
         self.decoded_more = 0
         # It dies over whatever holds this.
@@ -195,9 +197,10 @@ class FakeEngine:
         out: dict[str, Any] = {"id_slot": slot}
         if action == "erase":
             self.slots[slot] = []
+            self.poisoned.discard(slot)
             self.half_restored.discard(slot)
         elif action == "save":
-            raw = slot_file(self.slots[slot])
+            raw = slot_file(self.slots[slot], is_finite=slot not in self.poisoned)
             if self.file_version is not None:
                 raw = raw[:4] + self.file_version.to_bytes(4, "little") + raw[8:]
             path = self.slot_dir / body["filename"]
@@ -353,12 +356,14 @@ class FakeEngine:
         return response
 
 
-def slot_file(tokens: Sequence[int]) -> bytes:
+def slot_file(tokens: Sequence[int], *, is_finite: bool = True) -> bytes:
     """The file of a slot; its rows follow from the tokens, so that mixed-up rows would show."""
     rows = CacheSpec.random(1, tokens=len(tokens))
     # Rows that aren't finite are kept by nobody; without this bit none is.
     for tensor in (*rows.keys, *rows.values):
         np.bitwise_and(tensor, 0xBF, out=tensor)
+    if not is_finite:
+        rows.keys[0].fill(0xFF)
     return FileSpec(list(tokens), rows).to_bytes()
 
 

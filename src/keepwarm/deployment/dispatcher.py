@@ -406,6 +406,7 @@ class Dispatcher:
     async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
         ids: Tokens | None = None
         states: tuple[int, ...] = ()
+        spoiled: int | None = None
         try:
             saved = await self._snapshots.absorb(
                 name,
@@ -419,8 +420,11 @@ class Dispatcher:
             self.on_kept()
         except SnapshotError as error:
             self.metrics.miss(error.reason)
+            spoiled = step.slot if error.reason == "not_finite" else None
         finally:
-            effects = self.scheduler.absorbed(name, time.monotonic(), ids=ids, states=states)
+            effects = self.scheduler.absorbed(
+                name, time.monotonic(), ids=ids, states=states, spoiled_slot=spoiled
+            )
             if not self._is_closed:
                 self._perform(effects)
 
