@@ -8,21 +8,30 @@ from typing import Any
 
 import pytest
 
-from keepwarm.core.ahead import ended_turn, is_worth, lacking_tokens, prompt_of_ids
+from keepwarm.core.ahead import (
+    Kept,
+    Prepared,
+    ended_turn,
+    lacking_tokens,
+    prompt_of_ids,
+    why_not,
+)
 from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot, StepFailed
 from keepwarm.core.plan import Source, Stored
 from keepwarm.core.reply import Counts, Reply, read_reply
 from keepwarm.core.returns import first_turn
+from keepwarm.core.rewriting import Rewriting
 from keepwarm.core.slots import Content, Position
 from keepwarm.core.tree import as_tokens
-from keepwarm.deployment.ahead import on_battery
+from keepwarm.deployment.ahead import nice_seconds, on_battery
 from simulation import Request, Simulation, ahead_of, request_of
 
 RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
 USER = {"role": "user", "content": "What now?"}
 BODY = {"messages": [RULES, USER]}
 COUNTS = Counts(0, 400, 20)
-REPLY = Reply(COUNTS, None, "stop", text="Noon.", reasoning="A clock.")
+SAID = {"role": "assistant", "content": "Noon.", "reasoning_content": "A clock."}
+REPLY = Reply(COUNTS, None, "stop", message=SAID)
 # What a template makes of a history's reply once a user asks anew.
 REWRITTEN = list(range(9000, 9060))
 
@@ -224,29 +233,60 @@ def test_lacking_is_what_neither_the_slot_nor_the_store_spares() -> None:
 def test_it_is_worth_it_while_conversations_go_on() -> None:
     chance = first_turn()
     chance.begun()
-    assert is_worth(lacking=60, chance=chance.value)
+    assert why_not(lacking=60, chance=chance.value) is None
     for _ in range(2):
         chance.begun()
-    assert not is_worth(lacking=60, chance=chance.value), "each had one turn"
-    assert not is_worth(lacking=8, chance=1.0)
+    assert why_not(lacking=60, chance=chance.value) is Kept.SELDOM, "each had one turn"
+    assert why_not(lacking=20, chance=1.0) is Kept.FEW
+    assert why_not(lacking=3, chance=1.0) is Kept.HELD, "the opening of a turn is nothing"
 
 
-def test_a_users_message_follows_a_reply_that_stopped() -> None:
+def test_a_turn_has_ended_where_a_user_or_a_tool_is_next() -> None:
     sim = Simulation(slots=1)
     job = answered(sim, chat=BODY).job
     content = sim.scheduler.slots[0].content
-    turn = ended_turn(job, 0, content, REPLY)
+    machine = replace(sim.scheduler.machine, appends=False)
+    known: dict[str, Any] = {"machine": machine, "way": Rewriting()}
+    turn = ended_turn(job, 0, content, REPLY, **known)
     assert turn
-    assert turn.reply == {"role": "assistant", "content": "Noon.", "reasoning_content": "A clock."}
-    for other in (
-        replace(REPLY, finish_reason="tool_calls"),
-        replace(REPLY, calls=("look",)),
-        replace(REPLY, finish_reason="length"),
-        replace(REPLY, counts=None),
-    ):
-        assert ended_turn(job, 0, content, other) is None
+    assert turn.reply == SAID
+    called = replace(REPLY, finish_reason="tool_calls", calls=("look",))
+    assert ended_turn(job, 0, content, called, **known)
+    for other in (replace(REPLY, finish_reason="length"), replace(REPLY, counts=None)):
+        assert ended_turn(job, 0, content, other, **known) is None
     job.is_final = True
-    assert ended_turn(job, 0, content, REPLY) is None, "a batch's task isn't gone on from"
+    assert ended_turn(job, 0, content, REPLY, **known) is None, "a batch's task isn't gone on from"
+
+
+def test_where_all_is_appended_a_turn_matters_if_its_client_rewrites_or_its_slot_is_whole() -> None:
+    sim = Simulation(slots=1)
+    job = answered(sim, chat=BODY).job
+    content = sim.scheduler.slots[0].content
+    machine = replace(sim.scheduler.machine, appends=True, cuttable=True)
+    known: dict[str, Any] = {"machine": machine, "way": Rewriting()}
+    assert ended_turn(job, 0, content, REPLY, **known) is None
+    turn = ended_turn(
+        *(job, 0, content, REPLY), machine=machine, way=Rewriting(drops_reasoning=True)
+    )
+    assert turn
+    assert turn.reply == {"role": "assistant", "content": "Noon."}
+    whole = replace(machine, cuttable=False)
+    assert ended_turn(job, 0, content, REPLY, machine=whole, way=Rewriting())
+
+
+def test_what_was_computed_is_used_by_the_turn_that_goes_on_or_wasted() -> None:
+    first = request_of(1, BODY, namespace="a", shared_segments=0, now_s=0.0).job
+    asked = first.prompt.marks[-1].digest
+    said = [*BODY["messages"], {"role": "assistant", "content": "Noon."}, USER]
+    later = request_of(2, {"messages": said}, namespace="a", shared_segments=0, now_s=0.0).job
+    prepared = Prepared(as_tokens(list(range(100))), 60, "a", asked)
+    assert prepared.used(first, 100) is None, "asked again: nothing goes on from it"
+    assert prepared.used(replace(later, namespace="b"), 100) is None
+    assert prepared.used(later, 100) == 0, "found by its marks: in a slot that holds something else"
+    later.ids = as_tokens([*range(90), 7, 7, 7])
+    assert prepared.used(later, 90) == 50
+    assert prepared.used(later, 70) == 30, "the engine reused no more"
+    assert prepared.used(later, 20) == 0
 
 
 def test_reasoning_is_read_whole_and_in_a_stream() -> None:
@@ -257,7 +297,7 @@ def test_reasoning_is_read_whole_and_in_a_stream() -> None:
         b'data: {"choices":[{"delta":{"content":"Noon."},"finish_reason":"stop"}]}\n\n'
     )
     for reply in (read_reply(whole, streamed=False), read_reply(stream, streamed=True)):
-        assert (reply.text, reply.reasoning) == ("Noon.", "A clock.")
+        assert reply.message == SAID
 
 
 def test_a_laptop_on_battery_keeps_still(tmp_path: Path) -> None:
@@ -269,3 +309,11 @@ def test_a_laptop_on_battery_keeps_still(tmp_path: Path) -> None:
     assert not on_battery(tmp_path)
     (tmp_path / "AC" / "online").write_text("0\n")
     assert on_battery(tmp_path)
+
+
+def test_processes_of_low_priority_are_work_that_somebody_wants_done(tmp_path: Path) -> None:
+    assert nice_seconds(tmp_path / "none") == 0.0
+    (tmp_path / "stat").write_text("cpu  100 250 30 4000 0 0 0 0 0 0\ncpu0 1 2 3\n")
+    assert nice_seconds(tmp_path / "stat") == 2.5
+    (tmp_path / "stat").write_text("odd\n")
+    assert nice_seconds(tmp_path / "stat") == 0.0

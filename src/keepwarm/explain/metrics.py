@@ -69,7 +69,7 @@ class Metrics:
         self._decoded = counter("keepwarm_decoded_tokens", "Tokens generated")
         self._ahead = counter(
             "keepwarm_ahead_tokens",
-            "Prompt tokens computed before anybody asked, and those that a request then used",
+            "Prompt tokens computed before anybody asked; of them used, or wasted, since",
             "what",
         )
         self._spared_s = counter(
@@ -121,7 +121,7 @@ class Metrics:
             self._prompt.labels(source)
         for cause in Cause:
             self._cold.labels(cause.value)
-        for what in ("computed", "used"):
+        for what in ("computed", "used", "wasted"):
             self._ahead.labels(what)
         for plan in Source:
             self._ttft.labels(plan.value)
@@ -192,6 +192,10 @@ class Metrics:
     def used_ahead(self, tokens: int) -> None:
         """A request was spared so many of them."""
         self._ahead.labels("used").inc(tokens)
+
+    def wasted_ahead(self, tokens: int) -> None:
+        """So many of them were of no use to the turn that came, or it didn't come for long."""
+        self._ahead.labels("wasted").inc(tokens)
 
     def restored(self, seconds: float) -> None:
         """A snapshot was brought into a slot."""
