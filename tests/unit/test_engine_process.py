@@ -62,8 +62,9 @@ for _ in range(40):
 
     child.pipe_data_received = counted  # type: ignore[method-assign]
     assert (await ended(process)).count("piece") == 40
-    # On a machine under load the pieces come more slowly; at each end there is one read more.
-    assert reads <= (time.monotonic() - began_s) / process_module._READ_EVERY_S + 2
+    # On a machine under load the pieces come more slowly; at each end there is one read more, and
+    # the line that has no end is the last.
+    assert reads <= (time.monotonic() - began_s) / process_module._READ_EVERY_S + 3
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "ours"), ("theirs", "theirs")])
