@@ -49,6 +49,6 @@ def tell_ended(deployment: Deployment, exchange: Exchange) -> None:
             engine=deployment.engine_pid,
             traceparent=exchange.asked.headers.get("traceparent", "")[:64],
             rewrites=exchange.asked.rewrites,
-            ahead=runtime.ahead.came_of(job),
+            ahead=deployment.ahead.came_of(job),
         )
     )
