@@ -185,6 +185,16 @@ def rows_damaged_then_engine_killed(place: Place, chance: Chance) -> None:
 
 
 @fault()
+def a_storm_over_the_rows(place: Place, chance: Chance) -> None:
+    # While they are read and written, so that some change between two looks at them.
+    until_s = time.monotonic() + chance.uniform(0.5, 2.0)
+    while time.monotonic() < until_s:
+        for path in _some([*place.files("*.rows"), *place.files("*.end")], chance):
+            chance.choice((_flip, _truncate, _delete))(path, chance)
+        time.sleep(chance.uniform(0.0, 0.05))
+
+
+@fault()
 def flip_staged(place: Place, chance: Chance) -> None:
     for path in _some(place.staged(), chance):
         _flip(path, chance)

@@ -8,8 +8,8 @@ STORY = "What of the mail relay, in all its parts? " * 40
 
 
 async def test_a_slot_whose_rows_are_no_numbers_is_emptied_and_counted(keepwarm: Keepwarm) -> None:
-    engine, scheduler = keepwarm.engine, keepwarm.runtime.dispatcher.scheduler
-    extents = keepwarm.runtime.store.stats().extents
+    engine, scheduler = keepwarm.engine, keepwarm.deployment.dispatcher.scheduler
+    extents = keepwarm.deployment.store.stats().extents
     prompt = list(range(9000, 9800))
     url = f"{keepwarm.base}/completion"
 
@@ -26,5 +26,5 @@ async def test_a_slot_whose_rows_are_no_numbers_is_emptied_and_counted(keepwarm:
     await until(lambda: engine.slots[slot] == [])
     await keepwarm.settled()
     assert scheduler.slots[slot].content is None
-    assert keepwarm.runtime.store.stats().extents == extents
+    assert keepwarm.deployment.store.stats().extents == extents
     assert await go_on([*prompt, *range(100, 130)]) == 0, "computed anew"

@@ -123,6 +123,7 @@ def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:
         sim.complete(sim.pending[0])
     assert request.plan
     assert request.plan.slot == fill.slot
+    assert request.plan.source is Source.AHEAD, "half of it was computed"
     assert another.plan
     sim.settle()
 

@@ -168,11 +168,11 @@ class Ahead:
             kept = Kept.OVERTAKEN
             await self._let_go(job)
         if job.filled_tokens:
+            log.debug("prefilled %d tokens of the next turn", job.filled_tokens)
             metrics.computed_ahead(job.filled_tokens)
             start = job.plan.reuse_tokens if job.plan else 0
             done = ids if kept is Kept.PREFILLED else ids[: start + job.filled_tokens]
             self._note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
-        log.debug("prefilled %d tokens of the next turn", job.filled_tokens)
         return kept
 
     async def _let_go(self, job: Job) -> None:
