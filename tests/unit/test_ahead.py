@@ -17,11 +17,12 @@ from keepwarm.core.ahead import (
     why_not,
 )
 from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot, StepFailed
-from keepwarm.core.plan import Source, Stored
+from keepwarm.core.plan import Demand, Machine, Source, Stored, choose
+from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts, Reply, read_reply
 from keepwarm.core.returns import first_turn
 from keepwarm.core.rewriting import Rewriting
-from keepwarm.core.slots import Content, Position
+from keepwarm.core.slots import Content, Position, Slot
 from keepwarm.core.tree import as_tokens
 from keepwarm.deployment.ahead import nice_seconds, on_battery
 from simulation import Request, Simulation, ahead_of, request_of
@@ -101,6 +102,28 @@ def test_the_old_rendering_is_found_after_it(cuttable: bool) -> None:
         sim.complete(sim.pending[0])
     assert again.plan
     assert again.plan.reuse_tokens == len(held)
+
+
+@pytest.mark.parametrize(("prefill_s", "source"), [(0.005, Source.SNAPSHOT), (0.0001, Source.SLOT)])
+def test_an_answer_asked_for_again_takes_what_is_cheaper_on_this_machine(
+    prefill_s: float, source: Source
+) -> None:
+    # The slot holds 1,000 tokens of the prompt and the new rendering behind them; the old one, 300
+    # tokens longer, is in the store: 65 MB, 80 ms by the priors.
+    ids = as_tokens(list(range(1300)))
+    held = content_of(1060, 1060)
+    held.ids = as_tokens([*range(1000), *REWRITTEN])
+    held.ahead_from, held.saved_tokens = 1000, 1060
+    prompt = prompt_of_ids(ids, b"again")
+    demand = Demand(prompt, 100, can_fill=False, namespace="a", ids=ids)
+    stored = Stored(-1, 1299, 1299, size_bytes=65_000_000, ready=False)
+    rates = Rates()
+    rates.prefill_s_per_token.learn(prefill_s)
+    machine = Machine(row_bytes=50_000, cuttable=True, can_save=True, pool_tokens=None)
+    slot = Slot(0, content=held, owner="a", held_tokens=1060)
+    plan = choose(demand, [slot], stored, machine=machine, rates=rates, now_s=1.0)
+    assert plan
+    assert plan.source is source
 
 
 def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:

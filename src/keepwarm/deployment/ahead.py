@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -45,8 +46,9 @@ _LOOKS = 600
 _BEGINS_WITHIN_S = 1.0
 # Turns whose next one was prepared and hasn't come, and turns of which is known why none was.
 _PREPARED, _LOOKED_AT = 64, 256
-# So much of a core that processes of low priority take: somebody runs a load of his own.
-_NICE_CORES = 0.5
+# Where processes of low priority take more than this share of the cores, somebody runs a load of
+# his own; it is looked again after this long.
+_NICE_SHARE, _LOOK_AGAIN_S = 0.5, 1.0
 _POWER = Path("/sys/class/power_supply")
 _CORES = Path("/proc/stat")
 # Ticks a second of that file, on every Linux there is (USER_HZ).
@@ -104,19 +106,25 @@ class Ahead:
                 metrics.wasted_ahead(prepared.tokens - used)
 
     async def _run(self) -> None:
+        nice_s = _LOOK_EVERY_S * _NICE_SHARE * (os.cpu_count() or 1)
         while True:
             await self._has_ended.wait()
-            nice_s = nice_seconds()
+            before_s = nice_seconds()
             await asyncio.sleep(_LOOK_EVERY_S)
-            is_loaded = nice_seconds() - nice_s > _LOOK_EVERY_S * _NICE_CORES
+            is_loaded = nice_seconds() - before_s > nice_s
             for turn in [t for t in self._ended.values() if not self._is_last(t)]:
                 del self._ended[turn.slot]
-                self._remember(turn, Kept.OVERTAKEN)
+                if self._came_of.get(turn.asked) is not Kept.LOADED:
+                    self._remember(turn, Kept.OVERTAKEN)
             if not self._ended:
                 self._has_ended.clear()
             elif self._is_settled():
                 turn = next(iter(self._ended.values()))
-                self._remember(turn, Kept.LOADED if is_loaded else await self._prepare(turn))
+                if is_loaded:
+                    self._remember(turn, Kept.LOADED)
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    continue
+                self._remember(turn, await self._prepare(turn))
                 if self._ended.get(turn.slot) is turn:
                     del self._ended[turn.slot]
 
