@@ -472,7 +472,8 @@ class Dispatcher:
         job.static_tokens, job.static_ids = len(tokens), as_tokens(tokens)
         await self._start_from_store(step.slot, job, tokens)
         # In a stream, since only that is ended when the fill is interrupted.
-        counts = await self._client.fill(tokens, slot=step.slot, progress=lambda *_: None)
+        progress = job.on_fill or (lambda _: None)
+        counts = await self._client.fill(tokens, slot=step.slot, progress=progress)
         job.filled_tokens = counts.prefilled
         self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
         self.metrics.filled(counts)
