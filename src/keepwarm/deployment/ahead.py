@@ -66,7 +66,7 @@ class Ahead:
         self._has_ended = asyncio.Event()
         self._rewritings = Rewritings()
         self._prepared: deque[Prepared] = deque()
-        self._came_of: OrderedDict[bytes, Kept] = OrderedDict()
+        self._came_of: OrderedDict[bytes, tuple[Kept, int]] = OrderedDict()
 
     def start(self) -> None:
         """Begin to look at what has ended; where nothing is to be done, begin nothing."""
@@ -92,8 +92,9 @@ class Ahead:
     def came_of(self, job: Job) -> str:
         """What came of the turn that a request goes on from, in words; empty: nothing is known."""
         for mark in reversed(job.prompt.marks[:-1]):
-            if (kept := self._came_of.get(mark.digest)) is not None:
-                return kept.value
+            if (known := self._came_of.get(mark.digest)) is not None:
+                kept, turns = known
+                return kept.value if job.prompt.turns == turns + 1 else ""
         return ""
 
     def _settle(self, job: Job, cached: int) -> None:
@@ -114,22 +115,23 @@ class Ahead:
             is_loaded = nice_seconds() - before_s > nice_s
             for turn in [t for t in self._ended.values() if not self._is_last(t)]:
                 del self._ended[turn.slot]
-                if self._came_of.get(turn.asked) is not Kept.LOADED:
-                    self._remember(turn, Kept.OVERTAKEN)
+                if turn.asked not in self._came_of:
+                    self.remember(turn, Kept.OVERTAKEN)
             if not self._ended:
                 self._has_ended.clear()
             elif self._is_settled():
                 turn = next(iter(self._ended.values()))
                 if is_loaded:
-                    self._remember(turn, Kept.LOADED)
+                    self.remember(turn, Kept.LOADED)
                     await asyncio.sleep(_LOOK_AGAIN_S)
                     continue
-                self._remember(turn, await self._prepare(turn))
+                self.remember(turn, await self._prepare(turn))
                 if self._ended.get(turn.slot) is turn:
                     del self._ended[turn.slot]
 
-    def _remember(self, turn: Turn, kept: Kept) -> None:
-        self._came_of[turn.asked] = kept
+    def remember(self, turn: Turn, kept: Kept) -> None:
+        """Keep what came of looking at a turn."""
+        self._came_of[turn.asked] = kept, turn.turns
         if len(self._came_of) > _LOOKED_AT:
             self._came_of.popitem(last=False)
 
@@ -180,7 +182,7 @@ class Ahead:
             metrics.computed_ahead(job.filled_tokens)
             start = job.plan.reuse_tokens if job.plan else 0
             done = ids if kept is Kept.PREFILLED else ids[: start + job.filled_tokens]
-            self._note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
+            self.note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
         return kept
 
     async def _let_go(self, job: Job) -> None:
@@ -190,7 +192,8 @@ class Ahead:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _note_prepared(self, prepared: Prepared) -> None:
+    def note_prepared(self, prepared: Prepared) -> None:
+        """Wait for the turn that uses it; what waits for longest is wasted."""
         if len(self._prepared) >= _PREPARED:
             self._deployment.metrics.wasted_ahead(self._prepared.popleft().tokens)
         self._prepared.append(prepared)
