@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from keepwarm.cli.main import app
 from keepwarm.core.evict import Candidate, SharedQueue, over_share
 from keepwarm.deployment.aging import evict_unused
-from keepwarm.explain.history import FILE_NAME, Entry, History
+from keepwarm.explain.history import FILE_NAME, History, PastRequest
 from keepwarm.store import admin, files
 from keepwarm.store.checks import forget_key, integrity
 from keepwarm.store.snapshots import Snapshots
@@ -203,8 +203,8 @@ def test_whose_a_pin_is() -> None:
     assert tenant_of("learned::00ff") is None
 
 
-def entry(number: int, namespace: str) -> Entry:
-    return Entry(
+def entry(number: int, namespace: str) -> PastRequest:
+    return PastRequest(
         id=f"request-{number}",
         namespace=namespace,
         at_s=float(number),

@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 
 from keepwarm import __version__
-from keepwarm.bench import load, measures, scenarios
+from keepwarm.bench import ahead, load, measures, scenarios
 from keepwarm.bench.arms import ARMS, Record
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.lineup import Lineup
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.results import Prefix, Report
+from keepwarm.bench.results import BenchReport, Prefix
 from keepwarm.bench.scenarios import Bench, Watcher
 from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.core.tiers import TierSet
@@ -27,14 +27,24 @@ from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 
 BEFORE_AFTER = ("first", "identical", "new", "restart")
-MEASURES = ("overhead", "unknown", "load", "page", "idle", "ready", "switch", "conversations")
+MEASURES = (
+    "overhead",
+    "unknown",
+    "load",
+    "page",
+    "idle",
+    "ready",
+    "switch",
+    "conversations",
+    "ahead",
+)
 # Streams that are open and idle at a time in `idle`.
 STREAMS = 200
 SCENARIOS = (*BEFORE_AFTER, *MEASURES)
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class BenchScale:
     """How much of everything."""
 
     runs: int = 1
@@ -50,9 +60,9 @@ async def run_bench(
     *,
     chosen: Sequence[str],
     arms: Sequence[str] = ARMS,
-    scale: Scale,
+    scale: BenchScale,
     watcher: Watcher,
-) -> Report:
+) -> BenchReport:
     """Go through the chosen scenarios and end every server, whatever happens.
 
     Args:
@@ -86,7 +96,7 @@ async def run_bench(
         keepwarm = lineup.keepwarm.server
         assert isinstance(keepwarm, KeepwarmServer)
         prefixes, store_bytes = prefixes_of(keepwarm), keepwarm.store_bytes
-    return Report(
+    return BenchReport(
         kind="bench",
         keepwarm=__version__,
         began=began.isoformat(timespec="seconds"),
@@ -125,7 +135,7 @@ def _check(settings: Settings, chosen: Sequence[str]) -> None:
         )
 
 
-async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale) -> None:
+async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: BenchScale) -> None:
     """The chosen scenarios in an order that lets one use what another has left running."""
     keepwarm = lineup.keepwarm
     await _before_after(bench, chosen, scale)
@@ -153,9 +163,15 @@ async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale)
         await bench.start(single)
         await measures.switching(bench, single, runs=scale.runs)
         await single.server.stop()
+    if "ahead" in chosen:
+        await keepwarm.server.stop()
+        arms = {name: lineup.ahead(name, name == ahead.ON) for name in (ahead.ON, ahead.OFF)}
+        await ahead.next_turns(bench, arms, runs=scale.runs)
+        for arm in arms.values():
+            await arm.server.stop()
 
 
-async def _before_after(bench: Bench, chosen: Sequence[str], scale: Scale) -> None:
+async def _before_after(bench: Bench, chosen: Sequence[str], scale: BenchScale) -> None:
     if "first" in chosen:
         await scenarios.first_use(bench, runs=scale.runs)
     if "identical" in chosen:

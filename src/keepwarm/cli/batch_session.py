@@ -24,7 +24,7 @@ _POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class BatchSession:
     """A Keepwarm to send tasks to, and what a plan needs to know of it."""
 
     sender: Sender
@@ -38,7 +38,7 @@ class Session:
 @asynccontextmanager
 async def session(
     settings: Settings, places: Places, *, base: str | None, key: str | None, wait_s: float
-) -> AsyncIterator[Session]:
+) -> AsyncIterator[BatchSession]:
     """Reach a Keepwarm at `base`, or start one with these settings and end it afterwards.
 
     Raises:
@@ -53,7 +53,7 @@ async def session(
         yield await _remote(sender, settings, wait_s=wait_s)
 
 
-async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> Session:
+async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> BatchSession:
     deadline_s = time.monotonic() + wait_s
     with WarmProgress() as progress:
         while True:
@@ -76,7 +76,7 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
             await asyncio.sleep(_POLL_S)
     await sender.find_nodes()
     nodes = max(len(sender.nodes), 1)
-    return Session(
+    return BatchSession(
         sender,
         # A fleet's nodes have the same settings, and any of them has answered.
         slots=nodes * len(status.get("slots") or [None]),
@@ -87,13 +87,13 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
 
 
 @asynccontextmanager
-async def _own(settings: Settings, places: Places) -> AsyncIterator[Session]:
+async def _own(settings: Settings, places: Places) -> AsyncIterator[BatchSession]:
     with WarmProgress() as progress:
         life = Life(settings, places, on_status=progress.status, on_progress=progress.tokens)
         await life.start()
     proxy = Proxy(life)
     try:
-        yield Session(
+        yield BatchSession(
             LocalSender(life, proxy, "local"),
             slots=len(life.deployment.dispatcher.scheduler.slots),
             tier_tokens=_tiers_of([w.as_dict() for w in life.deployment.prefixes.warmed]),

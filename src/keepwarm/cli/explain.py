@@ -130,7 +130,9 @@ def _facts(record: dict[str, Any]) -> Table:
     )
     if steps:
         table.add_row("slot", f"{record['slot']}{_steps(steps)}")
-    # Records of older versions don't have it.
+    # Records of older versions don't have these two.
+    if ahead := record.get("ahead"):
+        table.add_row("ahead", _ahead(ahead))
     if rewrites := record.get("hygiene"):
         table.add_row("hygiene", rewrites_text(rewrites))
     if record["nearest"]:
@@ -139,6 +141,12 @@ def _facts(record: dict[str, Any]) -> Table:
     if record["error"]:
         table.add_row("error", f"{record['error']} (status {record['status']})")
     return table
+
+
+def _ahead(ahead: dict[str, Any]) -> str:
+    if ahead["tokens"]:
+        return f"{ahead['tokens']:,} tokens had been prefilled before it was asked"
+    return f"nothing it could use had been prefilled: {ahead['came_of']}"
 
 
 def _steps(steps: dict[str, Any]) -> str:

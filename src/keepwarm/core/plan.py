@@ -196,13 +196,14 @@ def doubt_tokens(
     0 where the marks decide: the prompt is counted already, or goes on from a slot's end (what is
     behind that is new). In doubt is what was said before, up to the model's last message; what is
     behind that is new, and in doubt only if it is long. Where a template may write the history
-    otherwise once a user asks anew, the marks say nothing of a slot that was asked before that.
+    otherwise once a user asks anew, or a client does (what was computed ahead tells), the marks say
+    nothing of a slot that was asked before that.
     """
     if demand.ids is not None or not demand.reuses or demand.is_refused:
         return 0
     prompt = demand.prompt
     contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
-    if not machine.appends:
+    if not machine.appends or any(c.ahead_from is not None for c in contents):
         contents = [c for c in contents if c.match(prompt)[0] > prompt.asked_index]
     if any(content.goes_on(prompt) for content in contents):
         return 0

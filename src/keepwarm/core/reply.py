@@ -7,7 +7,7 @@ another shape than it should is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Reply:
     """What is known of a reply, finished or not; `counts` is None if the engine didn't say.
 
     `calls` are the names of the tools it calls; `reasons` tells that reasoning came before text;
-    `text` and `reasoning` are what it said.
+    `message` is what it said, as chat's message (None: nothing).
     """
 
     counts: Counts | None
@@ -52,8 +52,7 @@ class Reply:
     error: str | None = None
     calls: tuple[str, ...] = ()
     reasons: bool = False
-    text: str = ""
-    reasoning: str = ""
+    message: Mapping[str, Any] | None = None
 
 
 def read_reply(raw: bytes, *, streamed: bool) -> Reply:
@@ -72,8 +71,9 @@ def read_reply(raw: bytes, *, streamed: bool) -> Reply:
         _add_responses(event, said)
     reasons = b'"reasoning_content":"' in raw
     calls = tuple(call.name for call in said.calls)
-    text, reasoning = said.text, said.reasoning
-    return Reply(counts, said.segment(), finish, error, calls, reasons, text, reasoning)
+    if finish is None and (ended := _response_end(events[-1] if events else {})):
+        finish = "tool_calls" if calls and ended == "stop" else ended
+    return Reply(counts, said.segment(), finish, error, calls, reasons, said.message())
 
 
 def stream_events(raw: bytes) -> Iterator[dict[str, Any]]:
@@ -119,10 +119,19 @@ def _finish(event: dict[str, Any]) -> str | None:
     return None
 
 
+def _response_end(event: dict[str, Any]) -> str | None:
+    """How a reply of the responses API ended, in chat's terms, by its last object."""
+    response = _dict(event.get("response")) or event
+    if response.get("object") != "response":
+        return None
+    return {"completed": "stop", "incomplete": "length"}.get(_text(response.get("status")))
+
+
 @dataclass(slots=True)
 class _Call:
     name: str = ""
     arguments: str = ""
+    id: str = ""
 
 
 @dataclass(slots=True)
@@ -147,6 +156,24 @@ class _Said:
         calls = [{"function": {"name": c.name, "arguments": c.arguments}} for c in self.calls]
         return segment_of({"role": "assistant", "content": self.text, "tool_calls": calls})
 
+    def message(self) -> dict[str, Any] | None:
+        """It as a message of chat's, its reasoning too; None if nothing was said."""
+        if not (self.text or self.calls or self.reasoning):
+            return None
+        out: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        if self.calls:
+            out["tool_calls"] = [
+                {
+                    "id": c.id,
+                    "type": "function",
+                    "function": {"name": c.name, "arguments": c.arguments},
+                }
+                for c in self.calls
+            ]
+        return out
+
 
 def _add_chat(event: dict[str, Any], said: _Said) -> None:
     """OpenAI chat (whole or delta), completions, and llama-server's own `/completion`."""
@@ -162,6 +189,7 @@ def _add_chat(event: dict[str, Any], said: _Said) -> None:
     for item in _list(part.get("tool_calls")):
         function = _dict(_dict(item).get("function"))
         call = said.call(_dict(item).get("index"))
+        call.id = call.id or _text(_dict(item).get("id"))
         call.name += _text(function.get("name"))
         call.arguments += _text(function.get("arguments"))
 
@@ -175,8 +203,12 @@ def _add_responses(event: dict[str, Any], said: _Said) -> None:
         if item.get("type") == "message":
             for part in map(_dict, _list(item.get("content"))):
                 said.text += _text(part.get("text"))
+        elif item.get("type") == "reasoning":
+            for part in map(_dict, _list(item.get("content"))):
+                said.reasoning += _text(part.get("text"))
         elif item.get("type") == "function_call":
-            said.calls.append(_Call(_text(item.get("name")), _text(item.get("arguments"))))
+            named = (_text(item.get(key)) for key in ("name", "arguments", "call_id"))
+            said.calls.append(_Call(*named))
 
 
 def _whole(raw: bytes) -> list[dict[str, Any]]:

@@ -67,6 +67,8 @@ _QUIET_TICK_S = 2.0
 # minutes on the slowest machines.
 _LOOK_EVERY_S = 0.02
 _LOOK_FOR_S = 300.0
+# What nobody has asked for is filled in pieces of what the engine computes at a time.
+_PIECE_TOKENS = 512
 # Static parts whose tokens are remembered, so that filling one again needs no rendering.
 _KNOWN_STATICS = 64
 
@@ -377,7 +379,12 @@ class Dispatcher:
             if seen is None or "n_prompt_tokens" not in seen:
                 break  # an engine that doesn't tell
             if not seen.get("is_processing"):
-                return LookedSlot(int(seen["n_prompt_tokens"]))
+                tokens = int(seen["n_prompt_tokens"])
+                job = self.scheduler.jobs.get(self.scheduler.slots[step.slot].job or "")
+                if job is not None and job.ahead_of is not None and job.plan:
+                    # Broken off: what of it was computed.
+                    job.filled_tokens = max(tokens - job.plan.reuse_tokens, 0)
+                return LookedSlot(tokens)
             await asyncio.sleep(_LOOK_EVERY_S)
         return StepFailed(emptied=True)
 
@@ -406,6 +413,7 @@ class Dispatcher:
     async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
         ids: Tokens | None = None
         states: tuple[int, ...] = ()
+        spoiled: int | None = None
         try:
             saved = await self._snapshots.absorb(
                 name,
@@ -419,8 +427,11 @@ class Dispatcher:
             self.on_kept()
         except SnapshotError as error:
             self.metrics.miss(error.reason)
+            spoiled = step.slot if error.reason == "not_finite" else None
         finally:
-            effects = self.scheduler.absorbed(name, time.monotonic(), ids=ids, states=states)
+            effects = self.scheduler.absorbed(
+                name, time.monotonic(), ids=ids, states=states, spoiled_slot=spoiled
+            )
             if not self._is_closed:
                 self._perform(effects)
 
@@ -471,11 +482,19 @@ class Dispatcher:
             return StepFailed(emptied=False)
         job.static_tokens, job.static_ids = len(tokens), as_tokens(tokens)
         await self._start_from_store(step.slot, job, tokens)
-        # In a stream, since only that is ended when the fill is interrupted.
-        counts = await self._client.fill(tokens, slot=step.slot, progress=lambda *_: None)
-        job.filled_tokens = counts.prefilled
-        self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
-        self.metrics.filled(counts)
+        ends = [len(tokens)]
+        if job.ahead_of is not None and job.plan:
+            # The engine ends nothing within its batch; a piece is all that anybody waits for.
+            first = job.plan.reuse_tokens + _PIECE_TOKENS
+            ends = [*range(first, len(tokens), _PIECE_TOKENS), *ends]
+        job.filled_tokens = 0
+        progress = job.on_fill or (lambda _: None)
+        for end in ends:
+            # In a stream, since only that is ended when the fill is interrupted.
+            counts = await self._client.fill(tokens[:end], slot=step.slot, progress=progress)
+            job.filled_tokens += counts.prefilled
+            self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
+            self.metrics.filled(counts)
         return FilledSlot(len(tokens))
 
     async def _start_from_store(self, slot: int, job: Job, tokens: list[int]) -> None:

@@ -24,6 +24,8 @@ def observe_deployment(deployment: KeptEngine) -> None:
         store_bytes=stats.used_bytes,
         quota_bytes=stats.quota_bytes,
         evicted_extents=stats.evicted_extents,
+        damaged_rows=stats.quarantined_extents + stats.quarantined_ends,
+        damaged_staged=stats.damaged_staged,
         prefill_s_per_token=deployment.dispatcher.rates.prefill_s_per_token.value,
     )
 

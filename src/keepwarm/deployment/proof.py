@@ -52,8 +52,6 @@ class Prover:
             ttft_s=ttft_s,
         )
         self._note_use(job)
-        if plan.ahead_tokens:
-            deployment.metrics.used_ahead(min(plan.ahead_tokens, counts.cached))
         # One token is always evaluated again, so a prompt that is all known reuses one less.
         promised = min(plan.promise_tokens, counts.prompt - 1)
         if counts.cached < promised - deployment.machine.slack_tokens:

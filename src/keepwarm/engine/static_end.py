@@ -53,7 +53,7 @@ async def static_tokens(counter: PromptCounter, static: Mapping[str, Any]) -> li
 async def history_tokens(
     counter: PromptCounter, chat: Mapping[str, Any], reply: Mapping[str, Any]
 ) -> Tokens:
-    """The tokens that the next user's turn begins with, whatever he says.
+    """The tokens that the next turn begins with, whatever the user or the called tool says.
 
     Args:
         counter: counts with the engine's template and tokenizer.
@@ -63,8 +63,12 @@ async def history_tokens(
     Raises:
         EngineError: the engine refuses to render it or can't be reached.
     """
-    first = await counter.count(_with_turns(chat, [dict(reply), *_PROBES[0]]))
-    second = await counter.count(_with_turns(chat, [dict(reply), *_PROBES[1]]))
+    one, other = _PROBES
+    if calls := reply.get("tool_calls"):
+        result = {"role": "tool", "tool_call_id": calls[0].get("id", "")}
+        one, other = ([{**result, "content": probe[0]["content"]}] for probe in _PROBES)
+    first = await counter.count(_with_turns(chat, [dict(reply), *one]))
+    second = await counter.count(_with_turns(chat, [dict(reply), *other]))
     return first[: common_tokens(first, second)]
 
 

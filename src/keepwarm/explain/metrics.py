@@ -69,7 +69,7 @@ class Metrics:
         self._decoded = counter("keepwarm_decoded_tokens", "Tokens generated")
         self._ahead = counter(
             "keepwarm_ahead_tokens",
-            "Prompt tokens computed before anybody asked, and those that a request then used",
+            "Prompt tokens computed before anybody asked; of them used, or wasted, since",
             "what",
         )
         self._spared_s = counter(
@@ -106,6 +106,9 @@ class Metrics:
         self._store_evicted = gauge(
             "keepwarm_store_evicted_extents", "Extents evicted since the start"
         )
+        self._damaged = gauge(
+            "keepwarm_store_damaged_files", "Files found damaged since the start", "where"
+        )
         self._slots = gauge("keepwarm_slots", "Slots by state", "state")
         self._slot_tokens = gauge("keepwarm_slot_tokens", "Tokens that slots hold")
         self._rate = gauge("keepwarm_prefill_seconds_per_token", "The learned prefill rate")
@@ -118,7 +121,7 @@ class Metrics:
             self._prompt.labels(source)
         for cause in Cause:
             self._cold.labels(cause.value)
-        for what in ("computed", "used"):
+        for what in ("computed", "used", "wasted"):
             self._ahead.labels(what)
         for plan in Source:
             self._ttft.labels(plan.value)
@@ -162,6 +165,8 @@ class Metrics:
         store_bytes: int,
         quota_bytes: int,
         evicted_extents: int,
+        damaged_rows: int,
+        damaged_staged: int,
         prefill_s_per_token: float,
     ) -> None:
         """What holds at this moment; called for each scrape."""
@@ -172,6 +177,8 @@ class Metrics:
         self.store_bytes.set(store_bytes)
         self._quota_bytes.set(quota_bytes)
         self._store_evicted.set(evicted_extents)
+        self._damaged.labels("store").set(damaged_rows)
+        self._damaged.labels("staging").set(damaged_staged)
         self._rate.set(prefill_s_per_token)
 
     def filled(self, counts: Counts) -> None:
@@ -185,6 +192,10 @@ class Metrics:
     def used_ahead(self, tokens: int) -> None:
         """A request was spared so many of them."""
         self._ahead.labels("used").inc(tokens)
+
+    def wasted_ahead(self, tokens: int) -> None:
+        """So many of them were of no use to the turn that came, or it didn't come for long."""
+        self._ahead.labels("wasted").inc(tokens)
 
     def restored(self, seconds: float) -> None:
         """A snapshot was brought into a slot."""

@@ -27,7 +27,8 @@ class EndedRequest:
     Times are seconds of the monotonic clock, `at_s` is the wall clock's at the request's arrival.
     `api` is how the client spoke, `body` is in chat's terms. `plan` is None if it never got a slot.
     `status` 0: no answer. `trouble` is an error's kind. `prefill_s_per_token` is what the rates
-    said. `engine` tells lives of the engine apart. `rewrites` is what was changed on the way.
+    said. `engine` tells lives of the engine apart. `rewrites` is what was changed on the way;
+    `ahead` what came of preparing this turn before it was asked, in words.
     """
 
     id: str
@@ -58,6 +59,7 @@ class EndedRequest:
     traceparent: str
     rewrites: Mapping[str, int]
     fingerprint: str = ""
+    ahead: str = ""
 
     @property
     def counts(self) -> Counts | None:
@@ -117,6 +119,7 @@ def record_of(
         "steps": _steps(ended),
         "prompt": _prompt(ended),
         "hygiene": dict(ended.rewrites),
+        "ahead": _ahead(ended),
         "nearest": {"id": nearest[0], "age_s": round(nearest[1], 1)} if nearest else None,
     }
     cause = told.cause if told else Cause.FAILED
@@ -140,6 +143,14 @@ def _tokens(ended: EndedRequest, told: Explanation | None) -> dict[str, int]:
     source = Source.SLOT if in_slot else ended.plan.source
     out[source.value] = told.warm_tokens
     return out
+
+
+def _ahead(ended: EndedRequest) -> dict[str, Any] | None:
+    """How many of its tokens were prefilled before it was asked, and why no more."""
+    used = 0
+    if ended.plan and ended.counts:
+        used = min(ended.plan.ahead_tokens, ended.counts.cached)
+    return {"tokens": used, "came_of": ended.ahead} if used or ended.ahead else None
 
 
 def _timing(ended: EndedRequest) -> dict[str, float | None]:

@@ -28,7 +28,7 @@ from keepwarm.deployment.life import Life
 from keepwarm.deployment.model import Model
 from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
-from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.objects import Seal
 from keepwarm.fleet.second_level import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
@@ -109,11 +109,11 @@ class NodeDeployment(Deployment):
         """Tokens that were moved for a request, by its id; the latest requests'."""
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> NodeCosts:
         """What things cost here, for the routers."""
         if self.second is not None:
             return self.second.costs
-        return Costs.of(
+        return NodeCosts.of(
             self.dispatcher.rates,
             row_bytes=self.machine.row_bytes,
             fetch_s_per_byte=0.0,

@@ -50,5 +50,6 @@ def tell_ended(deployment: Deployment, exchange: Exchange) -> None:
             traceparent=exchange.asked.headers.get("traceparent", "")[:64],
             rewrites=exchange.asked.rewrites,
             fingerprint=deployment.fingerprint,
+            ahead=deployment.ahead.came_of(job),
         )
     )
