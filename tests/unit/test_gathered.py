@@ -103,11 +103,11 @@ def test_several_choices_are_kept_apart() -> None:
 
 
 def test_what_the_engine_says_besides_has_the_whole_text() -> None:
-    pieces = [{"delta": {"content": "It "}}, {"delta": {"content": "is."}}]
-    events = [{"choices": [p], "__verbose": {"content": p["delta"]["content"]}} for p in pieces]
-    last = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
-    whole = gather_chat([*events, {**last, "__verbose": {"content": "", "stopping_word": "x"}}])
+    last = {**chunk({}, "stop"), "__verbose": {"content": "", "stopping_word": "x"}}
+    events = [chunk({"content": "It "}), chunk({"content": "is."}), last]
+    whole = gather_chat(events, opening="So: ")
     assert whole is not None
+    assert whole["choices"][0]["message"]["content"] == "So: It is."
     assert whole["__verbose"] == {"content": "It is.", "stopping_word": "x"}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What the engine says besides (`verbose`), in a stream piece by piece.
+# What the engine says besides (`verbose`); in a stream its content is empty.
 _MORE = "__verbose"
 # As the engine orders them.
 _META = ("created", "model", "system_fingerprint", "object", "usage", "id", "timings")
@@ -29,22 +29,21 @@ def gather_chat(events: Iterable[Mapping[str, Any]], *, opening: str = "") -> di
     """
     choices: dict[int, dict[str, Any]] = {}
     meta: dict[str, Any] = {}
-    said = ""
     for event in events:
         if event.get("error"):
             return {"error": event["error"]}
         meta |= {key: value for key, value in event.items() if key != "choices"}
-        told = event.get(_MORE)
-        said += str(told.get("content") or "") if isinstance(told, Mapping) else ""
         listed = event.get("choices")
         for part in listed if isinstance(listed, list) else []:
             _add(choices, part)
     if not choices or any(choice["finish_reason"] is None for choice in choices.values()):
         return None
     meta["object"] = "chat.completion"
-    if isinstance(told := meta.get(_MORE), Mapping):
-        meta[_MORE] = {**told, "content": said}
     ordered = [choices[index] for index in sorted(choices)]
+    told, first = meta.get(_MORE), ordered[0]["message"]
+    if isinstance(told, Mapping) and len(ordered) == 1 and set(first) == {"role", "content"}:
+        # Nothing was parsed out of it, so this is what the model wrote.
+        meta[_MORE] = {**told, "content": first["content"]}
     for choice in ordered if opening else ():
         choice["message"]["content"] = opening + (choice["message"]["content"] or "")
     whole: dict[str, Any] = {"choices": ordered}
