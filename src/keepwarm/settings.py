@@ -162,10 +162,10 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     ahead: Annotated[
         Literal["auto", "off"],
         Meta(
-            description="`auto`: where a template writes the history otherwise at each new "
-            "question, it is prefilled while the machine is idle and not on battery"
+            description="`auto`: where a template or a client writes the history otherwise than it "
+            "was, the next turn's is prefilled while the machine is idle and not on battery"
         ),
-    ] = "off"
+    ] = "auto"
     mlock: Annotated[bool, Meta(description="keep the model in memory: never swapped out")] = False
     mmap: Annotated[
         bool, Meta(description="map the model's file; false: read all of it at the start")

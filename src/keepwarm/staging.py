@@ -16,17 +16,25 @@ _SHM = Path("/dev/shm")  # noqa: S108
 def default_staging(store: Path, *, need_bytes: int) -> Path:
     """A store's own place: memory-backed where there is room, else beside the store.
 
-    Twice the need is asked for, since a save and an assembly may be under way together. A directory
-    with our name that isn't ours is a trap: it would let its owner read and swap what passes
-    through.
+    Twice the need is asked for, since a save and an assembly may be under way together. Where the
+    store can't be made, as in a container whose root is read-only, what room there is must do. A
+    directory with our name that isn't ours is a trap: it would let its owner read and swap what
+    passes through.
     """
+    beside = store / "staging"
     if sys.platform == "linux" and _SHM.is_dir():
         room = os.statvfs(_SHM)
-        if room.f_bavail * room.f_frsize >= 2 * need_bytes:
+        has_room = room.f_bavail * room.f_frsize >= 2 * need_bytes
+        if (has_room or not _can_be_made(beside)) and _is_ours(_private_folder()):
             name = hashlib.blake2b(str(store.absolute()).encode(), digest_size=6).hexdigest()
-            if _is_ours(_private_folder()):
-                return _private_folder() / name
-    return store / "staging"
+            return _private_folder() / name
+    return beside
+
+
+def _can_be_made(path: Path) -> bool:
+    """Whether a directory is there, or may be made where its nearest parent is."""
+    nearest = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+    return os.access(nearest, os.W_OK)
 
 
 def make_staging(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ from keepwarm.core.ahead import (
     why_not,
 )
 from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot, StepFailed
-from keepwarm.core.plan import Source, Stored
+from keepwarm.core.plan import Demand, Machine, Source, Stored, choose
+from keepwarm.core.prompt import prompt_of
+from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts, Reply, read_reply
 from keepwarm.core.returns import first_turn
 from keepwarm.core.rewriting import Rewriting
-from keepwarm.core.slots import Content, Position
+from keepwarm.core.slots import Content, Position, Slot
 from keepwarm.core.tree import as_tokens
-from keepwarm.deployment.ahead import nice_seconds, on_battery
+from keepwarm.deployment.ahead import Ahead, nice_seconds, on_battery
+from keepwarm.explain.metrics import Metrics
+from keepwarm.settings import Settings
 from simulation import Request, Simulation, ahead_of, request_of
 
 RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
@@ -31,6 +36,7 @@ USER = {"role": "user", "content": "What now?"}
 BODY = {"messages": [RULES, USER]}
 COUNTS = Counts(0, 400, 20)
 SAID = {"role": "assistant", "content": "Noon.", "reasoning_content": "A clock."}
+REPLY_90 = Reply(Counts(90, 1, 1), None, "length")
 REPLY = Reply(COUNTS, None, "stop", message=SAID)
 # What a template makes of a history's reply once a user asks anew.
 REWRITTEN = list(range(9000, 9060))
@@ -103,6 +109,28 @@ def test_the_old_rendering_is_found_after_it(cuttable: bool) -> None:
     assert again.plan.reuse_tokens == len(held)
 
 
+@pytest.mark.parametrize(("prefill_s", "source"), [(0.005, Source.SNAPSHOT), (0.0001, Source.SLOT)])
+def test_an_answer_asked_for_again_takes_what_is_cheaper_on_this_machine(
+    prefill_s: float, source: Source
+) -> None:
+    # The slot holds 1,000 tokens of the prompt and the new rendering behind them; the old one, 300
+    # tokens longer, is in the store: 65 MB, 80 ms by the priors.
+    ids = as_tokens(list(range(1300)))
+    held = content_of(1060, 1060)
+    held.ids = as_tokens([*range(1000), *REWRITTEN])
+    held.ahead_from, held.saved_tokens = 1000, 1060
+    prompt = prompt_of_ids(ids, b"again")
+    demand = Demand(prompt, 100, can_fill=False, namespace="a", ids=ids)
+    stored = Stored(-1, 1299, 1299, size_bytes=65_000_000, ready=False)
+    rates = Rates()
+    rates.prefill_s_per_token.learn(prefill_s)
+    machine = Machine(row_bytes=50_000, cuttable=True, can_save=True, pool_tokens=None)
+    slot = Slot(0, content=held, owner="a", held_tokens=1060)
+    plan = choose(demand, [slot], stored, machine=machine, rates=rates, now_s=1.0)
+    assert plan
+    assert plan.source is source
+
+
 def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:
     sim = Simulation(slots=2)
     before = answered(sim)
@@ -123,6 +151,7 @@ def test_whoever_comes_ends_it_and_begins_once_the_engine_has_let_go() -> None:
         sim.complete(sim.pending[0])
     assert request.plan
     assert request.plan.slot == fill.slot
+    assert request.plan.source is Source.AHEAD, "half of it was computed"
     assert another.plan
     sim.settle()
 
@@ -287,6 +316,40 @@ def test_what_was_computed_is_used_by_the_turn_that_goes_on_or_wasted() -> None:
     assert prepared.used(later, 90) == 50
     assert prepared.used(later, 70) == 30, "the engine reused no more"
     assert prepared.used(later, 20) == 0
+
+
+def test_each_of_several_turns_is_accounted_for_and_told_of() -> None:
+    sim = Simulation(slots=2)
+    metrics = Metrics()
+    machine = replace(sim.scheduler.machine, appends=False)
+    deployment: Any = SimpleNamespace(
+        settings=Settings(),
+        metrics=metrics,
+        machine=machine,
+        dispatcher=SimpleNamespace(scheduler=sim.scheduler),
+    )
+    ahead = Ahead(deployment)
+    jobs = []
+    for number in range(2):
+        talk = [*BODY["messages"], {"role": "user", "content": f"Number {number}"}]
+        first = answered(Simulation(slots=2), chat={"messages": talk}).job
+        first.prompt = prompt_of({"messages": talk}, fingerprint="f", namespace="a")
+        turn = ended_turn(*(first, 0, content_of(60), REPLY), machine=machine, way=Rewriting())
+        assert turn
+        ahead.note_prepared(Prepared(as_tokens(list(range(100))), 60, "a", turn.asked))
+        ahead.remember(turn, Kept.PREFILLED)
+        later = [*talk, SAID, USER]
+        prompt = prompt_of({"messages": later}, fingerprint="f", namespace="a")
+        jobs.append(replace(first, prompt=prompt, ids=as_tokens([*range(90), 7])))
+    for job in reversed(jobs):
+        ahead.note(job, REPLY_90)
+        assert ahead.came_of(job) == Kept.PREFILLED.value
+        longer = [*jobs[0].prompt.marks, *jobs[0].prompt.marks[-1:]]
+        further = replace(job.prompt, marks=tuple(longer), turns=job.prompt.turns + 1)
+        assert not ahead.came_of(replace(job, prompt=further)), "another turn was between"
+    told = metrics.text().decode()
+    assert 'keepwarm_ahead_tokens_total{what="used"} 100.0' in told
+    assert 'keepwarm_ahead_tokens_total{what="wasted"} 20.0' in told
 
 
 def test_reasoning_is_read_whole_and_in_a_stream() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from keepwarm.bench.ahead import OFF, ON
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.demo import demo_picture, demo_tables
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.measures import BARE, DIRECT, OWN_PROMPT
-from keepwarm.bench.report import lines_of, markdown, svg, terminal
+from keepwarm.bench.report import TITLES, lines_of, markdown, svg, terminal
 from keepwarm.bench.results import (
     BenchReport,
     Duration,
@@ -22,6 +23,7 @@ from keepwarm.bench.results import (
     read_json,
     write_json,
 )
+from keepwarm.bench.run import SCENARIOS
 
 
 def sample(scenario: str, step: str, arm: str, ttft_s: float, **more: int | str) -> Sample:
@@ -265,3 +267,17 @@ def test_the_demos_picture_shows_each_request() -> None:
     drawn = demo_picture(SHOWN)
     assert [f"request {i}" in drawn for i in (1, 2, 3)] == [True] * 3
     assert "after SIGKILL" in drawn
+
+
+def test_every_scenario_has_a_table_and_a_picture() -> None:
+    assert set(SCENARIOS) <= set(TITLES)
+
+
+def test_the_next_turn_ahead_is_told_in_tokens_beside_the_same_without() -> None:
+    step = "chat, new question"
+    on = [sample("ahead", step, ON, 0.1, prefilled_tokens=n) for n in (46, 46, 47)]
+    off = [sample("ahead", step, OFF, 0.2, prefilled_tokens=n) for n in (111, 112, 111)]
+    (figure,) = figures_of([*on, *off], [])
+    assert (figure.value, figure.unit) == (46, "tokens prefilled, 111 without")
+    assert "200 ms" in figure.detail
+    assert "new question" in svg(report(*on, *off))

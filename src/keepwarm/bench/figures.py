@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from keepwarm.bench.ahead import OFF, ON
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.load import (
     CLOSED,
@@ -54,6 +55,7 @@ def figures_of(
     out += _ready(durations)
     out += _switch(samples)
     out += _conversations(durations)
+    out += _next_turns(samples)
     return out
 
 
@@ -335,6 +337,25 @@ def _conversations(durations: Sequence[Duration]) -> list[Figure]:
         for step, own, other in _sums(durations, "conversations")
         if "ready" not in step
     ]
+
+
+def _next_turns(samples: Sequence[Sample]) -> list[Figure]:
+    """Tokens evaluated with the next turn prefilled ahead, beside those without."""
+    out = []
+    for step in _steps(samples, "ahead"):
+        on, off = (select(samples, scenario="ahead", step=step, arm=arm) for arm in (ON, OFF))
+        if not on or not off:
+            continue
+        with_it, without = (median([s.prefilled_tokens for s in arm]) for arm in (on, off))
+        out.append(
+            Figure(
+                what=f"{step}, its turn prefilled ahead",
+                value=with_it,
+                unit=f"tokens prefilled, {without:,.0f} without",
+                detail=f"TTFT {_ms(median(ttfts(on)))}, without {_ms(median(ttfts(off)))}",
+            )
+        )
+    return out
 
 
 def _steps(samples: Iterable[Sample], scenario: str) -> list[str]:

@@ -49,6 +49,12 @@ class Lineup:
         settings = msgspec.structs.replace(self._settings, engine=engine)
         return Arm(KEEPWARM, self._keepwarm(settings), self._client)
 
+    def ahead(self, name: str, is_on: bool) -> Arm:
+        """A Keepwarm that prefills the next turn while nobody asks, or doesn't; its own store."""
+        engine = msgspec.structs.replace(self._settings.engine, ahead="auto" if is_on else "off")
+        settings = msgspec.structs.replace(self._settings, engine=engine)
+        return Arm(name, self._keepwarm(settings, f"store-{is_on}"), self._client)
+
     def engine_alone(self) -> Server:
         """The engine with Keepwarm's flags and nothing around it."""
         server = bare_engine(
@@ -56,8 +62,8 @@ class Lineup:
         )
         return self._ended(server)
 
-    def _keepwarm(self, settings: Settings) -> KeepwarmServer:
-        store = self._place.store("store")
+    def _keepwarm(self, settings: Settings, store_name: str = "store") -> KeepwarmServer:
+        store = self._place.store(store_name)
         changed = msgspec.structs.replace(
             settings.store, dir=str(store), staging_dir=str(self._place.staging(store))
         )

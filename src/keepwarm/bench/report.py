@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from keepwarm.bench.ahead import OFF, ON
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.picture import GREY, ORANGE, TEAL, Panel, Row, Value, picture, seconds_text
 from keepwarm.bench.results import Amount, BenchReport, Duration, Figure, Sample, select, ttfts
@@ -31,6 +32,7 @@ TITLES = {
     "ready": "Start to ready with every tier saved",
     "switch": "One slot, from tier to tier",
     "conversations": "Several conversations at a time",
+    "ahead": "The next turn, prefilled while nobody asks",
 }
 
 
@@ -231,7 +233,7 @@ def svg(report: BenchReport) -> str:
         f"time to first token, logarithmic; dot: median, line: least to most; {report.model}; "
         f"{m.cores} cores"
     )
-    colors = {NO_CACHE: GREY, DEFAULTS: ORANGE, KEEPWARM: TEAL}
+    colors = {NO_CACHE: GREY, OFF: GREY, DEFAULTS: ORANGE, KEEPWARM: TEAL, ON: TEAL}
     return picture("Keepwarm benchmark", subtitle, panels, colors=colors)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from keepwarm import __version__
-from keepwarm.bench import load, measures, scenarios
+from keepwarm.bench import ahead, load, measures, scenarios
 from keepwarm.bench.arms import ARMS, Record
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.lineup import Lineup
@@ -27,7 +27,17 @@ from keepwarm.errors import ConfigError
 from keepwarm.settings import Settings
 
 BEFORE_AFTER = ("first", "identical", "new", "restart")
-MEASURES = ("overhead", "unknown", "load", "page", "idle", "ready", "switch", "conversations")
+MEASURES = (
+    "overhead",
+    "unknown",
+    "load",
+    "page",
+    "idle",
+    "ready",
+    "switch",
+    "conversations",
+    "ahead",
+)
 # Streams that are open and idle at a time in `idle`.
 STREAMS = 200
 SCENARIOS = (*BEFORE_AFTER, *MEASURES)
@@ -153,6 +163,12 @@ async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: BenchS
         await bench.start(single)
         await measures.switching(bench, single, runs=scale.runs)
         await single.server.stop()
+    if "ahead" in chosen:
+        await keepwarm.server.stop()
+        arms = {name: lineup.ahead(name, name == ahead.ON) for name in (ahead.ON, ahead.OFF)}
+        await ahead.next_turns(bench, arms, runs=scale.runs)
+        for arm in arms.values():
+            await arm.server.stop()
 
 
 async def _before_after(bench: Bench, chosen: Sequence[str], scale: BenchScale) -> None:

@@ -172,6 +172,8 @@ def while_unsure(job: Job, before: Content | None) -> Content | None:
     reused = job.plan.reuse_tokens if job.plan else 0
     content.saved_tokens = min(before.saved_tokens, reused) if before else 0
     content.states = _states(job, before, marks, cached=reused, prompt_tokens=whole)
+    if job.ahead_of is not None:
+        content.ahead_from = reused
     return content
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -45,8 +46,9 @@ _LOOKS = 600
 _BEGINS_WITHIN_S = 1.0
 # Turns whose next one was prepared and hasn't come, and turns of which is known why none was.
 _PREPARED, _LOOKED_AT = 64, 256
-# So much of a core that processes of low priority take: somebody runs a load of his own.
-_NICE_CORES = 0.5
+# Where processes of low priority take more than this share of the cores, somebody runs a load of
+# his own; it is looked again after this long.
+_NICE_SHARE, _LOOK_AGAIN_S = 0.5, 1.0
 _POWER = Path("/sys/class/power_supply")
 _CORES = Path("/proc/stat")
 # Ticks a second of that file, on every Linux there is (USER_HZ).
@@ -64,7 +66,7 @@ class Ahead:
         self._has_ended = asyncio.Event()
         self._rewritings = Rewritings()
         self._prepared: deque[Prepared] = deque()
-        self._came_of: OrderedDict[bytes, Kept] = OrderedDict()
+        self._came_of: OrderedDict[bytes, tuple[Kept, int]] = OrderedDict()
 
     def start(self) -> None:
         """Begin to look at what has ended; where nothing is to be done, begin nothing."""
@@ -90,8 +92,9 @@ class Ahead:
     def came_of(self, job: Job) -> str:
         """What came of the turn that a request goes on from, in words; empty: nothing is known."""
         for mark in reversed(job.prompt.marks[:-1]):
-            if (kept := self._came_of.get(mark.digest)) is not None:
-                return kept.value
+            if (known := self._came_of.get(mark.digest)) is not None:
+                kept, turns = known
+                return kept.value if job.prompt.turns == turns + 1 else ""
         return ""
 
     def _settle(self, job: Job, cached: int) -> None:
@@ -104,24 +107,31 @@ class Ahead:
                 metrics.wasted_ahead(prepared.tokens - used)
 
     async def _run(self) -> None:
+        nice_s = _LOOK_EVERY_S * _NICE_SHARE * (os.cpu_count() or 1)
         while True:
             await self._has_ended.wait()
-            nice_s = nice_seconds()
+            before_s = nice_seconds()
             await asyncio.sleep(_LOOK_EVERY_S)
-            is_loaded = nice_seconds() - nice_s > _LOOK_EVERY_S * _NICE_CORES
+            is_loaded = nice_seconds() - before_s > nice_s
             for turn in [t for t in self._ended.values() if not self._is_last(t)]:
                 del self._ended[turn.slot]
-                self._remember(turn, Kept.OVERTAKEN)
+                if turn.asked not in self._came_of:
+                    self.remember(turn, Kept.OVERTAKEN)
             if not self._ended:
                 self._has_ended.clear()
             elif self._is_settled():
                 turn = next(iter(self._ended.values()))
-                self._remember(turn, Kept.LOADED if is_loaded else await self._prepare(turn))
+                if is_loaded:
+                    self.remember(turn, Kept.LOADED)
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    continue
+                self.remember(turn, await self._prepare(turn))
                 if self._ended.get(turn.slot) is turn:
                     del self._ended[turn.slot]
 
-    def _remember(self, turn: Turn, kept: Kept) -> None:
-        self._came_of[turn.asked] = kept
+    def remember(self, turn: Turn, kept: Kept) -> None:
+        """Keep what came of looking at a turn."""
+        self._came_of[turn.asked] = kept, turn.turns
         if len(self._came_of) > _LOOKED_AT:
             self._came_of.popitem(last=False)
 
@@ -168,11 +178,11 @@ class Ahead:
             kept = Kept.OVERTAKEN
             await self._let_go(job)
         if job.filled_tokens:
+            log.debug("prefilled %d tokens of the next turn", job.filled_tokens)
             metrics.computed_ahead(job.filled_tokens)
             start = job.plan.reuse_tokens if job.plan else 0
             done = ids if kept is Kept.PREFILLED else ids[: start + job.filled_tokens]
-            self._note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
-        log.debug("prefilled %d tokens of the next turn", job.filled_tokens)
+            self.note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
         return kept
 
     async def _let_go(self, job: Job) -> None:
@@ -182,7 +192,8 @@ class Ahead:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _note_prepared(self, prepared: Prepared) -> None:
+    def note_prepared(self, prepared: Prepared) -> None:
+        """Wait for the turn that uses it; what waits for longest is wasted."""
         if len(self._prepared) >= _PREPARED:
             self._deployment.metrics.wasted_ahead(self._prepared.popleft().tokens)
         self._prepared.append(prepared)

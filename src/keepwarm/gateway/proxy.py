@@ -45,6 +45,7 @@ from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_prompt, check_text, reply_limit
 from keepwarm.gateway.opening import Opening
+from keepwarm.gateway.progress import tell_fill
 from keepwarm.gateway.upstream import (
     PROGRESS,
     WholeReply,
@@ -153,6 +154,7 @@ class Proxy:
             exchange = self._exchange(deployment, asked, tiered, received_s)
             if request is not None and (opening := request.get(_OPENING)):
                 opening.known = partial(_known, exchange)
+                tell_fill(deployment, exchange, opening)
             try:
                 return await self._serve(request, exchange)
             except KeepwarmError as error:
