@@ -64,10 +64,6 @@ class Condition:
         self.failure = None
         self._was_ready.set()
 
-    async def ready(self) -> None:
-        """Wait until it has been ready for the first time."""
-        await self._was_ready.wait()
-
     async def admitted(self, *, timeout_s: float) -> None:
         """Wait until requests are served.
 
