@@ -89,6 +89,12 @@ class Ahead:
             self._ended[slot] = turn
             self._has_ended.set()
 
+    def forget(self, namespace: str) -> None:
+        """Forget all that is one key's own; what is being prefilled goes with its slot."""
+        self._rewritings.forget(namespace)
+        self._ended = {s: t for s, t in self._ended.items() if t.namespace != namespace}
+        self._prepared = deque(p for p in self._prepared if p.namespace != namespace)
+
     def came_of(self, job: Job) -> str:
         """What came of the turn that a request goes on from, in words; empty: nothing is known."""
         for mark in reversed(job.prompt.marks[:-1]):
