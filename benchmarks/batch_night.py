@@ -57,7 +57,7 @@ _ASKED = ("What came first", "Who was late", "Which item is missing", "Where did
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class PileScale:
     """How large the pile is."""
 
     tasks: int = 96
@@ -68,7 +68,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class NightArm:
     """What one arm took. Seconds from its process's start; tokens as the engine counted them."""
 
     name: str
@@ -102,7 +102,7 @@ def context_text(number: int, seed: int) -> str:
     return text.strip()
 
 
-def pile(tiers: TierSet, scale: Scale) -> list[dict[str, Any]]:
+def pile(tiers: TierSet, scale: PileScale) -> list[dict[str, Any]]:
     """The shuffled file: each context has one tier, and as many tasks as the others."""
     names = list(tiers.names)
     chance = random.Random(scale.seed)  # noqa: S311
@@ -116,7 +116,7 @@ def pile(tiers: TierSet, scale: Scale) -> list[dict[str, Any]]:
     return out
 
 
-def unshared(scale: Scale) -> list[dict[str, Any]]:
+def unshared(scale: PileScale) -> list[dict[str, Any]]:
     """Tasks of the same length that have nothing in common, and no tier."""
     return [
         _task(f"alone-{n}", "any", f"{n + 501} {context_text(1000 + n, scale.seed)}", scale)
@@ -124,7 +124,7 @@ def unshared(scale: Scale) -> list[dict[str, Any]]:
     ]
 
 
-def _task(custom_id: str, model: str, text: str, scale: Scale) -> dict[str, Any]:
+def _task(custom_id: str, model: str, text: str, scale: PileScale) -> dict[str, Any]:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
@@ -144,7 +144,7 @@ def composed(task: dict[str, Any], tiers: TierSet) -> dict[str, Any]:
 
 async def plain_arm(
     name: str, server: Server, client: ChatClient, bodies: Sequence[dict[str, Any]], *, lanes: int
-) -> Arm:
+) -> NightArm:
     """The file's order, by as many clients as there are slots."""
     began_s = time.perf_counter()
     await server.start()
@@ -164,12 +164,12 @@ async def plain_arm(
         total_s = time.perf_counter() - began_s
     finally:
         await server.stop()
-    return Arm(name, len(bodies), ready_s, total_s, prefilled, reused)
+    return NightArm(name, len(bodies), ready_s, total_s, prefilled, reused)
 
 
 async def keepwarm_arm(
     name: str, server: KeepwarmServer, tasks: Sequence[dict[str, Any]], out: Path, *, lanes: int
-) -> Arm:
+) -> NightArm:
     """A night, with its journal, report and picture in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{name.replace(' ', '-')}.tasks.jsonl"
@@ -196,7 +196,7 @@ async def keepwarm_arm(
     if report["failed"] or report["left"]:
         raise ConfigError(f"{report['failed']} tasks failed; see {paths.errors}.")
     warming = sum(int(w["prefilled_tokens"]) for w in server.warmed)
-    return Arm(
+    return NightArm(
         name,
         len(tasks),
         ready_s,
@@ -238,7 +238,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-async def run(settings: Settings, tiers: TierSet, scale: Scale, out: Path) -> dict[str, Any]:
+async def run(settings: Settings, tiers: TierSet, scale: PileScale, out: Path) -> dict[str, Any]:
     """All arms, one after another."""
     lanes = settings.engine.slots
     tasks, alone = pile(tiers, scale), unshared(scale)
@@ -256,7 +256,7 @@ async def run(settings: Settings, tiers: TierSet, scale: Scale, out: Path) -> di
         keepwarm = KeepwarmServer(settings, directory=place.root, client=client)
         keepwarm.forget()
 
-        def tell(arm: Arm) -> Arm:
+        def tell(arm: NightArm) -> NightArm:
             sys.stderr.write(f"{arm.name}: {arm.total_s:.1f} s, {arm.tasks_an_hour:.0f} an hour\n")
             return arm
 
@@ -287,7 +287,7 @@ async def _alone(
     tasks: Sequence[dict[str, Any]],
     out: Path,
     lanes: int,
-) -> list[Arm]:
+) -> list[NightArm]:
     """Both arms on tasks that share nothing: one, the other twice, and the first again.
 
     So a machine that slows down or speeds up meanwhile does so for both.
@@ -302,8 +302,8 @@ async def _alone(
     return [_summed(first, fourth), _summed(second, third)]
 
 
-def _summed(one: Arm, other: Arm) -> Arm:
-    return Arm(
+def _summed(one: NightArm, other: NightArm) -> NightArm:
+    return NightArm(
         one.name,
         one.tasks + other.tasks,
         one.ready_s + other.ready_s,
@@ -313,8 +313,8 @@ def _summed(one: Arm, other: Arm) -> Arm:
     )
 
 
-def _with_least(arm: Arm, least: int) -> Arm:
-    return Arm(
+def _with_least(arm: NightArm, least: int) -> NightArm:
+    return NightArm(
         arm.name,
         arm.tasks,
         arm.ready_s,
@@ -325,7 +325,7 @@ def _with_least(arm: Arm, least: int) -> Arm:
     )
 
 
-def figures(arms: dict[str, Arm]) -> dict[str, float]:
+def figures(arms: dict[str, NightArm]) -> dict[str, float]:
     """The ratios that are asked for."""
     plain, first, second = arms["plain"], arms["first night"], arms["second night"]
     alone = arms["keepwarm alone"]
@@ -341,7 +341,7 @@ def figures(arms: dict[str, Arm]) -> dict[str, float]:
     }
 
 
-def _over(arm: Arm) -> float:
+def _over(arm: NightArm) -> float:
     assert arm.least_tokens
     return round(100 * (arm.prefilled_tokens / arm.least_tokens - 1), 1)
 
@@ -353,11 +353,11 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("batch-night-results"))
-    for name, value in asdict(Scale()).items():
+    for name, value in asdict(PileScale()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
     settings, tiers = settings_of(args)
-    scale = Scale(**{name: getattr(args, name) for name in asdict(Scale())})
+    scale = PileScale(**{name: getattr(args, name) for name in asdict(PileScale())})
     report = asyncio.run(run(settings, tiers, scale, args.out))
     report["machine"] = msgspec.to_builtins(machine())
     report["model"] = describe_model(Path(args.model))

@@ -36,7 +36,7 @@ from keepwarm.bench.client import ChatClient
 from keepwarm.bench.machine import describe_model, machine
 from keepwarm.bench.prompts import Turn, assistant, rules, user
 from keepwarm.bench.report import markdown, terminal
-from keepwarm.bench.results import Amount, Figure, Report, Sample, select, ttfts, write_json
+from keepwarm.bench.results import Amount, BenchReport, Figure, Sample, select, ttfts, write_json
 from keepwarm.bench.servers import KeepwarmServer, Workplace, bare_engine
 from keepwarm.bench.stats import median, rotated, times_faster
 from keepwarm.core.reply import Counts, counts_of
@@ -77,7 +77,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Continuation:
     """One continuation: its ids, the first token's logprobs by id, counts, and seconds."""
 
     ids: tuple[int, ...]
@@ -181,7 +181,7 @@ class _Bare:
         await self.ask(tokens, cache_prompt=False, n_predict=1)
         await self._client.save(0, _FILE)
 
-    async def ask_held(self, tokens: Sequence[int], way: str) -> Told:
+    async def ask_held(self, tokens: Sequence[int], way: str) -> Continuation:
         """Ask one of the three ways, from what is held."""
         await self._client.restore(0, _FILE)
         return await self.ask(
@@ -190,7 +190,7 @@ class _Bare:
             n_cache_reuse=CHUNK_TOKENS if way == SHIFTED else 0,
         )
 
-    async def ask(self, tokens: Sequence[int], **more: object) -> Told:
+    async def ask(self, tokens: Sequence[int], **more: object) -> Continuation:
         """One completion, streamed.
 
         Raises:
@@ -219,7 +219,7 @@ class _Bare:
             raise EngineError("The engine's completion holds no counts or no logprobs.")
         top = {int(p["id"]): float(p["logprob"]) for p in probs[0]["top_logprobs"]}
         ids = tuple(int(p["id"]) for p in probs)
-        return Told(ids, top, counts, first_s - began, ended - began)
+        return Continuation(ids, top, counts, first_s - began, ended - began)
 
 
 async def on_bare(
@@ -230,7 +230,7 @@ async def on_bare(
         step(f"{case.name}: filling")
         await bare.hold(await bare.tokens(case.held))
         tokens = await bare.tokens(case.asked)
-        told: dict[str, Told] = {}
+        told: dict[str, Continuation] = {}
         for way in rotated(WAYS, run):
             step(f"{case.name}: {way}")
             told[way] = await bare.ask_held(tokens, way)
@@ -298,7 +298,7 @@ async def through_keepwarm(
 
 async def measure(
     settings: Settings, *, runs: int, chars: int, step: Callable[[str], None]
-) -> Report:
+) -> BenchReport:
     """All of it; see the module. The bare engine ends before Keepwarm's begins."""
     began, began_s, busy = datetime.now().astimezone(), time.perf_counter(), machine()
     record, client = Record(), ChatClient()
@@ -326,7 +326,7 @@ async def measure(
             for server in (bare, keepwarm):
                 await server.stop()
             await client.close()
-    return Report(
+    return BenchReport(
         kind=SCENARIO,
         keepwarm=__version__,
         began=began.isoformat(timespec="seconds"),

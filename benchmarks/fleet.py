@@ -30,7 +30,7 @@ from aiohttp import web
 from rich.progress import track
 
 from benchmarks.options import add_options, settings_of
-from keepwarm.bench.client import Answer, ChatClient
+from keepwarm.bench.client import ChatClient, TimedReply
 from keepwarm.bench.machine import describe_model, machine
 from keepwarm.bench.prompts import Turn, assistant, keepwarm_request, rules, user
 from keepwarm.bench.servers import Workplace
@@ -38,9 +38,9 @@ from keepwarm.bench.stats import median, percentile
 from keepwarm.cli.output import err
 from keepwarm.core.tiers import Tier
 from keepwarm.errors import EngineError, KeepwarmError
-from keepwarm.fleet.costs import Costs
-from keepwarm.fleet.node import NodeRuntime
-from keepwarm.fleet.routing import Fleet, Report, Want
+from keepwarm.fleet.costs import NodeCosts
+from keepwarm.fleet.node import NodeLife
+from keepwarm.fleet.routing import Fleet, NodeReport, Want
 from keepwarm.fleet.shared import open_shared
 from keepwarm.gateway.app import make_app
 from keepwarm.settings import Places, Settings, StoreSettings
@@ -57,12 +57,12 @@ _SAID_CHARS = 4000
 class Running:
     """A node that is ready, after `seconds`."""
 
-    runtime: NodeRuntime
+    life: NodeLife
     client: ChatClient
     url: str
     seconds: float
 
-    async def ask(self, tier: Tier, turns: list[Turn]) -> Answer:
+    async def ask(self, tier: Tier, turns: list[Turn]) -> TimedReply:
         """One token."""
         return await self.client.ask(self.url, keepwarm_request(tier, turns, reply_tokens=1))
 
@@ -81,17 +81,17 @@ async def node(settings: Settings, place: Workplace, name: str) -> AsyncIterator
         download_bytes_per_s=0,
         timeout_s=30,
     )
-    runtime, client = NodeRuntime(settings, places, shared=shared), ChatClient()
-    runner = web.AppRunner(make_app(runtime), access_log=None)
+    life, client = NodeLife(settings, places, shared=shared), ChatClient()
+    runner = web.AppRunner(make_app(life), access_log=None)
     began = time.perf_counter()
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        await runtime.start()
+        await life.start()
         host, port = runner.addresses[0][:2]
-        yield Running(runtime, client, f"http://{host}:{port}", time.perf_counter() - began)
+        yield Running(life, client, f"http://{host}:{port}", time.perf_counter() - began)
     finally:
-        await runtime.stop()
+        await life.stop()
         await runner.cleanup()
         await client.close()
 
@@ -101,7 +101,7 @@ async def measure(settings: Settings, tier: Tier, *, rounds: int) -> dict[str, A
     seconds: dict[str, list[float]] = {}
     tokens: dict[str, list[int]] = {}
 
-    def note(what: str, answer: Answer) -> None:
+    def note(what: str, answer: TimedReply) -> None:
         seconds.setdefault(what, []).append(answer.ttft_s)
         tokens.setdefault(what, []).append(answer.counts.prefilled + answer.filled_tokens)
 
@@ -119,16 +119,16 @@ async def measure(settings: Settings, tier: Tier, *, rounds: int) -> dict[str, A
             talk = [said, assistant(first.text), user("And the second?")]
             async with node(settings, place, f"other-{i}") as other:
                 seconds.setdefault(PULLED, []).append(other.seconds)
-                if any(warmed.how != "restored" for warmed in other.runtime.prefixes.warmed):
+                if any(warmed.how != "restored" for warmed in other.life.node.prefixes.warmed):
                     raise EngineError("A node that should have pulled its tiers prefilled one.")
                 await other.ask(tier, hello)
                 note(MOVED, await other.ask(tier, talk))
-                moved.append(sum(other.runtime.moved.values()))
+                moved.append(sum(other.life.node.moved.values()))
             async with node(settings, place, "home") as home:
                 await home.ask(tier, hello)
                 answer = await home.ask(tier, talk)
                 note(HOME, answer)
-                if home.runtime.moved or answer.plan != "snapshot":
+                if home.life.node.moved or answer.plan != "snapshot":
                     raise EngineError(f"At home the plan was {answer.plan!r}, not a restore.")
     if not min(moved):
         raise EngineError("Nothing was moved, so nothing is told of moving.")
@@ -145,14 +145,14 @@ async def measure(settings: Settings, tier: Tier, *, rounds: int) -> dict[str, A
 def measure_choices(*, choices: int) -> dict[str, Any]:
     """Milliseconds of processor time to rank all nodes for conversations that some of them hold."""
     drawn = random.Random(64)  # noqa: S311 - made-up conversations
-    costs = Costs(0.001, 1e-5, 0.002, 1e-4, 0.02, can_fetch=True)
+    costs = NodeCosts(0.001, 1e-5, 0.002, 1e-4, 0.02, can_fetch=True)
     fleet, now_s = Fleet(), 0.0
     # Conversations of ten turns: all of a conversation's prefixes are held where it is.
     talks = [[drawn.getrandbits(64) for _ in range(_MARKS)] for _ in range(NODES * HELD // _MARKS)]
     each = HELD // _MARKS
     for number in range(NODES):
         held = [prefix for talk in talks[number * each : (number + 1) * each] for prefix in talk]
-        told = Report(taken_s=now_s, backlog_s=drawn.random(), costs=costs, held=held)
+        told = NodeReport(taken_s=now_s, backlog_s=drawn.random(), costs=costs, held=held)
         fleet.report(f"node-{number}", told, now_s=now_s)
     taken: list[float] = []
     ends = [500 * (turn + 1) for turn in range(_MARKS)]

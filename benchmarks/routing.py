@@ -44,7 +44,7 @@ from benchmarks.options import add_options, settings_of
 from benchmarks.routing_report import (
     ARMS,
     WARM_ROUTED,
-    Asked,
+    RoutedRequest,
     RoutingArm,
     RoutingReport,
     markdown,
@@ -71,7 +71,7 @@ _WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class RoutingTask:
     """One task: the tier it was written for, its number among those, its text."""
 
     kind: str
@@ -89,14 +89,18 @@ class Scale:
     reply_tokens: int = 32
 
 
-def tasks_of(arm: RoutingArm, turn: int, scale: Scale) -> list[Task]:
+def tasks_of(arm: RoutingArm, turn: int, scale: Scale) -> list[RoutingTask]:
     """What an arm is asked in one round: every `rounds`-th task of each class, the classes in turn.
 
     So a task is asked in the same round by every arm that has it, and once.
     """
     most = scale.warm_tasks if arm.is_cached else scale.tasks
     parts = [
-        [Task(kind, n, text) for n, text in enumerate(texts[:most]) if n % scale.rounds == turn]
+        [
+            RoutingTask(kind, n, text)
+            for n, text in enumerate(texts[:most])
+            if n % scale.rounds == turn
+        ]
         for kind, texts in TASKS.items()
     ]
     return [task for task in chain(*zip_longest(*parts)) if task]
@@ -107,7 +111,7 @@ def order_of(turn: int) -> tuple[RoutingArm, ...]:
     return ARMS if turn % 2 == 0 else ARMS[::-1]
 
 
-def rounds(scale: Scale) -> Iterator[tuple[int, RoutingArm, list[Task]]]:
+def rounds(scale: Scale) -> Iterator[tuple[int, RoutingArm, list[RoutingTask]]]:
     """The whole run, arm by arm; an arm without a task in some round is left out of it."""
     for turn in range(scale.rounds):
         for arm in order_of(turn):
@@ -141,7 +145,7 @@ class _Run:
         #: By text: the tier that the router gives it where nothing is kept.
         self.decided: dict[str, str] = {}
         self._bar = tell.add_task("starting", total=sum(len(t) for _, _, t in rounds(scale)))
-        self.samples: list[Asked] = []
+        self.samples: list[RoutedRequest] = []
 
     def doing(self, text: str) -> None:
         """What is being done now."""
@@ -162,7 +166,7 @@ class _Run:
         return compose(tier, {**body, "model": tier.name, "cache_prompt": False})
 
     async def round(
-        self, arm: RoutingArm, server: Server, tasks: Sequence[Task], turn: int
+        self, arm: RoutingArm, server: Server, tasks: Sequence[RoutingTask], turn: int
     ) -> None:
         """Start the arm's server, ask it its tasks, and end it."""
         self._tell.console.print(f"round {turn + 1}: {arm.name}, {len(tasks)} tasks")
@@ -178,7 +182,9 @@ class _Run:
         finally:
             await server.stop()
 
-    async def _ask(self, arm: RoutingArm, server: Server, task: Task, turn: int) -> Asked:
+    async def _ask(
+        self, arm: RoutingArm, server: Server, task: RoutingTask, turn: int
+    ) -> RoutedRequest:
         body = self._body(arm, task.text)
         answer = await self._client.ask(server.base_url, body)
         chosen, used = tier_of(answer.tier) if arm.is_cached else (body["model"],) * 2
@@ -187,7 +193,7 @@ class _Run:
                 f"{arm.name} answered without its tier or without the engine's times, so nothing "
                 "can be compared."
             )
-        return Asked(
+        return RoutedRequest(
             arm=arm.name,
             kind=task.kind,
             task=task.number,

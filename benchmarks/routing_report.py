@@ -14,7 +14,7 @@ from rich.text import Text
 
 from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.report import md_table, rich_table
-from keepwarm.bench.results import Machine, Prefix
+from keepwarm.bench.results import MachineRecord, Prefix
 from keepwarm.bench.stats import Summary, median, summarize
 from keepwarm.router import AUTO, TIERS
 from keepwarm.router.types import FULL, STANDARD
@@ -44,7 +44,7 @@ WARM_STANDARD = RoutingArm(True, STANDARD)
 ARMS = (COLD_FULL, COLD_ROUTED, WARM_FULL, WARM_STANDARD, WARM_ROUTED)
 
 
-class Asked(Struct, frozen=True, kw_only=True):
+class RoutedRequest(Struct, frozen=True, kw_only=True):
     """One request as its client saw it.
 
     `task` counts from 0 within `kind`, the tier the task was written for. `chosen` is the tier it
@@ -93,7 +93,7 @@ class RoutingReport(Struct, frozen=True, kw_only=True):
     keepwarm: str
     began: str
     seconds: float
-    machine: Machine
+    machine: MachineRecord
     engine: str
     model: str
     settings: dict[str, str]
@@ -102,7 +102,7 @@ class RoutingReport(Struct, frozen=True, kw_only=True):
     prefixes: Sequence[Prefix]
     cold_costs_s: dict[str, float]
     cold_tiers: dict[str, list[str]]
-    samples: Sequence[Asked]
+    samples: Sequence[RoutedRequest]
     notes: Sequence[str] = ()
 
 
@@ -168,15 +168,15 @@ def tier_of(header: str) -> tuple[str, str]:
     return chosen.strip(), used.strip()
 
 
-def _kinds(samples: Iterable[Asked]) -> list[str]:
+def _kinds(samples: Iterable[RoutedRequest]) -> list[str]:
     return [*dict.fromkeys(s.kind for s in samples), ALL]
 
 
-def _of(samples: Iterable[Asked], arm: RoutingArm, kind: str) -> list[Asked]:
+def _of(samples: Iterable[RoutedRequest], arm: RoutingArm, kind: str) -> list[RoutedRequest]:
     return [s for s in samples if s.arm == arm.name and kind in (ALL, s.kind)]
 
 
-def lines_of(samples: Sequence[Asked], row_bytes: int) -> list[Line]:
+def lines_of(samples: Sequence[RoutedRequest], row_bytes: int) -> list[Line]:
     """Samples summed up by class and arm."""
     return [
         Line(
@@ -194,7 +194,7 @@ def lines_of(samples: Sequence[Asked], row_bytes: int) -> list[Line]:
     ]
 
 
-def gains_of(samples: Sequence[Asked]) -> list[Gain]:
+def gains_of(samples: Sequence[RoutedRequest]) -> list[Gain]:
     """What routing gives, with the cache off and on, in each class."""
     out = []
     for full_arm, routed_arm in ((COLD_FULL, COLD_ROUTED), (WARM_FULL, WARM_ROUTED)):
@@ -234,7 +234,7 @@ class Whole:
     routed_s: float
 
 
-def whole_of(samples: Sequence[Asked]) -> list[Whole]:
+def whole_of(samples: Sequence[RoutedRequest]) -> list[Whole]:
     """How long whole replies take, over the tasks that all three arms were asked."""
     out = []
     for kind in _kinds(samples):
@@ -262,7 +262,7 @@ def placed_of(decided: Mapping[str, Sequence[str]]) -> list[Placed]:
     return out
 
 
-def warm_tiers(samples: Sequence[Asked]) -> dict[str, list[str]]:
+def warm_tiers(samples: Sequence[RoutedRequest]) -> dict[str, list[str]]:
     """The tiers that were chosen for each class where the cache is on and the router decides."""
     routed = _of(samples, WARM_ROUTED, ALL)
     kinds = dict.fromkeys(s.kind for s in routed)

@@ -79,7 +79,7 @@ class FillingDisk(Disk):
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Percentiles:
     """Milliseconds."""
 
     median_ms: float
@@ -87,11 +87,11 @@ class Spread:
     max_ms: float
 
 
-def spread(seconds: list[float]) -> Spread:
+def spread(seconds: list[float]) -> Percentiles:
     """Median, 99th percentile and maximum of some times."""
     times = sorted(1000 * s for s in seconds)
     p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-    return Spread(round(statistics.median(times), 4), round(p99, 4), round(times[-1], 4))
+    return Percentiles(round(statistics.median(times), 4), round(p99, 4), round(times[-1], 4))
 
 
 def timed(work: Callable[[], object]) -> float:

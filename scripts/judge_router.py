@@ -32,8 +32,8 @@ from keepwarm.core.tiers import DEFAULT_AGENT_NAME
 from keepwarm.router.catalog import (
     NO_TOOLS,
     UNKNOWN_TOOLS,
-    Catalog,
     CatalogCache,
+    ToolCatalog,
     ToolText,
     WordWeights,
     prepare_catalog,
@@ -96,7 +96,7 @@ def figures(p: Floats, y: Bools) -> dict[str, float]:
     }
 
 
-def catalog_of(row: Row, words: WordWeights) -> Catalog:
+def catalog_of(row: Row, words: WordWeights) -> ToolCatalog:
     """A row's catalog: what was on offer, nothing, or unknown."""
     if row.tools is None:
         return UNKNOWN_TOOLS

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from keepwarm.cli.explain import story
-from keepwarm.cli.top import Seen, screen
+from keepwarm.cli.top import Screen, screen
 from keepwarm.engine.process import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ class Camera:
 def picture_terminal(shop: Shop, output: Path) -> None:
     """`keepwarm top` and `keepwarm explain` as they look in a terminal."""
     records = shop.get("/keepwarm/requests?limit=100")["requests"]
-    seen = Seen(shop.get("/keepwarm/overview"), shop.get("/keepwarm/slots"))
+    seen = Screen(shop.get("/keepwarm/overview"), shop.get("/keepwarm/slots"))
     seen.requests.extend(records)
     console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
     console.print(screen(seen, now_s=time.time(), width=112, height=34))

@@ -64,7 +64,9 @@ class Answer:
 class Served:
     """A running `keepwarm serve`. Make it, `wait_ready`, ask, `stop` or `kill`."""
 
-    def __init__(self, root: Path, **settings: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, *, environment: dict[str, str] | None = None, **settings: dict[str, Any]
+    ) -> None:
         """Start it with these sections of settings; its store and logs are below `root`."""
         self.root = root
         self.port = free_port()
@@ -88,7 +90,7 @@ class Served:
         with self.log.open("a") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "keepwarm", "serve", "--config", str(file)],
-                env={**os.environ, **home},
+                env={**os.environ, **home, **(environment or {})},
                 cwd=root,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

@@ -207,6 +207,9 @@ class Simulation:
     served: Counter[str] = field(default_factory=Counter)
     said: Counter[str] = field(default_factory=Counter)
     erase_failed: bool = False
+    saved_from: dict[str, int] = field(default_factory=dict)
+    spoiled: set[int] = field(default_factory=set)
+    """Slots that are known to hold what nobody may go on from."""
     _files: int = 0
 
     def __post_init__(self) -> None:
@@ -316,6 +319,8 @@ class Simulation:
 
     def _succeed(self, step: Step) -> Outcome:
         slot = step.slot
+        if isinstance(step, EraseSlot | RestoreSlot):
+            self.spoiled.discard(slot)
         if isinstance(step, EraseSlot):
             self.engine[slot] = []
             return None
@@ -345,6 +350,7 @@ class Simulation:
             return StepFailed(emptied=True)
         marks = {d: p for d, p in step.marks if 0 < p.tokens <= len(held)}
         self.staged[name] = held
+        self.saved_from[name] = slot
         self.arriving[name] = Kept(held, marks, step.namespace)
         return SavedSlot(name, len(held), len(held) * ROW_BYTES)
 
@@ -358,13 +364,19 @@ class Simulation:
         elif isinstance(step, RestoreSlot) and failure.emptied:
             self.engine[step.slot] = []
 
-    def absorb(self, name: str, *, refused: bool = False) -> None:
-        """The store has looked at a staged file."""
+    def absorb(self, name: str, *, refused: bool = False, spoiled: bool = False) -> None:
+        """The store has looked at a staged file; `spoiled`: its rows are no numbers."""
         kept = self.arriving.pop(name)
+        slot = self.saved_from[name] if spoiled else None
+        refused = refused or spoiled
+        if slot is not None and self.scheduler.up:
+            self.spoiled.add(slot)
         if not refused:
             self.store.append(kept)
         ids = None if refused else as_tokens([token for token, _ in kept.held])
-        effects = self.scheduler.absorbed(name, self.now_s, ids=ids, states=(len(kept.held),))
+        effects = self.scheduler.absorbed(
+            name, self.now_s, ids=ids, states=(len(kept.held),), spoiled_slot=slot
+        )
         self.perform(effects)
 
     def count(self, effect: CountPrompt) -> None:
@@ -426,6 +438,7 @@ class Simulation:
     def engine_down(self) -> None:
         """The engine dies, and its slots with it; running steps will report a failure, late."""
         self.engine = [[] for _ in range(self.slots)]
+        self.spoiled.clear()
         late, self.pending = self.pending, []
         self.interrupted.clear()
         self.perform(self.scheduler.engine_down(self.now_s))
@@ -500,6 +513,8 @@ class Simulation:
                     self.engine[other.id] = [] if self.pool_tokens else request.held(99_999)
         if plan.discard:
             self.engine[plan.slot] = []  # what `cache_prompt: false` does
+            self.spoiled.discard(plan.slot)
+        assert plan.slot not in self.spoiled, "a request goes on from what are no numbers"
         reused = self.reusable(plan.slot, request.tokens)
         promised = min(plan.promise_tokens, len(request.tokens) - 1)
         assert reused >= promised, f"promised {promised} tokens, the slot has {reused}: {plan}"

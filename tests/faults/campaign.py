@@ -90,7 +90,8 @@ class Campaign:
             calm.stop()
         finally:
             calm.close()
-        self.place = Place(root / "place", model)
+        # Blocks as disks have them, and as small ones do: SQLite's shared memory differs on them.
+        self.place = Place(root / "place", model, block_bytes=(4096, 1024)[seed % 2])
 
     def run(self, faults: list[Fault]) -> None:
         """All of them, one after another, in one place."""
@@ -99,10 +100,16 @@ class Campaign:
         for number, one in enumerate(faults):
             chance = random.Random(f"{self.seed}/{number}")
             kind = self.kinds.setdefault(one.kind, Kind())
-            if not self._round(one, kind, chance, f"{one.kind} #{number}"):
+            told = len(kind.troubles)
+            is_well = self._round(one, kind, chance, f"{one.kind} #{number}")
+            for text in kind.troubles[told:]:  # a campaign takes hours: whatever it finds is told
+                sys.stderr.write(f"{text}\n")
+            if not is_well:
                 self.place.close()
                 kind.troubles.append(f"{one.kind} #{number}: begun anew")
-                self.place = Place(self.place.root.with_name(f"place-{number}"), self.place.model)
+                before = self.place
+                root = before.root.with_name(f"place-{number}")
+                self.place = Place(root, before.model, block_bytes=before.block_bytes)
                 self.place.start()
                 self.place.gateway.wait_ready()
 

@@ -185,6 +185,16 @@ def rows_damaged_then_engine_killed(place: Place, chance: Chance) -> None:
 
 
 @fault()
+def a_storm_over_the_rows(place: Place, chance: Chance) -> None:
+    # While they are read and written, so that some change between two looks at them.
+    until_s = time.monotonic() + chance.uniform(0.5, 2.0)
+    while time.monotonic() < until_s:
+        for path in _some([*place.files("*.rows"), *place.files("*.end")], chance):
+            chance.choice((_flip, _truncate, _delete))(path, chance)
+        time.sleep(chance.uniform(0.0, 0.05))
+
+
+@fault()
 def flip_staged(place: Place, chance: Chance) -> None:
     for path in _some(place.staged(), chance):
         _flip(path, chance)
@@ -356,6 +366,19 @@ def staging_full(place: Place, chance: Chance) -> None:
             file.write(bytes(1 << 16))
     time.sleep(chance.uniform(0.3, 1.0))
     ballast.unlink()
+
+
+@fault()
+def clock_jumps(place: Place, chance: Chance) -> None:
+    for _ in range(chance.randint(1, 3)):
+        place.set_clock(chance.choice((-1, 1)) * chance.choice((90.0, 4e3, 9e4, 3e7, 3e8)))
+        time.sleep(chance.uniform(0.1, 0.6))
+        if chance.random() < 0.2:
+            place.signal_engine(signal.SIGKILL)
+    if chance.random() < 0.2:
+        with _stopped(place):
+            pass
+    place.set_clock(0.0)
 
 
 @fault()

@@ -28,12 +28,13 @@ HEALTHY_WITHIN_S = 30.0
 # What an allocator may keep of what a fault needed, and what SQLite may have open.
 GROWTH_BYTES = 60 << 20
 SPARE_DESCRIPTORS = 12
+CLOCK = Path(__file__).parent / "campaign_clock"
 
 
 class Disk:
     """A file system that can be full, read-only, frozen or gone; see the module."""
 
-    def __init__(self, root: Path, point: Path) -> None:
+    def __init__(self, root: Path, point: Path, *, block_bytes: int) -> None:
         self.point = point
         self._image = root / "disk.img"
         self._under = root / "disk"
@@ -45,10 +46,8 @@ class Disk:
         with self._image.open("wb") as file:
             file.truncate(DISK_BYTES)
         with contextlib.suppress(subprocess.CalledProcessError):
-            # Blocks as disks have them. In a small image they would be of 1 KiB, and SQLite, which
-            # sees to it that each 4 KiB of a file that it maps have a block, would be ended by
-            # SIGBUS on a full disk.
-            _run("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", str(self._image))
+            made = ("mkfs.ext4", "-q", "-F", "-b", str(block_bytes), "-m", "0")
+            _run(*made, str(self._image))
             _run("mount", "-o", "loop", str(self._image), str(self._under))
             self.is_real = True
             self.back()
@@ -103,14 +102,16 @@ class Disk:
 class Place:
     """See the module. `start` it; `close` it at the end."""
 
-    def __init__(self, root: Path, model: Path) -> None:
+    def __init__(self, root: Path, model: Path, *, block_bytes: int = 4096) -> None:
         self.root = root
+        self.block_bytes = block_bytes
         self.model = model
         root.mkdir(parents=True)
         self.tiers = write_small_tiers(root / "tiers")
         self.store = root / "store"
+        self._clock = root / "clock"
         self.staging = root / "staging"
-        self.disk = Disk(root, self.store)
+        self.disk = Disk(root, self.store, block_bytes=block_bytes)
         self.staging.mkdir(mode=0o700)
         self._has_tmpfs = False
         if self.disk.is_real:
@@ -129,8 +130,13 @@ class Place:
 
     def serve(self, name: str = "gateway") -> Served:
         """A gateway on this place's store, not yet ready."""
+        path = [str(CLOCK), *filter(None, [os.environ.get("PYTHONPATH")])]
         return Served(
             self.root / name,
+            environment={
+                "CAMPAIGN_CLOCK": str(self._clock),
+                "PYTHONPATH": os.pathsep.join(path),
+            },
             engine={
                 "model": str(self.model),
                 "slots": 2,
@@ -174,6 +180,12 @@ class Place:
         for pid in self.engine_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def set_clock(self, off_s: float) -> None:
+        """Let the gateway's wall clock jump to so many seconds beside the real one."""
+        new = self._clock.with_name("clock.new")
+        new.write_text(str(off_s))
+        new.replace(self._clock)
 
     def files(self, pattern: str) -> list[Path]:
         """The store's own files of a form, in whatever directory."""
@@ -234,6 +246,7 @@ class Place:
     def mend(self) -> None:
         """As it was, with a gateway, whatever a fault has left half done."""
         self.disk.mend()
+        self.set_clock(0.0)
         if self.gateway.process.poll() is not None:
             self.start()
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from fakeengine import KEY, FakeEngine
 from rig import Keepwarm
 
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.gateway.app import make_app
 from keepwarm.gateway.listening import Runner
 from keepwarm.settings import (
@@ -60,15 +60,15 @@ def settings(tmp_path: Path, engine: FakeEngine, server_settings: ServerSettings
 async def keepwarm(
     engine: FakeEngine, settings: Settings, places: Places
 ) -> AsyncIterator[Keepwarm]:
-    runtime = Runtime(settings, places)
-    runner = Runner(make_app(runtime))
+    life = Life(settings, places)
+    runner = Runner(make_app(life))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    await runtime.start()
+    await life.start()
     port = runner.addresses[0][1]
     async with aiohttp.ClientSession() as session:
-        yield Keepwarm(engine, runtime, f"http://127.0.0.1:{port}", session)
+        yield Keepwarm(engine, life, f"http://127.0.0.1:{port}", session)
     engine.resume.set()
-    await runtime.stop(drain=False)
+    await life.stop(drain=False)
     await runner.cleanup()

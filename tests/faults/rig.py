@@ -11,7 +11,8 @@ import aiohttp
 from fakeengine import FakeEngine
 
 from keepwarm.core.slots import SlotState
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.life import Life
 
 QUESTION = "What is the state of the backup disk?"
 
@@ -21,9 +22,13 @@ class Keepwarm:
     """A running gateway over the fake engine."""
 
     engine: FakeEngine
-    runtime: Runtime
+    life: Life
     base: str
     session: aiohttp.ClientSession
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.life.deployment
 
     def body(self, text: str = QUESTION, **changes: Any) -> dict[str, Any]:
         return {
@@ -71,10 +76,10 @@ class Keepwarm:
 
     async def settled(self) -> None:
         """Wait until no slot is given out and no request is known any more."""
-        scheduler = self.runtime.dispatcher.scheduler
+        scheduler = self.deployment.dispatcher.scheduler
         await until(lambda: not (scheduler.jobs or scheduler.busy or self.engine.busy))
         assert all(s.state is SlotState.IDLE and s.job is None for s in scheduler.slots)
-        dispatcher = self.runtime.dispatcher
+        dispatcher = self.deployment.dispatcher
         assert not dispatcher._waiting
         assert not dispatcher._bodies
         assert not dispatcher._fills

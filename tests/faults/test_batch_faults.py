@@ -60,7 +60,7 @@ async def test_an_odd_line_ends_neither_its_batch_nor_anybody_elses(
 async def test_a_task_that_raises_has_failed_and_the_next_one_runs(
     keepwarm: Keepwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    router = keepwarm.runtime.router
+    router = keepwarm.deployment.router
     tier = router.tier
 
     def broken(api: Any, body: Any, *rest: Any) -> Any:

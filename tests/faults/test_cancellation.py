@@ -44,7 +44,9 @@ async def assert_well(keepwarm: Keepwarm) -> None:
 
 def stepping(keepwarm: Keepwarm, kind: type) -> bool:
     """Whether a step of this kind runs."""
-    return any(isinstance(s, kind) for s in keepwarm.runtime.dispatcher.scheduler._running.values())
+    return any(
+        isinstance(s, kind) for s in keepwarm.deployment.dispatcher.scheduler._running.values()
+    )
 
 
 async def busy_with_stalled_requests(keepwarm: Keepwarm) -> list[asyncio.Task[Any]]:
@@ -58,7 +60,7 @@ async def busy_with_stalled_requests(keepwarm: Keepwarm) -> list[asyncio.Task[An
 
 async def test_hanging_up_while_queued_leaves_the_queue(keepwarm: Keepwarm) -> None:
     stalled = await busy_with_stalled_requests(keepwarm)
-    scheduler = keepwarm.runtime.dispatcher.scheduler
+    scheduler = keepwarm.deployment.dispatcher.scheduler
     waiting = [asyncio.create_task(keepwarm.ask(f"Waiting {n}?")) for n in range(3)]
     await until(lambda: scheduler.queued == 3)
     await hang_up(waiting[1])
@@ -131,7 +133,7 @@ async def test_a_slot_whose_reply_cant_be_stopped_is_kept_until_the_engine_is_do
     keepwarm: Keepwarm,
 ) -> None:
     # A raw completion that is asked for whole: the engine computes it to its end for nobody.
-    scheduler = keepwarm.runtime.dispatcher.scheduler
+    scheduler = keepwarm.deployment.dispatcher.scheduler
     keepwarm.engine.faults.append(Fault.STALL)
     body = {"prompt": list(range(300)), "n_predict": 4}
     url = f"{keepwarm.base}/completion"
@@ -171,7 +173,7 @@ async def test_a_fill_that_others_wait_for_goes_on_when_its_client_leaves(
     keepwarm: Keepwarm,
 ) -> None:
     keepwarm.engine._seconds_a_token = 0.001
-    scheduler = keepwarm.runtime.dispatcher.scheduler
+    scheduler = keepwarm.deployment.dispatcher.scheduler
     first = asyncio.create_task(keepwarm.ask(**own_prompt(1)))
     await until(lambda: stepping(keepwarm, FillSlot))
     others = [asyncio.create_task(keepwarm.ask(**own_prompt(n))) for n in (2, 3)]
@@ -208,7 +210,7 @@ class Handlers:
 async def test_a_client_that_leaves_just_when_a_fill_is_asked_for_has_it_not_begun(
     keepwarm: Keepwarm,
 ) -> None:
-    dispatcher = keepwarm.runtime.dispatcher
+    dispatcher = keepwarm.deployment.dispatcher
     handlers = Handlers(dispatcher)
     perform = dispatcher._perform
     asked_for: list[FillSlot] = []
@@ -246,7 +248,7 @@ async def test_hanging_up_during_a_save_or_restore_costs_no_slot(
 
     # Only their slots hold these, so the next request needs a save, and a restore.
     await keepwarm.occupy()
-    keepwarm.runtime.dispatcher.rates.prefill_s_per_token.value = 1.0
+    keepwarm.deployment.dispatcher.rates.prefill_s_per_token.value = 1.0
     keepwarm.engine._slot = slowly  # type: ignore[method-assign]
     task = asyncio.create_task(keepwarm.ask("Now the tier?"))
     await until(lambda: stepping(keepwarm, kind))
@@ -260,7 +262,7 @@ async def test_hanging_up_during_a_save_or_restore_costs_no_slot(
 async def test_a_client_that_leaves_in_the_moment_of_the_grant_takes_no_slot_along(
     keepwarm: Keepwarm, leaves_first: bool
 ) -> None:
-    dispatcher = keepwarm.runtime.dispatcher
+    dispatcher = keepwarm.deployment.dispatcher
     handlers = Handlers(dispatcher)
     resolve = dispatcher._resolve
     left = 0
@@ -291,10 +293,10 @@ async def test_hanging_up_while_a_request_is_sent_again_costs_no_slot(keepwarm: 
     engine = keepwarm.engine
     await engine.stop()
     tasks = [asyncio.create_task(keepwarm.ask(f"Question {n}?")) for n in range(3)]
-    await until(lambda: keepwarm.runtime.dispatcher.scheduler.queued == 3)
+    await until(lambda: keepwarm.deployment.dispatcher.scheduler.queued == 3)
     for task in tasks:
         await hang_up(task)
-    await until(lambda: keepwarm.runtime.dispatcher.scheduler.queued == 0)
+    await until(lambda: keepwarm.deployment.dispatcher.scheduler.queued == 0)
     await engine.start()
     await assert_well(keepwarm)
 
@@ -319,7 +321,7 @@ async def test_a_crowd_that_hangs_up_at_random_leaves_every_slot_free(
 
     await asyncio.gather(*(client(number) for number in range(24)))
     assert all(
-        s.state is not SlotState.SERVING for s in keepwarm.runtime.dispatcher.scheduler.slots
+        s.state is not SlotState.SERVING for s in keepwarm.deployment.dispatcher.scheduler.slots
     )
     await assert_well(keepwarm)
 
@@ -330,7 +332,7 @@ async def test_a_client_that_leaves_while_it_is_written_to_is_no_error(
     def left(*_: object) -> None:
         raise ClientConnectionResetError("Cannot write to closing transport")
 
-    monkeypatch.setattr(keepwarm.runtime.router, "tier", left)
+    monkeypatch.setattr(keepwarm.deployment.router, "tier", left)
     url = f"{keepwarm.base}/v1/chat/completions"
     async with keepwarm.session.post(url, json=keepwarm.body()) as response:
         assert response.status == 499  # which only a test can still read

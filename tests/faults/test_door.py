@@ -411,8 +411,8 @@ async def test_an_operator_forgets_a_key_and_no_other_key_can(keepwarm: Keepwarm
         for _ in range(3):
             assert (await ask(keepwarm, "POST", CHAT, data=raw, key=key))[0] == 200
             await keepwarm.settled()
-    runtime = keepwarm.runtime
-    before = await runtime.store.list_extents()
+    deployment = keepwarm.deployment
+    before = await deployment.store.list_extents()
     assert {"alice", "bob"} <= {e.namespace for e in before}
     assert (await forget("alice", BOB))[0] == 403
     assert (await forget("", "root-key"))[0] == 400
@@ -422,9 +422,9 @@ async def test_an_operator_forgets_a_key_and_no_other_key_can(keepwarm: Keepwarm
     assert told["store"]["extents"] == len(own)
     assert told["store"]["size_bytes"] == sum(e.size_bytes for e in own)
     assert (told["requests"], told["busy_slots"]) == (3, 0)
-    assert not runtime.dispatcher.scheduler.slots_of("alice")
-    after = await runtime.store.list_extents()
+    assert not deployment.dispatcher.scheduler.slots_of("alice")
+    after = await deployment.store.list_extents()
     assert [e.extent_id for e in after] == [e.extent_id for e in before if e.namespace != "alice"]
-    assert not [p.name for p in runtime.store.pins() if ":alice:" in p.name]
-    assert await runtime.explainer.latest(namespace="alice", limit=9) == []
-    assert len(await runtime.explainer.latest(namespace="bob", limit=9)) == 3
+    assert not [p.name for p in deployment.store.pins() if ":alice:" in p.name]
+    assert await deployment.explainer.latest(namespace="alice", limit=9) == []
+    assert len(await deployment.explainer.latest(namespace="bob", limit=9)) == 3

@@ -17,7 +17,7 @@ from aiohttp import web
 from fakeengine import REPLY, FakeEngine
 from rig import Keepwarm
 
-from keepwarm.deployment.runtime import State
+from keepwarm.deployment.condition import State
 
 ACTIONS = ("save", "restore", "erase")
 ANSWERS = ("400", "500", "garbage", "nothing", "another's slot", "no file")
@@ -84,13 +84,13 @@ async def test_whatever_a_slot_action_answers_requests_are_served(
     chance = random.Random(f"{action}/{answer}")
     engine.odd = {action: answer}
     await _all_answered(keepwarm, chance, rounds=3)
-    assert keepwarm.runtime.state is State.READY
+    assert keepwarm.deployment.state is State.READY
     if action != "erase":  # which may not be needed
         assert engine.times, "the fault was never met"
     engine.odd = {}
     await _all_answered(keepwarm, chance, rounds=2)
     await keepwarm.settled()
-    assert keepwarm.runtime.state is State.READY
+    assert keepwarm.deployment.state is State.READY
     # Nothing that came of it is believed: what is in a slot is what its engine holds.
     held = {tuple(tokens[:20]) for tokens in engine.slots}
     assert all(held)

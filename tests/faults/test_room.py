@@ -17,13 +17,13 @@ def sent(keepwarm: Keepwarm) -> list[dict[str, object]]:
 async def test_a_prompt_longer_than_its_room_is_refused_before_anything_is_done_for_it(
     keepwarm: Keepwarm,
 ) -> None:
-    held = [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots]
+    held = [slot.content for slot in keepwarm.deployment.dispatcher.scheduler.slots]
     status, _, body = await keepwarm.ask("word " * ROOM)
     assert status == 400
     assert body["error"]["type"] == "exceed_context_size_error"
     assert body["error"]["n_ctx"] == ROOM
     assert sent(keepwarm) == []
-    assert [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots] == held
+    assert [slot.content for slot in keepwarm.deployment.dispatcher.scheduler.slots] == held
     url = f"{keepwarm.base}/v1/messages"
     asked = keepwarm.body("word " * ROOM)
     async with keepwarm.session.post(url, json=asked) as response:
@@ -54,7 +54,7 @@ async def test_a_counted_prompt_is_refused_in_its_clients_words(keepwarm: Keepwa
 async def test_in_a_shared_pool_a_reply_is_bounded_to_what_was_reserved_for_it(
     keepwarm: Keepwarm,
 ) -> None:
-    assert keepwarm.runtime.machine.pool_tokens == ROOM
+    assert keepwarm.deployment.machine.pool_tokens == ROOM
     body = keepwarm.body()
     del body["max_tokens"]
     async with keepwarm.session.post(f"{keepwarm.base}/v1/chat/completions", json=body) as response:
@@ -69,7 +69,7 @@ async def test_in_a_shared_pool_a_reply_is_bounded_to_what_was_reserved_for_it(
     first = asyncio.create_task(keepwarm.ask("First?", max_tokens=4000))
     await until(lambda: keepwarm.engine.busy)
     second = asyncio.create_task(keepwarm.ask("Second?", max_tokens=4090))
-    await until(lambda: keepwarm.runtime.dispatcher.scheduler.queued)
+    await until(lambda: keepwarm.deployment.dispatcher.scheduler.queued)
     keepwarm.engine.resume.set()
     assert [(await task)[0] for task in (first, second)] == [200, 200]
     assert [body["max_tokens"] for body in sent(keepwarm)] == [4000, 4090]

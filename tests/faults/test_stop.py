@@ -11,7 +11,8 @@ from aiohttp import web
 from fakeengine import FakeEngine, Fault
 from rig import Keepwarm, until
 
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.life import Life
 from keepwarm.gateway.app import make_app
 from keepwarm.settings import Places, ServerSettings, Settings
 
@@ -24,16 +25,16 @@ def server_settings() -> ServerSettings:
 async def test_requests_in_flight_are_broken_off_after_the_drain_time_and_told(
     keepwarm: Keepwarm,
 ) -> None:
-    engine, runtime = keepwarm.engine, keepwarm.runtime
+    engine, life = keepwarm.engine, keepwarm.life
     engine.faults.extend([Fault.STALL, Fault.STALL_MID_STREAM])
     whole = asyncio.create_task(keepwarm.ask("First?"))
     await until(lambda: len(engine.busy) == 1)
     streamed = asyncio.create_task(keepwarm.ask_streamed("Second?"))
     await until(lambda: len(engine.busy) == 2)
     waiting = asyncio.create_task(keepwarm.ask("Third?"))
-    await until(lambda: runtime.dispatcher.scheduler.queued)
+    await until(lambda: life.deployment.dispatcher.scheduler.queued)
     began_s = time.monotonic()
-    stopping = asyncio.create_task(runtime.stop())
+    stopping = asyncio.create_task(life.stop())
     # Who has no slot yet is told at once, not after the others have had their time.
     status, headers, _ = await waiting
     assert status == 503
@@ -52,12 +53,12 @@ async def test_requests_in_flight_are_broken_off_after_the_drain_time_and_told(
 async def test_who_waits_for_an_engine_that_is_gone_is_told_when_keepwarm_stops(
     keepwarm: Keepwarm,
 ) -> None:
-    engine, runtime = keepwarm.engine, keepwarm.runtime
+    engine, life = keepwarm.engine, keepwarm.life
     await engine.stop()
-    await until(lambda: runtime.state is State.DOWN)
+    await until(lambda: life.state is State.DOWN)
     waiting = asyncio.create_task(keepwarm.ask())
-    await until(lambda: runtime.dispatcher.scheduler.queued)
-    await runtime.stop()
+    await until(lambda: life.deployment.dispatcher.scheduler.queued)
+    await life.stop()
     status, _, _ = await waiting
     assert status == 503
     await engine.start()
@@ -66,18 +67,18 @@ async def test_who_waits_for_an_engine_that_is_gone_is_told_when_keepwarm_stops(
 async def test_the_http_server_ends_at_once_behind_a_stop(
     engine: FakeEngine, settings: Settings, places: Places
 ) -> None:
-    runtime = Runtime(settings, places)
-    runner = web.AppRunner(make_app(runtime), handler_cancellation=True, access_log=None)
+    life = Life(settings, places)
+    runner = web.AppRunner(make_app(life), handler_cancellation=True, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    await runtime.start()
+    await life.start()
     engine.faults.append(Fault.STALL_MID_STREAM)
     async with aiohttp.ClientSession() as session:
-        keepwarm = Keepwarm(engine, runtime, f"http://127.0.0.1:{runner.addresses[0][1]}", session)
+        keepwarm = Keepwarm(engine, life, f"http://127.0.0.1:{runner.addresses[0][1]}", session)
         streamed = asyncio.create_task(keepwarm.ask_streamed())
         await until(lambda: engine.busy)
         began_s = time.monotonic()
-        await runtime.stop()
+        await life.stop()
         await runner.cleanup()
         assert time.monotonic() - began_s < 3.0
         _, text = await streamed

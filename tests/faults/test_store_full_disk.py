@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,3 +171,72 @@ def test_a_disk_that_fills_while_running_is_a_miss_and_can_be_pruned(
     assert rows_files(small_disk) == {}
     save(store, TOKENS[:100])
     store.close()
+
+
+# What a gateway writes with SQLite, on a disk that is full: it is refused, or it fits.
+_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from test_store_full_disk import fill, settings_on
+from keepwarm.batch.ledger import Ledger
+from keepwarm.errors import KeepwarmError, SnapshotError
+from keepwarm.explain.history import History
+from keepwarm.store.checks import list_extents, prune_root, stores
+from storesamples import allowing, opened, save
+
+disk, scratch = map(Path, sys.argv[1:])
+for life in range(2):
+    with allowing("no_space", "index", "io"):
+        store = opened(settings_on(disk, scratch))
+        save(store, list(range(500)))
+        fill(disk)
+        for start in range(0, 50_000, 500):
+            with allowing("no_space"):
+                save(store, list(range(start, start + 500)))
+        for one in stores(disk / "store"):
+            list_extents(disk / "store", one.name)
+        store.close()
+    try:
+        ledger = Ledger(disk / "batches")
+        ledger.close()
+    except KeepwarmError as error:
+        assert "damaged" not in str(error), error
+    history = History(disk / "history.sqlite", keeps_text=False)
+    history.close()
+prune_root(disk / "store", 0)
+print("lived")
+"""
+
+
+@pytest.fixture
+def small_blocks(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB in blocks of 1 KiB, as small disks have them."""
+    disk, image = tmp_path / "blocks", tmp_path / "image"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    for command in (
+        ["mkfs.ext4", "-q", "-F", "-b", "1024", "-m", "0", str(image)],
+        ["mount", "-o", "loop", str(image), str(disk)],
+    ):
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("no file system can be made here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_of_small_blocks_ends_nobody(small_blocks: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITER, str(small_blocks), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.returncode} {done.stderr}"
+    assert done.stdout == "lived\n"

@@ -7,15 +7,15 @@ import shutil
 import pytest
 from rig import Keepwarm, until
 
-from keepwarm.deployment.runtime import State
+from keepwarm.deployment.condition import State
 
 
 async def engine_dies_and_comes_back(keepwarm: Keepwarm) -> None:
     await keepwarm.engine.stop()
-    keepwarm.runtime.suspect_engine()
-    await until(lambda: keepwarm.runtime.state is State.DOWN)
+    keepwarm.deployment.suspect_engine()
+    await until(lambda: keepwarm.deployment.state is State.DOWN)
     await keepwarm.engine.start()
-    await until(lambda: keepwarm.runtime.state is State.READY)
+    await until(lambda: keepwarm.deployment.state is State.READY)
 
 
 async def assert_warm_again(keepwarm: Keepwarm) -> None:
@@ -29,29 +29,29 @@ async def assert_warm_again(keepwarm: Keepwarm) -> None:
     assert (status, headers["x-keepwarm-plan"]) == (200, "snapshot")
     assert body["timings"]["cache_n"] >= 60
     await keepwarm.settled()
-    root = keepwarm.runtime.store.settings.root
+    root = keepwarm.deployment.store.settings.root
     assert list(root.glob("*.index"))
     assert list(root.glob("*/*.rows"))
-    assert await keepwarm.runtime.store.check_integrity() == ()
+    assert await keepwarm.deployment.store.check_integrity() == ()
 
 
 @pytest.mark.parametrize("what", ["store", "slots", "both"])
 async def test_what_was_taken_away_is_made_again(keepwarm: Keepwarm, what: str) -> None:
     await keepwarm.ask()
     await keepwarm.settled()
-    store, staging = keepwarm.runtime.store.settings.root, keepwarm.engine.slot_dir
+    store, staging = keepwarm.deployment.store.settings.root, keepwarm.engine.slot_dir
     for directory in {"store": [store], "slots": [staging], "both": [store, staging]}[what]:
         shutil.rmtree(directory)
     await engine_dies_and_comes_back(keepwarm)
     await assert_warm_again(keepwarm)
-    assert keepwarm.runtime.store.pin_named("tier:standard")
+    assert keepwarm.deployment.store.pin_named("tier:standard")
 
 
 async def test_a_store_that_is_gone_between_requests_costs_no_request(keepwarm: Keepwarm) -> None:
-    shutil.rmtree(keepwarm.runtime.store.settings.root)
+    shutil.rmtree(keepwarm.deployment.store.settings.root)
     await keepwarm.occupy()
     for number in range(3):
         status, _, _ = await keepwarm.ask(f"Question {number}?", model="minimal")
         assert status == 200
     await keepwarm.settled()
-    assert await keepwarm.runtime.store.check_integrity() == ()
+    assert await keepwarm.deployment.store.check_integrity() == ()

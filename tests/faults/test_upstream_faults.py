@@ -10,7 +10,7 @@ import pytest
 from fakeengine import FAILURE, INABILITY, REFUSAL, FakeEngine, Fault
 from rig import Keepwarm, until
 
-from keepwarm.deployment.runtime import State
+from keepwarm.deployment.condition import State
 
 ANSWER = "It is noon."
 
@@ -46,7 +46,7 @@ async def test_without_faults_a_tier_is_warm_whole_and_streamed(keepwarm: Keepwa
     assert status == 200
     assert headers["x-keepwarm-tier"] == "minimal; explicit"
     assert headers["x-keepwarm-plan"] == "slot"
-    tokens = next(w.tokens for w in keepwarm.runtime.prefixes.warmed if w.name == "tier:minimal")
+    tokens = next(w.tokens for w in keepwarm.deployment.prefixes.warmed if w.name == "tier:minimal")
     assert body["timings"]["cache_n"] >= tokens
     status, text = await keepwarm.ask_streamed()
     assert status == 200
@@ -160,14 +160,14 @@ async def test_a_refusal_of_something_else_costs_no_slot_its_content(
     keepwarm: Keepwarm, fault: Fault, answer: tuple[int, dict[str, object]]
 ) -> None:
     await keepwarm.occupy()
-    held = [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots]
+    held = [slot.content for slot in keepwarm.deployment.dispatcher.scheduler.slots]
     keepwarm.engine.faults.append(fault)
     body = {"prompt": list(range(7000, 7200)), "max_tokens": 4}
     async with keepwarm.session.post(f"{keepwarm.base}/completion", json=body) as response:
         assert (response.status, await response.json()) == answer
     await keepwarm.settled()
     assert all(held)
-    assert [slot.content for slot in keepwarm.runtime.dispatcher.scheduler.slots] == held
+    assert [slot.content for slot in keepwarm.deployment.dispatcher.scheduler.slots] == held
 
 
 async def test_a_refusal_is_passed_on_unchanged_and_keeps_the_slot_warm(
@@ -247,7 +247,7 @@ async def test_health_tells_of_an_engine_that_is_gone(keepwarm: Keepwarm) -> Non
         assert response.status == 200
     await keepwarm.engine.stop()
     asking = asyncio.create_task(keepwarm.ask())
-    await until(lambda: keepwarm.runtime.state is State.DOWN)
+    await until(lambda: keepwarm.deployment.state is State.DOWN)
     async with keepwarm.session.get(f"{keepwarm.base}/health") as response:
         assert response.status == 503
     await keepwarm.engine.start()
@@ -277,16 +277,16 @@ async def test_supervision_outlives_a_health_page_that_isnt_json(keepwarm: Keepw
         return told(path, body)
 
     keepwarm.engine._told = page  # type: ignore[method-assign, assignment]
-    keepwarm.runtime.suspect_engine()
+    keepwarm.deployment.suspect_engine()
     await asyncio.sleep(0.3)
     keepwarm.engine._told = told  # type: ignore[method-assign]
-    assert keepwarm.runtime.is_alive
+    assert keepwarm.deployment.is_alive
     await assert_well(keepwarm)
 
 
 async def pins_of(keepwarm: Keepwarm, *names: str) -> None:
     """Wait until these tiers are pinned."""
-    store = keepwarm.runtime.store
+    store = keepwarm.deployment.store
     await until(lambda: all(store.pin_named(name) for name in names))
 
 
@@ -303,7 +303,7 @@ async def test_a_restore_that_lies_is_counted_and_costs_no_rows_that_are_good(
     assert body["timings"]["cache_n"] == 0
     await keepwarm.counted('keepwarm_misses_total{reason="not_reused"} 1.0')
     # Its files are what was written, so it isn't to blame: it is proved again, and nothing is lost.
-    assert keepwarm.runtime.store.stats().quarantined_extents == 0
+    assert keepwarm.deployment.store.stats().quarantined_extents == 0
     await pins_of(keepwarm, "tier:minimal", "tier:standard")
     await keepwarm.settled()
     await keepwarm.occupy()
@@ -322,7 +322,7 @@ async def test_a_template_whose_opening_changes_by_itself_is_noticed_and_warmed_
     assert body["timings"]["cache_n"] < 5
     await keepwarm.counted('keepwarm_misses_total{reason="template_changed"} 1.0')
     # It is counted first; until it is mended the old pins are there.
-    async with keepwarm.runtime.prover._mending:
+    async with keepwarm.deployment.prover._mending:
         pass
     await pins_of(keepwarm, "tier:minimal", "tier:standard")
     await keepwarm.settled()

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from keepwarm.fleet.node import NodeRuntime
+from keepwarm.fleet.node import NodeLife
 from keepwarm.gateway.app import make_app
 from keepwarm.settings import load_settings
 from keepwarm.slotfile import Buffer
@@ -47,8 +47,8 @@ class Bucket:
 class Node:
     """A running node and its address."""
 
-    def __init__(self, runtime: NodeRuntime, url: str) -> None:
-        self.runtime, self.url = runtime, url
+    def __init__(self, life: NodeLife, url: str) -> None:
+        self.life, self.url = life, url
 
     async def chat(self, messages: list[dict[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
         """One greedy reply of eight tokens, and the headers it came with."""
@@ -77,15 +77,15 @@ async def node(
         **{f"engine.{key}": value for key, value in engine.items()},
     }
     settings, places = load_settings(flags=flags)
-    runtime = NodeRuntime(settings, places, shared=bucket)
-    runner = web.AppRunner(make_app(runtime))
+    life = NodeLife(settings, places, shared=bucket)
+    runner = web.AppRunner(make_app(life))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
-        await runtime.start()
-        yield Node(runtime, "http://{}:{}".format(*runner.addresses[0][:2]))
+        await life.start()
+        yield Node(life, "http://{}:{}".format(*runner.addresses[0][:2]))
     finally:
-        await runtime.stop()
+        await life.stop()
         await runner.cleanup()
 
 
@@ -95,20 +95,20 @@ async def test_a_second_node_is_warm_without_a_prefill_and_goes_on_where_the_fir
     bucket = Bucket()
     first = [{"role": "user", "content": STORY + "What hums?"}]
     async with node(tmp_path / "one", small_tiers, bucket) as one:
-        assert {w.how for w in one.runtime.prefixes.warmed} == {"prefilled"}
+        assert {w.how for w in one.life.node.prefixes.warmed} == {"prefilled"}
         reply, _ = await one.chat(first)
         talk = [*first, reply["choices"][0]["message"], {"role": "user", "content": "Where?"}]
     # It has ended, and what it had was written behind.
     async with node(tmp_path / "two", small_tiers, bucket) as two:
-        assert {w.how for w in two.runtime.prefixes.warmed} == {"restored"}
-        assert all(w.proved for w in two.runtime.prefixes.warmed)
+        assert {w.how for w in two.life.node.prefixes.warmed} == {"restored"}
+        assert all(w.proved for w in two.life.node.prefixes.warmed)
         there, headers = await two.chat(talk)
         assert headers["X-Keepwarm-Plan"] == "snapshot"
-        moved = two.runtime.moved[headers["X-Keepwarm-Request-Id"]]
+        moved = two.life.node.moved[headers["X-Keepwarm-Request-Id"]]
         assert moved > 150
         assert there["timings"]["cache_n"] > moved
         assert there["timings"]["prompt_n"] < 40
-        second = two.runtime.second
+        second = two.life.node.second
         assert second is not None
         assert second.counts.misses.total() == 0
     # The one it was begun on answers the same from its own store, bit for bit.
@@ -125,8 +125,8 @@ async def test_a_node_of_another_build_shares_nothing(tmp_path: Path, small_tier
     before = set(bucket.objects)
     assert before
     async with node(tmp_path / "two", small_tiers, bucket, kv_type_k="q8_0") as two:
-        assert {w.how for w in two.runtime.prefixes.warmed} == {"prefilled"}
-        assert two.runtime.second is not None
-        assert two.runtime.second.counts.moved == 0
+        assert {w.how for w in two.life.node.prefixes.warmed} == {"prefilled"}
+        assert two.life.node.second is not None
+        assert two.life.node.second.counts.moved == 0
     ours = {name.split("/")[0] for name in before}
     assert ours.isdisjoint(name.split("/")[0] for name in set(bucket.objects) - before)

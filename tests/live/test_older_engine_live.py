@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.life import Life
 from keepwarm.errors import EngineStartError
 from keepwarm.settings import EngineSettings, Places, Settings, StoreSettings, TierSettings
 
@@ -50,15 +51,15 @@ async def test_flags_that_a_binary_doesnt_know_are_left_out_and_named(
         tmp_path / "older", "--no-cache-idle-slots", "--slot-prompt-similarity", "auto"
     )
     settings = settings_of(tmp_path, small_tiers, quick_model, binary)
-    runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
-    await runtime.start()
+    life = Life(settings, Places(tmp_path, tmp_path, None, None))
+    await life.start()
     try:
-        assert runtime.state is State.READY
+        assert life.state is State.READY
         for flag in ("--no-cache-idle-slots", "--slot-prompt-similarity", "--flash-attn"):
             assert f"this engine doesn't know {flag}" in caplog.text
-        assert all(warmed.proved for warmed in runtime.prefixes.warmed)
+        assert all(warmed.proved for warmed in life.deployment.prefixes.warmed)
     finally:
-        await runtime.stop()
+        await life.stop()
 
 
 async def test_a_binary_that_saves_no_slots_is_served_without(
@@ -66,13 +67,13 @@ async def test_a_binary_that_saves_no_slots_is_served_without(
 ) -> None:
     binary = older_binary(tmp_path / "older", "--slot-save-path")
     settings = settings_of(tmp_path, small_tiers, quick_model, binary)
-    runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
-    await runtime.start()
+    life = Life(settings, Places(tmp_path, tmp_path, None, None))
+    await life.start()
     try:
-        assert runtime.state is State.READY
+        assert life.state is State.READY
         assert "every start is cold" in caplog.text
     finally:
-        await runtime.stop()
+        await life.stop()
 
 
 async def test_an_argument_of_the_users_own_that_it_doesnt_know_is_named_at_once(
@@ -80,6 +81,6 @@ async def test_an_argument_of_the_users_own_that_it_doesnt_know_is_named_at_once
 ) -> None:
     binary = older_binary(tmp_path / "older", "--spin")
     settings = settings_of(tmp_path, small_tiers, quick_model, binary, "--spin")
-    runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
+    life = Life(settings, Places(tmp_path, tmp_path, None, None))
     with pytest.raises(EngineStartError, match="doesn't know the argument --spin"):
-        await runtime.start()
+        await life.start()

@@ -15,7 +15,8 @@ import pytest
 from aiohttp import web
 
 from keepwarm.deployment import supervision
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.life import Life
 from keepwarm.engine.process import EngineProcess
 from keepwarm.gateway.app import make_app
 from keepwarm.settings import (
@@ -38,7 +39,7 @@ MB = 1_000_000
 class Served:
     """A gateway in this process over a real engine; `model` is a link that a test may break."""
 
-    runtime: Runtime
+    life: Life
     base: str
     model: Path
     session: aiohttp.ClientSession
@@ -81,15 +82,15 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         tiers=TierSettings(dir=str(write_small_tiers(tmp_path / "tiers"))),
         store=StoreSettings(dir=str(tmp_path / "store")),
     )
-    runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
-    runner = web.AppRunner(make_app(runtime))
+    life = Life(settings, Places(tmp_path, tmp_path, None, None))
+    runner = web.AppRunner(make_app(life))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     base = "http://{}:{}".format(*runner.addresses[0][:2])
-    await runtime.start()
+    await life.start()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-        yield Served(runtime, base, model, session)
-    await runtime.stop()
+        yield Served(life, base, model, session)
+    await life.stop()
     await runner.cleanup()
 
 
@@ -104,46 +105,46 @@ def told_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_an_engine_that_has_outgrown_its_limit_is_renewed_and_stays_warm(
     told_bytes: list[int], served: Served
 ) -> None:
-    runtime = served.runtime
+    life = served.life
     assert await served.cached_tokens() >= 100
-    first = runtime.engine_pid
+    first = life.deployment.engine_pid
     # The first look measures the new engine; the growth must come after it.
-    await runtime.look_at_engine()
+    await life.deployment.look_at_engine()
     told_bytes.append(250 * MB)
     async with asyncio.timeout(60):
-        while runtime.engine_pid == first:
-            await runtime.look_at_engine()
+        while life.deployment.engine_pid == first:
+            await life.deployment.look_at_engine()
     # It isn't back yet, so this one waits for it.
     assert await served.cached_tokens() >= 100
-    assert runtime.engine_pid not in (first, None)
+    assert life.deployment.engine_pid not in (first, None)
     assert 'keepwarm_engine_restarts_total{reason="outgrown"} 1.0' in await served.metrics()
 
 
 async def test_an_engine_that_hangs_is_killed_and_what_waits_for_it_goes_on(
     told_bytes: list[int], served: Served
 ) -> None:
-    runtime = served.runtime
-    first = runtime.engine_pid
+    life = served.life
+    first = life.deployment.engine_pid
     assert first
     os.kill(first, signal.SIGSTOP)
     replies = await asyncio.gather(*(served.cached_tokens() for _ in range(4)))
     assert min(replies) >= 100
-    assert runtime.engine_pid != first
+    assert life.deployment.engine_pid != first
     assert 'keepwarm_engine_restarts_total{reason="hung"} 1.0' in await served.metrics()
 
 
 async def test_a_circuit_opens_with_a_clear_answer_and_closes_when_the_engine_starts_again(
     told_bytes: list[int], served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = served.runtime
+    life = served.life
     monkeypatch.setattr(supervision, "_MAX_RESTARTS", 2)
     monkeypatch.setattr(supervision, "pause_s", lambda _: 0.05)
     away = served.model.rename(served.model.with_name("away.gguf"))
-    assert runtime.engine_pid
-    os.kill(runtime.engine_pid, signal.SIGKILL)
+    assert life.deployment.engine_pid
+    os.kill(life.deployment.engine_pid, signal.SIGKILL)
     # Asked before anybody knows: it waits, and is told when the circuit opens.
     waited = await served.ask()
-    assert runtime.state is State.FAILED
+    assert life.state is State.FAILED
     refused = await served.ask()
     for reply in (waited, refused):
         assert reply.status == 503
@@ -155,6 +156,6 @@ async def test_a_circuit_opens_with_a_clear_answer_and_closes_when_the_engine_st
         assert reply.status == 503
     away.rename(served.model)
     async with asyncio.timeout(60):
-        while runtime.state is not State.READY:  # noqa: ASYNC110 - nothing tells of it
+        while life.state is not State.READY:  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(0.05)
     assert await served.cached_tokens() >= 100

@@ -20,9 +20,9 @@ import pytest
 
 from bareengine import BareEngine, StartEngine
 from keepwarm.core.memory import MemoryKind
-from keepwarm.deployment import runtime as runtime_module
+from keepwarm.deployment import deployment as deployment_module
+from keepwarm.deployment.life import Life
 from keepwarm.deployment.probe import ProbeResult, probe
-from keepwarm.deployment.runtime import Runtime
 from keepwarm.engine import http as http_module
 from keepwarm.engine.client import EngineClient
 from keepwarm.settings import EngineSettings, Places, Settings, StoreSettings, TierSettings
@@ -226,20 +226,20 @@ async def test_a_window_that_cant_be_mended_is_kept_whole_by_the_engine_instead(
     """The trap itself: this engine, this model, and a file that wasn't touched."""
     model = tmp_path / "gemma3.gguf"
     write_tiny_gemma3(model, small_model())
-    monkeypatch.setattr(runtime_module, "probe", whole_only)
+    monkeypatch.setattr(deployment_module, "probe", whole_only)
     settings = Settings(
         engine=EngineSettings(model=str(model), slots=2, context=2048, threads=2, pool="split"),
         store=StoreSettings(dir=str(tmp_path / "store"), staging_dir=str(tmp_path / "staging")),
         tiers=TierSettings(dir=str(small_tiers)),
     )
-    runtime = Runtime(settings, Places(tmp_path, tmp_path, None, None))
-    await runtime.start()
+    life = Life(settings, Places(tmp_path, tmp_path, None, None))
+    await life.start()
     try:
-        assert runtime.launch.options
-        assert runtime.launch.options.swa_full
-        assert [w.proved for w in runtime.prefixes.warmed] == [True, True]
+        assert life.deployment.launch.options
+        assert life.deployment.launch.options.swa_full
+        assert [w.proved for w in life.deployment.prefixes.warmed] == [True, True]
     finally:
-        await runtime.stop()
+        await life.stop()
 
 
 def test_a_model_that_is_cut_in_its_tensors_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -233,3 +233,15 @@ def test_a_disk_that_is_read_only_or_gone_may_come_back(tmp_path: Path, code: in
     with pytest.raises(UnwritableError) as raised, disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert raised.value.retry
+
+
+def test_a_database_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl.journal"
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE ledger (name TEXT)")
+    db.commit()
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="no journal, and is left alone"):
+        Journal(path, results=tmp_path / "out.jsonl", errors=tmp_path / "errors.jsonl")
+    assert path.read_bytes() == before

@@ -9,6 +9,7 @@ import pytest
 
 from keepwarm.batch.journal import Journal
 from keepwarm.batch.ledger import Ledger
+from keepwarm.errors import ConfigError
 
 
 def _upload(ledger: Ledger, content: bytes = b"{}\n") -> str:
@@ -117,3 +118,15 @@ def test_the_journal_of_an_ended_batch_goes_and_its_results_stay(tmp_path: Path)
     ledger.close()
     with sqlite3.connect(tmp_path / "batches.sqlite") as db:
         assert db.execute("SELECT COUNT(*) FROM refuse").fetchone() == (0,)
+
+
+def test_a_database_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "batches.sqlite"
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE files (name TEXT)")
+    db.commit()
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="isn't Keepwarm's"):
+        Ledger(tmp_path)
+    assert path.read_bytes() == before

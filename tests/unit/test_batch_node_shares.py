@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batchsamples import document, line
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.node_shares import cut
-from keepwarm.batch.planner import Costs, play
+from keepwarm.batch.planner import BatchCosts, play
 from keepwarm.batch.tasks import parse_tasks
 from keepwarm.batch.tree import PrefixTree, build_tree
 
@@ -80,7 +80,7 @@ def test_a_night_on_several_nodes_ends_and_runs_each_task_once(
 ) -> None:
     tree = about(documents)
     night = Night(tree, homes=cut(tree, nodes))
-    _, steps = play(tree, night, lanes=nodes * slots, now_s=0.0, costs=Costs())
+    _, steps = play(tree, night, lanes=nodes * slots, now_s=0.0, costs=BatchCosts())
     run = [step.leaf for step in steps if step.branch is None]
     assert sorted(run) == list(range(len(documents)))
 

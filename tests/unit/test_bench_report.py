@@ -14,11 +14,11 @@ from keepwarm.bench.figures import figures_of
 from keepwarm.bench.measures import BARE, DIRECT, OWN_PROMPT
 from keepwarm.bench.report import TITLES, lines_of, markdown, svg, terminal
 from keepwarm.bench.results import (
+    BenchReport,
     Duration,
     Figure,
-    Machine,
+    MachineRecord,
     Prefix,
-    Report,
     Sample,
     read_json,
     write_json,
@@ -42,13 +42,15 @@ def duration(scenario: str, arm: str, seconds: float, step: str = "start to read
     return Duration(scenario=scenario, step=step, arm=arm, run=0, seconds=seconds)
 
 
-def report(*samples: Sample, kind: str = "bench", durations: tuple[Duration, ...] = ()) -> Report:
-    return Report(
+def report(
+    *samples: Sample, kind: str = "bench", durations: tuple[Duration, ...] = ()
+) -> BenchReport:
+    return BenchReport(
         kind=kind,
         keepwarm="1.2.3",
         began="2026-01-02T03:04:05+00:00",
         seconds=12.0,
-        machine=Machine(system="Linux", processor="some", cores=2, python="3.11", load=0.5),
+        machine=MachineRecord(system="Linux", processor="some", cores=2, python="3.11", load=0.5),
         engine="an engine",
         model="m.gguf, 98 MB",
         settings={"runs": "1"},

@@ -19,7 +19,7 @@ from benchmarks.routing_report import (
     COLD_ROUTED,
     WARM_FULL,
     WARM_ROUTED,
-    Asked,
+    RoutedRequest,
     RoutingArm,
     RoutingReport,
     gains_of,
@@ -31,7 +31,7 @@ from benchmarks.routing_report import (
     warm_tiers,
 )
 from benchmarks.routing_tasks import TASKS
-from keepwarm.bench.results import Machine, Prefix
+from keepwarm.bench.results import MachineRecord, Prefix
 from keepwarm.router import DEFAULT_COSTS, TIERS, TierCost
 from keepwarm.tiers.router_files import load_router
 
@@ -47,8 +47,8 @@ def asked(
     prompt: int = 3600,
     prefilled: int = 20,
     decode_s: float = 1.0,
-) -> Asked:
-    return Asked(
+) -> RoutedRequest:
+    return RoutedRequest(
         arm=arm.name,
         kind=kind,
         task=task,
@@ -64,7 +64,7 @@ def asked(
     )
 
 
-def report(*samples: Asked) -> RoutingReport:
+def report(*samples: RoutedRequest) -> RoutingReport:
     prefixes = [
         Prefix(tier=tier, tokens=tokens, size_bytes=9, how="prefilled", seconds=seconds)
         for tier, tokens, seconds in zip(TIERS, (241, 2083, 3633), (1.0, 8.0, 7.5), strict=True)
@@ -73,7 +73,7 @@ def report(*samples: Asked) -> RoutingReport:
         keepwarm="1.2.3",
         began="2026-01-02T03:04:05+00:00",
         seconds=12.0,
-        machine=Machine(system="Linux", processor="some", cores=2, python="3.11", load=0.5),
+        machine=MachineRecord(system="Linux", processor="some", cores=2, python="3.11", load=0.5),
         engine="an engine",
         model="m.gguf, 98 MB",
         settings={"rounds": "1"},

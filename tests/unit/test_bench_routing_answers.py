@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.routing_answers import Answered, tables
-from benchmarks.routing_report import WARM_FULL, WARM_ROUTED, WARM_STANDARD, Asked, whole_of
+from benchmarks.routing_report import WARM_FULL, WARM_ROUTED, WARM_STANDARD, RoutedRequest, whole_of
 from benchmarks.routing_rules import RULES
 from benchmarks.routing_tasks import TASKS
 from keepwarm.tiers.files import load_tiers
@@ -94,8 +94,8 @@ def test_the_tables_count_right_answers_and_replies_that_ask_for_more() -> None:
 
 
 def test_whole_replies_are_compared_over_the_tasks_that_all_arms_were_asked() -> None:
-    def sample(arm: str, task: int, total_s: float) -> Asked:
-        return Asked(
+    def sample(arm: str, task: int, total_s: float) -> RoutedRequest:
+        return RoutedRequest(
             arm=arm,
             kind="minimal",
             task=task,

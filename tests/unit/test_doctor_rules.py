@@ -11,7 +11,7 @@ from keepwarm.core.memory import MemoryKind
 from keepwarm.core.volatile import Volatile
 from keepwarm.doctor import machine, prompts, server
 from keepwarm.doctor.diagnose import RULES, diagnose
-from keepwarm.doctor.facts import DiskFacts, Facts, ProcessFacts, StoreFacts, TierFacts
+from keepwarm.doctor.facts import DiskFacts, ProcessFacts, ServerFacts, StoreFacts, TierFacts
 from keepwarm.doctor.finding import Finding, Severity, exit_status
 from keepwarm.doctor.flags import ServerFlags
 
@@ -19,7 +19,7 @@ GB, MB = 10**9, 10**6
 SSD = DiskFacts(path="/ssd", kind="ext4", free_bytes=100 * GB, write_bytes_s=500e6)
 SHM = DiskFacts(path="/dev/shm/x", kind="tmpfs", free_bytes=8 * GB)
 GOOD_FLAGS = ServerFlags(slots=4, unified=True, clears_idle=False, cache_ram_mib=0, slot_dir="/x")
-GOOD = Facts(
+GOOD = ServerFacts(
     url="http://127.0.0.1:8080",
     kind="llama-server",
     today=date(2026, 11, 4),
@@ -41,7 +41,7 @@ KEEPWARM = replace(GOOD, kind="keepwarm", state="ready", flags=None, keeps_idle=
 
 
 @pytest.mark.parametrize("facts", [GOOD, KEEPWARM], ids=["llama-server", "keepwarm"])
-def test_a_good_deployment_has_no_findings(facts: Facts) -> None:
+def test_a_good_deployment_has_no_findings(facts: ServerFacts) -> None:
     assert diagnose(facts) == []
 
 
@@ -77,7 +77,7 @@ def test_the_worst_comes_first_and_decides_the_exit_status() -> None:
     assert [f.severity for f in diagnose(facts)] == [Severity.ERROR, Severity.WARNING]
 
 
-def _only(facts: Facts, code: str) -> Finding:
+def _only(facts: ServerFacts, code: str) -> Finding:
     found = diagnose(facts)
     assert [finding.code for finding in found] == [code]
     return found[0]

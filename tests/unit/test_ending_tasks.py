@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from keepwarm.deployment import runtime
-from keepwarm.deployment.runtime import end_tasks
+from keepwarm.deployment import tasks as tasks_module
+from keepwarm.deployment.tasks import end_tasks
 
 
 async def test_a_task_that_loses_its_cancellation_is_cancelled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "_CANCEL_AGAIN_S", 0.01)
+    monkeypatch.setattr(tasks_module, "_CANCEL_AGAIN_S", 0.01)
     lost = 0
 
     async def loses_two() -> None:

@@ -18,8 +18,8 @@ from keepwarm.core.texts import common_chars, common_tail_chars
 from keepwarm.dashboard import __file__ as dashboard_file
 from keepwarm.explain.difference import Cause, Difference, first_difference, sent_difference
 from keepwarm.explain.explanation import (
+    ExplainedFacts,
     Explanation,
-    Facts,
     Nearest,
     advice_for,
     explain,
@@ -358,7 +358,7 @@ def test_any_two_prompts_can_be_compared(first: list[str], second: list[str]) ->
 # --- causes
 
 
-def facts(**changes: Any) -> Facts:
+def facts(**changes: Any) -> ExplainedFacts:
     """A request of 1,000 tokens that agrees with an earlier one for 900, all cold."""
     values: dict[str, Any] = {
         "source": Source.COLD,
@@ -370,7 +370,7 @@ def facts(**changes: Any) -> Facts:
         "reach_tokens": 1000,
         "nearest": Nearest(None),
     }
-    return Facts(**(values | changes))
+    return ExplainedFacts(**(values | changes))
 
 
 def cause_of(**changes: Any) -> Cause:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.prompt import prompt_of
-from keepwarm.explain.history import Entry, History, Totals
+from keepwarm.explain.history import History, PastRequest, Totals, forget_requests
 from keepwarm.explain.parts import Parts, parts_of
 from keepwarm.explain.recent import Recent, Remembered
 from keepwarm.explain.record import without_text
@@ -173,7 +173,7 @@ def test_calls_are_kept_as_they_were_sent() -> None:
 # --- records on disk
 
 
-def entry(number: int, namespace: str = "ada", **changes: Any) -> Entry:
+def entry(number: int, namespace: str = "ada", **changes: Any) -> PastRequest:
     values: dict[str, Any] = {
         "id": f"request{number:05}",
         "namespace": namespace,
@@ -194,7 +194,7 @@ def entry(number: int, namespace: str = "ada", **changes: Any) -> Entry:
         "decoded_tokens": 5,
         "spared_s": 0.5,
     }
-    return Entry(**(values | changes))
+    return PastRequest(**(values | changes))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_its_files_are_private(path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
-def with_text(number: int) -> Entry:
+def with_text(number: int) -> PastRequest:
     difference = {"cause": "timestamp", "context": "is ", "before": "SECRET", "after": "NEWER"}
     record = {"id": f"request{number:05}", "difference": difference}
     return entry(number, has_text=True, record=record)
@@ -304,23 +304,50 @@ def test_text_is_taken_out_again_once_the_settings_forbid_it(path: Path) -> None
         assert b"SECRET" not in file.read_bytes()
 
 
-def test_a_file_that_is_none_of_ours_is_set_aside(path: Path) -> None:
-    path.write_bytes(b"not a database at all, but long enough to be looked at" * 20)
+def test_a_file_of_ours_that_is_damaged_is_set_aside(path: Path) -> None:
+    History(path, keeps_text=False).close()
+    raw = bytearray(path.read_bytes())
+    raw[100:108] = b"\xff" * 8
+    path.write_bytes(raw)
     history = History(path, keeps_text=False)
     history.add(entry(1))
     assert history.get("request00001", namespace="ada") is not None
-    assert len([p for p in path.parent.iterdir() if "unreadable" in p.name]) == 1
+    history.close()
+    (aside,) = [p for p in path.parent.iterdir() if "unreadable" in p.name]
+    assert aside.read_bytes() == raw
+    assert History(path, keeps_text=False).get("request00001", namespace="ada") is not None
 
 
-def test_a_file_of_another_version_is_set_aside(path: Path) -> None:
-    History(path, keeps_text=False).close()
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 99")
-    db.commit()
-    db.close()
+def somebodys(path: Path, what: str) -> None:
+    if what == "text":
+        path.write_bytes(b"not a database at all, but long enough to be looked at" * 20)
+    elif what == "database":
+        db = sqlite3.connect(path)
+        db.execute("CREATE TABLE web_requests (url TEXT)")
+        db.commit()
+        db.close()
+    else:
+        History(path, keeps_text=False).close()
+        db = sqlite3.connect(path)
+        db.execute("PRAGMA user_version = 99")
+        db.commit()
+        db.close()
+    path.chmod(0o644)
+
+
+@pytest.mark.parametrize("what", ["text", "database", "newer"])
+def test_what_isnt_ours_and_what_a_newer_one_wrote_is_left_alone(path: Path, what: str) -> None:
+    somebodys(path, what)
+    before = path.read_bytes()
     history = History(path, keeps_text=False)
     history.add(entry(1))
     assert history.totals(namespace="ada").requests == 1
+    history.close()
+    assert forget_requests(path, "ada") is None
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    if what != "newer":
+        assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_without_a_directory_to_write_to_requests_are_remembered_in_memory(

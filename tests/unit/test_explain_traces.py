@@ -11,7 +11,7 @@ import pytest
 
 from finished import asks, ended
 from keepwarm.core.plan import Source
-from keepwarm.explain.explanation import Facts, explain
+from keepwarm.explain.explanation import ExplainedFacts, explain
 from keepwarm.explain.record import EndedRequest, record_of
 from keepwarm.explain.tracing import Tracing, start_tracing
 from keepwarm.settings import TraceExport, trace_export
@@ -35,7 +35,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(request: EndedRequest) -> dict[str, Any]:
     assert request.counts
-    facts = Facts(Source.COLD, 0, request.counts.prompt, 0, 0, 0, 0, None)
+    facts = ExplainedFacts(Source.COLD, 0, request.counts.prompt, 0, 0, 0, 0, None)
     return record_of(request, explain(facts), None)
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepwarm.slotfile import TensorLayout
+from keepwarm.slotfile import TensorLayout, parse
+from keepwarm.slotfile.boundary import boundary_tensors
 from keepwarm.slotfile.finite import rows_are_finite
 from keepwarm.store.checks import integrity
-from storesamples import NoSyncDisk, opened, refused, save, settings_in
+from keepwarm.store.intake import Why
+from keepwarm.store.types import Origin
+from storesamples import LAYOUTS, NoSyncDisk, opened, refused, save, settings_in, slot_file
 
 FLOATS = {0: np.float32, 1: np.float16}
 BLOCKS = {2: (18, 1), 3: (20, 2), 6: (22, 1), 7: (24, 2), 8: (34, 1), 20: (18, 1)}
@@ -57,3 +60,25 @@ def test_rows_that_are_not_finite_are_never_kept(
     assert len(store.shelf.catalog.tree) == 1
     assert len(store.staging) == 1, "nor given out as it was staged"
     assert integrity(store) == ()
+
+
+@pytest.mark.parametrize("name", ["windowed", "hybrid"])
+def test_a_state_that_is_not_finite_is_never_kept(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    store = opened(settings_in(tmp_path, layout), NoSyncDisk())
+    save(store, [1, 2, 3])
+    raw = slot_file([1, 2, 3, 4], layout)
+    found = parse(raw, kind=layout.kind, max_tokens=100)
+    state = found.boundary()
+    assert state is not None
+    _, data = boundary_tensors(layout, state)[-1]
+    at = raw.index(bytes(data.reshape(-1)))
+    bad = raw[:at] + b"\xff" * 4 + raw[at + 4 :]
+    staged = store.staging.expect(len(bad))
+    store.staging.save_path(staged).write_bytes(bad)
+    why = Why("", [], Origin.CONVERSATION, 1.0)
+    with refused("not_finite"):
+        store.absorb(staged, why, expected_tokens=None, now_s=0.0)
+    assert len(store.shelf.catalog.tree) == 1
+    assert integrity(store) == ()
+    save(store, [1, 2, 3, 4])

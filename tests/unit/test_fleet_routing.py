@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.fleet.costs import MOVE_MIN_TOKENS, Costs, Origin, best_way
+from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, Origin, best_way
 from keepwarm.fleet.routing import (
     FORGET_S,
     PATIENCE_S,
     STALE_S,
     Fleet,
-    Report,
+    NodeReport,
     Want,
     preferring,
 )
 from keepwarm.fleet.warmth import Warmth
 
 # A thousand tokens a second; a restored token costs a hundredth of that, a moved one a tenth.
-COSTS = Costs(
+COSTS = NodeCosts(
     prefill_s=1e-3,
     restore_s=1e-5,
     restore_call_s=0.0,
@@ -47,12 +47,12 @@ def fleet(*names: str, **settings: Any) -> Fleet:
 def tell(made: Fleet, node: str, now_s: float = 0.0, **told: Any) -> None:
     told.setdefault("backlog_s", 0.0)
     told.setdefault("taken_s", now_s)
-    made.report(node, Report(costs=COSTS, **told), now_s=now_s)
+    made.report(node, NodeReport(costs=COSTS, **told), now_s=now_s)
 
 
 def test_costs_of_a_token_are_those_of_the_single_node_plan() -> None:
     rates = Rates(prefill_s_per_token=Mean(0.004), restore_s_per_byte=Mean(1e-9))
-    costs = Costs.of(
+    costs = NodeCosts.of(
         rates, row_bytes=23_000, fetch_s_per_byte=1e-8, fetch_call_s=0.1, can_fetch=True
     )
     way = best_way(costs, total_tokens=2000, local_tokens=1500, shared_tokens=0, wait_s=0.25)
@@ -77,8 +77,8 @@ def test_only_the_rows_that_a_node_lacks_are_moved() -> None:
 
 
 def test_a_slow_or_absent_shared_store_is_left_alone() -> None:
-    slow = Costs(1e-3, 1e-5, 0.0, 2e-3, 0.01, True)
-    absent = Costs(1e-3, 1e-5, 0.0, 1e-4, 0.01, False)
+    slow = NodeCosts(1e-3, 1e-5, 0.0, 2e-3, 0.01, True)
+    absent = NodeCosts(1e-3, 1e-5, 0.0, 1e-4, 0.01, False)
     for costs in (slow, absent):
         way = best_way(costs, total_tokens=9000, local_tokens=0, shared_tokens=8000, wait_s=0)
         assert (way.origin, way.moved_tokens) == (Origin.COLD, 0)

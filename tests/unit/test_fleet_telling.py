@@ -18,13 +18,13 @@ from keepwarm.core.hygiene import hygiene_of
 from keepwarm.errors import ConfigError, TooLargeError
 from keepwarm.fleet import status
 from keepwarm.fleet.config import fleet_of, load_fleet
-from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.ledger import WarmthLedger
 from keepwarm.fleet.node import node_directory
 from keepwarm.fleet.routing import Fleet
 from keepwarm.fleet.wire import Ask, Told, ask_of, bounded, packed, unpacked
 
-COSTS = Costs(0.001, 1e-5, 0.002, 1e-4, 0.02, True)
+COSTS = NodeCosts(0.001, 1e-5, 0.002, 1e-4, 0.02, True)
 JSON = [("content-type", "application/json")]
 
 

@@ -12,6 +12,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from keepwarm.core.memory import MemoryKind
+from keepwarm.engine import gguf_header
 from keepwarm.engine.gguf_header import TENSOR_TYPES, read_model
 from keepwarm.errors import ModelError
 
@@ -150,3 +151,14 @@ def test_the_sizes_of_tensor_types_are_ggmls_own() -> None:
             assert TENSOR_TYPES[int(kind)] == (block, block_bytes), kind
     common = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4")
     assert {int(GGMLQuantizationType[name]) for name in common} <= set(TENSOR_TYPES)
+
+
+def test_a_header_that_is_longer_than_what_is_read_at_first_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "m.gguf")
+    whole = read_model(path)
+    for first in (64, 4096, path.stat().st_size):
+        gguf_header._read.cache_clear()
+        monkeypatch.setattr(gguf_header, "_HEADER_BYTES", first)
+        assert read_model(path) == whole

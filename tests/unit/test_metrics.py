@@ -141,6 +141,8 @@ def exercise(metrics: Metrics) -> None:
         store_bytes=10,
         quota_bytes=100,
         evicted_extents=1,
+        damaged_rows=1,
+        damaged_staged=1,
         prefill_s_per_token=0.005,
     )
 

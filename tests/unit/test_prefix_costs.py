@@ -28,12 +28,12 @@ def prefixes(*, held: tuple[str, ...], stored: tuple[str, ...], slots: int = 2) 
         return SimpleNamespace(restore_bytes=size, is_ready=True, at_tokens=SIZES[name])
 
     scheduler = SimpleNamespace(slots=[SimpleNamespace(content=each) for each in contents])
-    runtime: Any = SimpleNamespace(
+    deployment: Any = SimpleNamespace(
         dispatcher=SimpleNamespace(rates=Rates(), scheduler=scheduler),
         store=SimpleNamespace(lookup=lookup),
         machine=SimpleNamespace(row_bytes=ROW_BYTES),
     )
-    made = Prefixes(runtime, leaves=False, on_progress=None)
+    made = Prefixes(deployment, leaves=False, on_progress=None)
     made.kept = [
         SimpleNamespace(name=f"tier:{name}", digest=digests[name], tokens=range(size))  # type: ignore[misc]
         for name, size in SIZES.items()

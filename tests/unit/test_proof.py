@@ -103,11 +103,11 @@ async def test_what_is_not_reused_twice_is_left_alone_for_some_time_and_once_is_
         return []
 
     made = prover(SlowStore())
-    runtime = cast("Any", made)._deployment
-    runtime.slot_store = SimpleNamespace(quarantine=quarantine, refused=refused.append)
-    runtime.metrics.miss = lambda _reason: None
-    runtime.suspect_engine = lambda: None
-    runtime.prefixes = SimpleNamespace(kept=[])
+    deployment = cast("Any", made)._deployment
+    deployment.slot_store = SimpleNamespace(quarantine=quarantine, refused=refused.append)
+    deployment.metrics.miss = lambda _reason: None
+    deployment.suspect_engine = lambda: None
+    deployment.prefixes = SimpleNamespace(kept=[])
     cast("Any", made)._moved = nothing_moved
     stored = Stored(0, 300, 300, 1000, ready=True, extent_id=7)
     plan = replace(PLAN, source=Source.SNAPSHOT, promise_tokens=300, restore=stored)

@@ -23,7 +23,7 @@ from keepwarm.router import (
     route,
     route_request,
 )
-from keepwarm.router.catalog import Catalog, CatalogCache, prepare_catalog
+from keepwarm.router.catalog import CatalogCache, ToolCatalog, prepare_catalog
 from keepwarm.router.types import larger, next_tier
 from keepwarm.tiers.router_files import shipped_weights
 
@@ -37,13 +37,13 @@ TOOLS = (
 USUAL = (TierCost("minimal", 0.3), TierCost("standard", 1.2), TierCost("full", 2.4))
 
 
-def catalog(*tools: ToolText, is_open: bool = False) -> Catalog:
+def catalog(*tools: ToolText, is_open: bool = False) -> ToolCatalog:
     return prepare_catalog(tools, WEIGHTS.words, is_open=is_open)
 
 
 def decide(
     text: str,
-    on_offer: Catalog = NO_TOOLS,
+    on_offer: ToolCatalog = NO_TOOLS,
     *,
     costs: tuple[TierCost, ...] = USUAL,
     config: RouterConfig | None = None,

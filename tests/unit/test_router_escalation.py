@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.core.tiers import NEED_MORE
-from keepwarm.router import Cause, MarkerWatch, Verdict, escalation_needed
+from keepwarm.router import EscalationCause, MarkerWatch, Verdict, escalation_needed
 from keepwarm.router.escalation import MARKER
 
 
@@ -18,16 +18,16 @@ def test_the_marker_is_the_one_that_the_tiers_tell_the_model() -> None:
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("NEED_MORE: tools", Cause.ASKED_TOOLS),
-        ("NEED_MORE: context\n", Cause.ASKED_CONTEXT),
-        ("\n  need_more:tools and more words", Cause.ASKED_TOOLS),
-        ("**NEED_MORE: context**", Cause.ASKED_CONTEXT),
-        ("`NEED MORE: tools`", Cause.ASKED_TOOLS),
-        ("NEED_MORE: everything", Cause.ASKED),
-        ("NEED_MORE:", Cause.ASKED),
+        ("NEED_MORE: tools", EscalationCause.ASKED_TOOLS),
+        ("NEED_MORE: context\n", EscalationCause.ASKED_CONTEXT),
+        ("\n  need_more:tools and more words", EscalationCause.ASKED_TOOLS),
+        ("**NEED_MORE: context**", EscalationCause.ASKED_CONTEXT),
+        ("`NEED MORE: tools`", EscalationCause.ASKED_TOOLS),
+        ("NEED_MORE: everything", EscalationCause.ASKED),
+        ("NEED_MORE:", EscalationCause.ASKED),
     ],
 )
-def test_a_reply_that_starts_with_the_marker_escalates(text: str, cause: Cause) -> None:
+def test_a_reply_that_starts_with_the_marker_escalates(text: str, cause: EscalationCause) -> None:
     found = escalation_needed(text, tier="minimal", finish_reason="stop")
     assert found is not None
     assert (found.tier, found.cause) == ("standard", cause)
@@ -44,7 +44,7 @@ def test_other_replies_stand(text: str) -> None:
 def test_an_empty_answer_escalates_unless_a_tool_was_called_or_no_token_was_allowed() -> None:
     empty = escalation_needed(" \n", tier="standard", finish_reason="stop")
     assert empty is not None
-    assert (empty.tier, empty.cause) == ("full", Cause.EMPTY)
+    assert (empty.tier, empty.cause) == ("full", EscalationCause.EMPTY)
     calls = [{"function": {"name": "f", "arguments": "{}"}}]
     assert (
         escalation_needed(
@@ -62,7 +62,7 @@ def test_a_call_of_a_tool_that_doesnt_exist_escalates_and_names_it() -> None:
         "", tier="minimal", finish_reason="tool_calls", tool_calls=calls, known_tools={"f"}
     )
     assert found is not None
-    assert (found.cause, found.detail) == (Cause.UNKNOWN_TOOL, "made_up")
+    assert (found.cause, found.detail) == (EscalationCause.UNKNOWN_TOOL, "made_up")
 
 
 def test_nothing_escalates_beyond_the_largest_tier() -> None:
@@ -80,7 +80,7 @@ def test_the_watch_escalates_at_the_last_character_that_is_needed() -> None:
     verdicts = [watch.feed(each) for each in "NEED_MORE: tools"]
     assert verdicts[-1] is Verdict.ESCALATE
     assert set(verdicts[:-1]) == {Verdict.UNDECIDED}
-    assert watch.cause is Cause.ASKED_TOOLS
+    assert watch.cause is EscalationCause.ASKED_TOOLS
 
 
 def test_a_stream_that_ends_inside_the_marker_passes_and_behind_it_escalates() -> None:

@@ -539,3 +539,59 @@ def test_effects_of_one_event_come_in_the_order_they_are_carried_out() -> None:
     effects = made.submit(request.job, 1.0)
     assert all(isinstance(effect, kinds) for effect in effects)
     assert isinstance(effects[-1], Start)
+
+
+def saved_conversation(sim: Simulation) -> tuple[str, int]:
+    """A conversation whose slot was saved; its file's name, and the slot."""
+    ask(sim, 1, rules=False)
+    (request,) = sim.running
+    assert request.plan
+    sim.finish(request, decoded=400, heard=True)
+    sim.tick(2 * SAVE_AFTER_IDLE_S)
+    (save,) = steps(sim, SaveSlot)
+    sim.complete(save)  # type: ignore[arg-type]
+    (name,) = sim.arriving
+    return name, request.plan.slot
+
+
+def test_a_slot_whose_rows_are_no_numbers_is_emptied_and_nobody_goes_on_from_it() -> None:
+    sim = Simulation(slots=2)
+    name, slot = saved_conversation(sim)
+    sim.absorb(name, spoiled=True)
+    (erase,) = steps(sim, EraseSlot)
+    assert erase.slot == slot  # type: ignore[attr-defined]
+    assert sim.scheduler.slots[slot].content is None
+    sim.complete(erase)  # type: ignore[arg-type]
+    assert sim.scheduler.slots[slot].state is SlotState.IDLE
+
+
+def test_a_conversation_that_goes_on_meanwhile_is_emptied_behind_its_reply() -> None:
+    sim = Simulation(slots=1)
+    name, slot = saved_conversation(sim)
+    (before,) = sim.requests.values()
+    body = sim.continued(before, trimmed=False)
+    sim.submit(request_of(2, body, namespace="a", shared_segments=0, now_s=sim.now_s))
+    (request,) = sim.running
+    sim.absorb(name, spoiled=True)
+    assert not sim.pending
+    sim.finish(request, decoded=4, heard=True)
+    assert sim.scheduler.slots[slot].content is None, "nothing is promised of it, nor saved"
+    sim.tick(60.0)
+    assert not steps(sim, SaveSlot)
+    ask(sim, 3)
+    assert isinstance(sim.pending[0], EraseSlot)
+
+
+def test_copies_of_a_file_that_holds_no_numbers_are_emptied_too() -> None:
+    sim = Simulation(slots=3)
+    for number in (1, 2):
+        ask(sim, number, text=f"Question {number}?")
+    sim.complete(sim.pending[0])
+    sim.complete(sim.pending[0])
+    (restore,) = steps(sim, RestoreSlot)
+    sim.complete(restore)  # type: ignore[arg-type]
+    (name,) = sim.arriving
+    for request in list(sim.running):
+        sim.finish(request, decoded=4, heard=True)
+    sim.absorb(name, spoiled=True)
+    assert len(steps(sim, EraseSlot)) == 2

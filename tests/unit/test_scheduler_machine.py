@@ -141,10 +141,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sim.retry(data.draw(st.sampled_from(self.sim.running)))
 
     @precondition(lambda self: self.sim.arriving)
-    @rule(data=st.data(), refused=st.booleans())
-    def the_store_has_looked(self, data: st.DataObject, refused: bool) -> None:
+    @rule(data=st.data(), found=st.sampled_from(["sound", "sound", "refused", "no numbers"]))
+    def the_store_has_looked(self, data: st.DataObject, found: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.sim.arriving)))
-        self.sim.absorb(name, refused=refused)
+        self.sim.absorb(name, refused=found == "refused", spoiled=found == "no numbers")
 
     @precondition(lambda self: self.is_up)
     @rule()

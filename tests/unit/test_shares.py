@@ -86,11 +86,11 @@ async def test_what_one_tenant_learns_costs_the_others_no_pin() -> None:
     async def unpin(name: str) -> None:
         gone.append(name)
 
-    runtime = SimpleNamespace(
+    deployment = SimpleNamespace(
         store=SimpleNamespace(pins=lambda: pins, unpin=unpin),
         settings=SimpleNamespace(store=SimpleNamespace(learned=8)),
     )
-    await Prover(cast("Any", runtime))._forget_oldest()
+    await Prover(cast("Any", deployment))._forget_oldest()
     assert gone == [f"learned:many:{number}" for number in range(2, 6)]
 
 

@@ -320,6 +320,7 @@ def test_a_damaged_boundary_state_costs_only_its_end(tmp_path: Path, layout: Lay
     assert hit.at_tokens == 40
     expected = slot_file(FIRST, layout, for_engine=True)
     assert restored(store, hit.extent_id, 40) == expected
+    assert store.stats().quarantined_ends == 1
     assert integrity(store) == ()
 
 
@@ -490,3 +491,11 @@ def test_all_is_private_to_the_user(tmp_path: Path) -> None:
         p for p in (tmp_path / "staging").glob("*.slot") if p.stat().st_size < len(slot_file(FIRST))
     ]
     assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o600]
+
+
+def test_uses_are_noted_also_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    store = opened(settings_in(tmp_path), now_s=1e9)
+    extent = save(store, [1, 2, 3], now_s=1e9).extent_id
+    store.touch(extent, 3, now_s=1e9 - 86400)
+    assert not store.shelf.catalog.take_uses(), "they are in the index already"
+    store.close()

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from keepwarm.cli.main import app
 from keepwarm.core.evict import Candidate, SharedQueue, over_share
 from keepwarm.deployment.aging import evict_unused
-from keepwarm.explain.history import FILE_NAME, Entry, History
+from keepwarm.explain.history import FILE_NAME, History, PastRequest
 from keepwarm.store import admin, files
 from keepwarm.store.checks import forget_key, integrity
 from keepwarm.store.snapshots import Snapshots
@@ -203,8 +203,8 @@ def test_whose_a_pin_is() -> None:
     assert tenant_of("learned::00ff") is None
 
 
-def entry(number: int, namespace: str) -> Entry:
-    return Entry(
+def entry(number: int, namespace: str) -> PastRequest:
+    return PastRequest(
         id=f"request-{number}",
         namespace=namespace,
         at_s=float(number),
@@ -287,12 +287,12 @@ async def test_age_is_looked_at_in_quiet_moments_only(tmp_path: Path) -> None:
     store.close()
     opened_store = await Store.open(settings_in(tmp_path), clock=lambda: 3 * 24 * 3600.0)
     scheduler = SimpleNamespace(busy=True, queued=0)
-    runtime: Any = SimpleNamespace(
+    deployment: Any = SimpleNamespace(
         settings=SimpleNamespace(store=SimpleNamespace(max_age_days=2)),
         store=opened_store,
         dispatcher=SimpleNamespace(scheduler=scheduler),
     )
-    looking = asyncio.create_task(evict_unused(runtime, look_s=0.001))
+    looking = asyncio.create_task(evict_unused(deployment, look_s=0.001))
     await asyncio.sleep(0.05)
     assert opened_store.stats().extents == 1, "a request runs"
     scheduler.busy = False

@@ -374,7 +374,7 @@ def test_a_damaged_ready_file_is_made_again(tmp_path: Path, is_written_here: boo
     content[-3] ^= 1
     path.write_bytes(content)
     assert restored(store, saved.extent_id, 10) == slot_file(run(0))
-    assert store.staging.damaged == 1
+    assert store.stats().damaged_staged == 1
 
 
 def test_a_row_file_that_is_damaged_after_its_first_use_is_not_believed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from keepwarm.batch.journal import Journal
 from keepwarm.batch.outcome import changed_tasks
 from keepwarm.batch.picture import night_svg
-from keepwarm.batch.planner import Plan, plan
+from keepwarm.batch.planner import BatchPlan, plan
 from keepwarm.batch.progress import Progress
 from keepwarm.batch.report import build_report
 from keepwarm.batch.runner import Gate, RetryRule, Runner
@@ -114,7 +114,7 @@ class BatchRun:
             i: known[t.custom_id][0] for i, t in enumerate(parsed.tasks) if t.custom_id in known
         }
         # The whole night's plan is what a report compares with; what is left is what is run.
-        self.whole: Plan = plan(self.tree, lanes=lanes, now_s=time.time(), nodes=nodes)
+        self.whole: BatchPlan = plan(self.tree, lanes=lanes, now_s=time.time(), nodes=nodes)
         self.plan = (
             plan(self.tree, lanes=lanes, now_s=time.time(), ended=ended, nodes=nodes)
             if ended

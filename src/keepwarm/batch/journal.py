@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepwarm.errors import ConfigError, KeepwarmError
+from keepwarm.sqlite_file import refuse_foreign, use_wal
 
 Target = Literal["results", "errors"]
 _TARGETS: tuple[Target, ...] = ("results", "errors")
@@ -95,6 +96,13 @@ class Journal:
                 "another output, or move it away."
             )
         with disk_errors(path):
+            try:
+                refuse_foreign(path, _SCHEMA.partition(";")[2])
+            except FileExistsError as error:
+                raise ConfigError(
+                    f"{path} is damaged or no journal, and is left alone. Move it and the results "
+                    "away, or name another output."
+                ) from error
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._db = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=0.5
@@ -109,8 +117,7 @@ class Journal:
 
     def _open(self) -> None:
         try:
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
+            use_wal(self._db, self.path, alone=True)
             self._db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
             with self._transaction():
                 for statement in _SCHEMA.split(";"):

@@ -30,6 +30,7 @@ import msgspec
 from keepwarm.batch.job import BatchPaths
 from keepwarm.batch.journal import DiskFullError, disk_errors, transaction
 from keepwarm.errors import ConfigError, ConflictError, NotFoundError
+from keepwarm.sqlite_file import refuse_foreign, use_wal
 
 log = logging.getLogger("keepwarm")
 
@@ -72,11 +73,12 @@ class Ledger:
             for path in (directory, self._files, self._journals):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             database = self._database
+            refuse_foreign(database, _SCHEMA)
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._fd = os.open(directory / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
-                f"{directory} can't be used for batches: {error.strerror}."
+                f"{directory} can't be used for batches: {error.strerror or error}."
             ) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,9 +90,12 @@ class Ledger:
             ) from error
         self._db = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
+            use_wal(self._db, database, alone=True)
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+        except (sqlite3.OperationalError, OSError) as error:
+            self.close()
+            raise ConfigError(f"{database} can't be used now: {error}.") from error
         except sqlite3.DatabaseError as error:
             self.close()
             raise ConfigError(f"{database} is damaged ({error}). Move it away.") from error

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from keepwarm.batch.tree import PrefixTree
 
-# A generated token costs about as much as four prefilled ones (20 ms and 5 ms: `planner.Costs`).
+# A generated token costs about as much as four prefilled ones (20 and 5 ms: `BatchCosts`).
 _DECODE_WEIGHT = 4
 # A branch of up to so much over a node's share stays whole: cutting it would cost its tokens again.
 _OVER_SHARE = 1.25

@@ -33,7 +33,7 @@ Mode = Literal["tree", "tree-unfilled", "file"]
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class BatchCosts:
     """Seconds of the machine. Decoding is shared: slots that decode together go in one batch."""
 
     prefill_s_per_token: float = 0.005
@@ -77,7 +77,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """A planned night. `order` has the tasks as they begin; `mode` says how it is run."""
 
     mode: Mode
@@ -100,10 +100,10 @@ def plan(
     *,
     lanes: int,
     now_s: float,
-    costs: Costs | None = None,
+    costs: BatchCosts | None = None,
     ended: Mapping[int, bool] | None = None,
     nodes: int = 1,
-) -> Plan:
+) -> BatchPlan:
     """The cheapest of the ways to run a night, by playing them through.
 
     Args:
@@ -114,7 +114,7 @@ def plan(
         ended: tasks that are done.
         nodes: how many nodes the tree is cut over; times are those of one that had all the lanes.
     """
-    costs = costs or Costs()
+    costs = costs or BatchCosts()
     homes = tuple(cut(tree, nodes)) if nodes > 1 else ()
     naive = play_naive(tree, lanes=lanes, ended=ended)
     best: tuple[float, Mode, Tally, list[Step]] | None = None
@@ -127,7 +127,7 @@ def plan(
     assert best is not None
     _, mode, tally, steps = best
     order = tuple(step.leaf for step in steps if step.branch is None)
-    return Plan(
+    return BatchPlan(
         mode,
         order,
         tuple(steps),
@@ -198,7 +198,7 @@ class _Slots:
 
 
 def play(
-    tree: PrefixTree, night: Night, *, lanes: int, now_s: float, costs: Costs
+    tree: PrefixTree, night: Night, *, lanes: int, now_s: float, costs: BatchCosts
 ) -> tuple[Tally, list[Step]]:
     """Run a night on imagined slots.
 
@@ -263,7 +263,7 @@ def play_naive(tree: PrefixTree, *, lanes: int, ended: Mapping[int, bool] | None
     night = Night(tree, fills=False, order=range(len(tree.tasks)), ended=ended)
     tally = Tally()
     slots = _Slots(tree, [None] * lanes)
-    costs = Costs()
+    costs = BatchCosts()
     clock: list[tuple[float, int, int]] = []
     idle = list(range(lanes))
     at_s = 0.0
@@ -290,4 +290,4 @@ def play_naive(tree: PrefixTree, *, lanes: int, ended: Mapping[int, bool] | None
 def order_cost(tree: PrefixTree, order: Sequence[int], *, lanes: int) -> float:
     """The cost of running tasks in a given order, with fills: for comparing orders."""
     night = Night(tree, order=order)
-    return play(tree, night, lanes=lanes, now_s=0.0, costs=Costs())[0].cost
+    return play(tree, night, lanes=lanes, now_s=0.0, costs=BatchCosts())[0].cost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from keepwarm.batch.planner import RESTORE_WEIGHT, Costs, Plan
+from keepwarm.batch.planner import RESTORE_WEIGHT, BatchCosts, BatchPlan
 from keepwarm.batch.tree import PrefixTree
 
 
@@ -39,9 +39,9 @@ class Progress:
         return taken_s * max(self.work_total_s / self.work_done_s - 1.0, 0.0)
 
 
-def work_seconds(tree: PrefixTree, plan: Plan) -> dict[int, float]:
+def work_seconds(tree: PrefixTree, plan: BatchPlan) -> dict[int, float]:
     """What each task is planned to take, its branch's fill included; those that ended aren't in."""
-    costs = Costs()
+    costs = BatchCosts()
     out: dict[int, float] = {}
     for step in plan.steps:
         tokens = step.prefilled_tokens + RESTORE_WEIGHT * step.restored_tokens

@@ -35,7 +35,7 @@ from keepwarm.batch.floor import Floor
 from keepwarm.batch.journal import Entry, Journal, UnwritableError
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.outcome import failure, lost, row_of, success, unusable
-from keepwarm.batch.planner import Plan
+from keepwarm.batch.planner import BatchPlan
 from keepwarm.batch.progress import Progress, work_seconds
 from keepwarm.batch.senders import Answer, Sender, UnreachableError
 from keepwarm.batch.tasks import LineError, Task
@@ -93,7 +93,7 @@ class Runner:
     def __init__(
         self,
         tree: PrefixTree,
-        plan: Plan,
+        plan: BatchPlan,
         sender: Sender,
         journal: Journal,
         *,

@@ -10,9 +10,9 @@ A line is `{"custom_id", "method", "url", "body"}`. Beside those four a line may
 
 A line that can't be used becomes an error with its number; the others aren't touched by it.
 
-A night's prompts may be larger than the memory. So a task knows where its line is (`Source`) and
-its digest, and its body is read again each time it is needed; a line that has changed since it was
-first read is an error, never another task's prompt.
+A night's prompts may be larger than the memory. So a task knows where its line is
+(`TaskSource`) and its digest, and its body is read again each time it is needed; a line that has
+changed since it was first read is an error, never another task's prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TaskFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TaskSource:
     """Where a line is: in a file, or in memory (`text`)."""
 
     file: TaskFile | None
@@ -77,7 +77,7 @@ class Task:
     custom_id: str
     api: Api
     url: str
-    source: Source = field(repr=False)
+    source: TaskSource = field(repr=False)
     digest: str
     priority: int = 0
     deadline_s: float | None = None
@@ -156,7 +156,7 @@ def parse_tasks(
     errors: list[LineError] = []
     at = 0
     for number, raw in enumerate(lines, start=1):
-        source = Source(file, at, len(raw)) if file else Source(None, 0, len(raw), raw)
+        source = TaskSource(file, at, len(raw)) if file else TaskSource(None, 0, len(raw), raw)
         at += len(raw)
         if not raw.strip():
             continue
@@ -208,7 +208,7 @@ def _digest(url: str, body: Mapping[str, Any]) -> str:
     return hashlib.blake2b(msgspec.json.encode([url, body]), digest_size=16).hexdigest()
 
 
-def _task(number: int, value: Mapping[str, Any], source: Source, endpoint: str | None) -> Task:
+def _task(number: int, value: Mapping[str, Any], source: TaskSource, endpoint: str | None) -> Task:
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise _BadLineError("missing_custom_id", "The line has no custom_id.", "custom_id")

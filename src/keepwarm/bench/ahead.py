@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from keepwarm.bench.arms import Arm
-from keepwarm.bench.client import Answer
+from keepwarm.bench.client import TimedReply
 from keepwarm.bench.prompts import rules, user
 from keepwarm.bench.scenarios import Bench
 from keepwarm.bench.servers import KeepwarmServer
@@ -98,7 +98,7 @@ class _Talk:
         self._record(await self._ask(reply_tokens=1), AGAIN, _TURNS)
         await self._rest()
 
-    def _record(self, answer: Answer, step: str, turn: int) -> None:
+    def _record(self, answer: TimedReply, step: str, turn: int) -> None:
         if turn == 0:
             return  # nothing could be known before
         sample = self._bench.record.sample(
@@ -110,7 +110,7 @@ class _Talk:
         )
         self._bench.watcher.measured(sample)
 
-    async def _ask(self, *, reply_tokens: int = 2000, words: str = "") -> Answer:
+    async def _ask(self, *, reply_tokens: int = 2000, words: str = "") -> TimedReply:
         """Ask; `words` are what the model is to say."""
         body: Message = {"messages": self._history, "max_tokens": reply_tokens, "temperature": 0}
         if words:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keepwarm.bench.client import Answer, ChatClient
+from keepwarm.bench.client import ChatClient, TimedReply
 from keepwarm.bench.prompts import Turn, direct_request, keepwarm_request
 from keepwarm.bench.results import Amount, Duration, Sample
 from keepwarm.bench.servers import KeepwarmServer, Server
@@ -33,7 +33,7 @@ class Arm:
     server: Server
     client: ChatClient
 
-    async def ask(self, tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> Answer:
+    async def ask(self, tier: Tier, turns: Sequence[Turn], *, reply_tokens: int) -> TimedReply:
         """Ask a tier of this arm's server.
 
         Raises:
@@ -59,7 +59,7 @@ class Record:
     amounts: list[Amount] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def sample(self, answer: Answer, *, scenario: str, step: str, arm: str, run: int) -> Sample:
+    def sample(self, answer: TimedReply, *, scenario: str, step: str, arm: str, run: int) -> Sample:
         """Keep one answer."""
         made = Sample(
             scenario=scenario,

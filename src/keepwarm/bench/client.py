@@ -22,7 +22,7 @@ _TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TimedReply:
     """One reply. `plan` and `tier` are headers Keepwarm adds, '' from other servers.
 
     `filled_tokens` are those that Keepwarm prefilled ahead, which the counts call cached.
@@ -50,7 +50,7 @@ class ChatClient:
         """Close all connections."""
         await self._session.close()
 
-    async def ask(self, base_url: str, body: Mapping[str, Any]) -> Answer:
+    async def ask(self, base_url: str, body: Mapping[str, Any]) -> TimedReply:
         """Send one chat request and read its stream to the end.
 
         Args:
@@ -86,7 +86,7 @@ class ChatClient:
             return 0, None
 
 
-async def _read(response: aiohttp.ClientResponse, began: float) -> Answer:
+async def _read(response: aiohttp.ClientResponse, began: float) -> TimedReply:
     first: float | None = None
     text: list[str] = []
     counts: Counts | None = None
@@ -104,7 +104,7 @@ async def _read(response: aiohttp.ClientResponse, began: float) -> Answer:
     ended = time.perf_counter()
     if counts is None:
         raise EngineError("The server's reply holds no token counts, so nothing can be proved.")
-    return Answer(
+    return TimedReply(
         (first or ended) - began,
         ended - began,
         "".join(text),

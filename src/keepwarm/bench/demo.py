@@ -27,7 +27,7 @@ from keepwarm.bench.lineup import Lineup
 from keepwarm.bench.machine import describe_model, machine
 from keepwarm.bench.picture import GREY, ORANGE, TEAL, Panel, Row, Value, picture, seconds_text
 from keepwarm.bench.report import rich_table
-from keepwarm.bench.results import Figure, Prefix, Report, Sample, select, ttfts
+from keepwarm.bench.results import BenchReport, Figure, Prefix, Sample, select, ttfts
 from keepwarm.bench.run import prefixes_of
 from keepwarm.bench.scenarios import AFTER_KILL, HOT, Bench, Watcher
 from keepwarm.bench.servers import KeepwarmServer, Workplace
@@ -66,7 +66,9 @@ class Stage(Watcher, Protocol):
         """One line about what happened."""
 
 
-async def run_demo(settings: Settings, tiers: TierSet, *, scale: DemoScale, stage: Stage) -> Report:
+async def run_demo(
+    settings: Settings, tiers: TierSet, *, scale: DemoScale, stage: Stage
+) -> BenchReport:
     """Go through the demo.
 
     Args:
@@ -95,7 +97,7 @@ async def run_demo(settings: Settings, tiers: TierSet, *, scale: DemoScale, stag
         await _after_kills(bench, scale, stage)
         stage.doing("ending everything")
         prefixes, store_bytes = prefixes_of(keepwarm), keepwarm.store_bytes
-    return Report(
+    return BenchReport(
         kind="demo",
         keepwarm=__version__,
         began=began.isoformat(timespec="seconds"),
@@ -205,7 +207,7 @@ def _figures(samples: Sequence[Sample]) -> list[Figure]:
     ]
 
 
-def demo_tables(report: Report) -> Group:
+def demo_tables(report: BenchReport) -> Group:
     """What the demo showed, as two tables."""
     before = select(report.samples, scenario=IDENTICAL, arm=NO_CACHE)
     after = select(report.samples, scenario=IDENTICAL, arm=KEEPWARM)
@@ -233,7 +235,7 @@ def demo_tables(report: Report) -> Group:
     return Group(first, _tier_table(report), Text("\n".join(facts), style="dim"))
 
 
-def _tier_table(report: Report) -> Table:
+def _tier_table(report: BenchReport) -> Table:
     rows = []
     for prefix in report.prefixes:
         hot, killed = (
@@ -271,7 +273,7 @@ def _prefilled(samples: Sequence[Sample]) -> int:
     return sum(s.prefilled_tokens for s in samples)
 
 
-def demo_picture(report: Report) -> str:
+def demo_picture(report: BenchReport) -> str:
     """The demo as a picture: each identical request, and new conversations by tier."""
     words = {NO_CACHE: WITHOUT, KEEPWARM: "Keepwarm"}
     requests: dict[int, list[Value]] = {}

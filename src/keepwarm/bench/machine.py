@@ -6,13 +6,13 @@ import os
 import platform
 from pathlib import Path
 
-from keepwarm.bench.results import Machine
+from keepwarm.bench.results import MachineRecord
 from keepwarm.engine.gguf_header import read_model
 
 
-def machine() -> Machine:
+def machine() -> MachineRecord:
     """The machine this runs on, with how busy it was: runnable processes, one-minute mean."""
-    return Machine(
+    return MachineRecord(
         system=f"{platform.system()} {platform.machine()}",
         processor=_processor(),
         cores=os.cpu_count() or 1,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, Arm
-from keepwarm.bench.client import Answer, ChatClient
+from keepwarm.bench.client import ChatClient, TimedReply
 from keepwarm.bench.prompts import (
     OWN_BYTES,
     Turn,
@@ -80,7 +80,7 @@ async def _hot_pairs(
     left_out = 0
     for pair in range(-_SETTLING_PAIRS, pairs):
         bench.watcher.doing(f"overhead, {step}: pair {max(pair + 1, 0)} of {pairs}")
-        answers: dict[str, Answer] = {}
+        answers: dict[str, TimedReply] = {}
         for way in rotated((KEEPWARM, DIRECT), pair):
             # Before either, since a look wakes the engine for what comes next.
             slot = await _last_slot(arm.client, engine)
@@ -263,7 +263,7 @@ class _Rounds:
             self._keep(step, answer)
         self._walls[step] = max(answer.total_s for answer in answers)
 
-    def _keep(self, step: str, answer: Answer) -> None:
+    def _keep(self, step: str, answer: TimedReply) -> None:
         sample = self._bench.record.sample(
             answer, scenario="conversations", step=step, arm=self._arm.name, run=self._run
         )

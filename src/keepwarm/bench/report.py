@@ -13,7 +13,7 @@ from rich.text import Text
 from keepwarm.bench.ahead import OFF, ON
 from keepwarm.bench.arms import DEFAULTS, KEEPWARM, NO_CACHE
 from keepwarm.bench.picture import GREY, ORANGE, TEAL, Panel, Row, Value, picture, seconds_text
-from keepwarm.bench.results import Amount, Duration, Figure, Report, Sample, select, ttfts
+from keepwarm.bench.results import Amount, BenchReport, Duration, Figure, Sample, select, ttfts
 from keepwarm.bench.scenarios import SETTLING
 from keepwarm.bench.stats import Summary, median, summarize
 
@@ -37,7 +37,7 @@ TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ReportLine:
     """One step in one arm."""
 
     step: str
@@ -48,7 +48,7 @@ class Line:
     plans: str
 
 
-def lines_of(samples: Sequence[Sample], scenario: str) -> list[Line]:
+def lines_of(samples: Sequence[Sample], scenario: str) -> list[ReportLine]:
     """A scenario's samples summed up by step and arm, in the order they were measured."""
     chosen = [s for s in select(samples, scenario=scenario) if s.step != SETTLING]
     steps = dict.fromkeys(s.step for s in chosen)
@@ -60,7 +60,7 @@ def lines_of(samples: Sequence[Sample], scenario: str) -> list[Line]:
                 continue
             plans = dict.fromkeys(s.plan for s in these if s.plan)
             out.append(
-                Line(
+                ReportLine(
                     step,
                     arm,
                     summarize(ttfts(these)),
@@ -76,7 +76,7 @@ _HEAD = ("step", "arm", "n", "median", "p95", "min", "max", "cached", "prefilled
 _TEXT_COLUMNS = (0, 1, 9)
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: ReportLine) -> tuple[str, ...]:
     t = line.ttft
     times = (seconds_text(v) for v in (t.median, t.p95, t.minimum, t.maximum))
     tokens = (f"{line.cached_tokens:,.0f}", f"{line.prefilled_tokens:,.0f}")
@@ -109,7 +109,7 @@ def _amount_rows(amounts: Sequence[Amount], scenario: str) -> list[tuple[str, ..
     return out
 
 
-def _scenarios(report: Report) -> list[str]:
+def _scenarios(report: BenchReport) -> list[str]:
     seen = {s.scenario for s in report.samples} | {d.scenario for d in report.durations}
     seen |= {a.scenario for a in report.amounts}
     return [name for name in TITLES if name in seen]
@@ -136,7 +136,7 @@ def _figure_row(figure: Figure) -> tuple[str, ...]:
 _FIGURE_HEAD = ("what", "measured", "goal", "", "how it comes about")
 
 
-def _facts(report: Report) -> list[str]:
+def _facts(report: BenchReport) -> list[str]:
     m = report.machine
     facts = [
         f"{report.began}, {report.seconds:.0f} s",
@@ -152,7 +152,7 @@ def _facts(report: Report) -> list[str]:
     return [*facts, *report.notes]
 
 
-def markdown(report: Report) -> str:
+def markdown(report: BenchReport) -> str:
     """The whole report, ready to be pasted into a document."""
     out = [*(f"- {fact}" for fact in _facts(report)), ""]
     if report.figures:
@@ -177,7 +177,7 @@ def md_table(
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
-def terminal(report: Report) -> Group:
+def terminal(report: BenchReport) -> Group:
     """The report as tables for the terminal."""
     parts: list[Table | Text] = []
     for scenario in _scenarios(report):
@@ -217,7 +217,7 @@ def rich_table(
     return table
 
 
-def svg(report: Report) -> str:
+def svg(report: BenchReport) -> str:
     """The report's picture: a panel for each scenario, medians with their range.
 
     Raises:
@@ -237,7 +237,7 @@ def svg(report: Report) -> str:
     return picture("Keepwarm benchmark", subtitle, panels, colors=colors)
 
 
-def _rows(report: Report, scenario: str) -> list[Row]:
+def _rows(report: BenchReport, scenario: str) -> list[Row]:
     rows: dict[str, list[Value]] = {}
     for line in lines_of(report.samples, scenario):
         t = line.ttft

@@ -75,7 +75,7 @@ class Prefix(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class Machine(Struct, frozen=True, kw_only=True):
+class MachineRecord(Struct, frozen=True, kw_only=True):
     """Where it ran."""
 
     system: str
@@ -85,7 +85,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     load: float
 
 
-class Report(Struct, frozen=True, kw_only=True):
+class BenchReport(Struct, frozen=True, kw_only=True):
     """A whole run. `settings` are words for people; times are local with their offset."""
 
     format: int = FORMAT
@@ -93,7 +93,7 @@ class Report(Struct, frozen=True, kw_only=True):
     keepwarm: str
     began: str
     seconds: float
-    machine: Machine
+    machine: MachineRecord
     engine: str
     model: str
     settings: dict[str, str]
@@ -126,17 +126,17 @@ def ttfts(samples: Iterable[Sample]) -> list[float]:
     return [s.ttft_s for s in samples]
 
 
-def write_json(report: Report, path: Path) -> None:
+def write_json(report: BenchReport, path: Path) -> None:
     """Write a report, readable by people too."""
     raw = msgspec.json.format(msgspec.json.encode(report), indent=2)
     path.write_bytes(raw + b"\n")
 
 
-def read_json(path: Path) -> Report:
+def read_json(path: Path) -> BenchReport:
     """Read a report back.
 
     Raises:
         OSError: it can't be read.
         msgspec.DecodeError: it isn't one.
     """
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    return msgspec.json.decode(path.read_bytes(), type=BenchReport)

@@ -18,7 +18,7 @@ from keepwarm.bench.arms import ARMS, Record
 from keepwarm.bench.figures import figures_of
 from keepwarm.bench.lineup import Lineup
 from keepwarm.bench.machine import describe_model, machine
-from keepwarm.bench.results import Prefix, Report
+from keepwarm.bench.results import BenchReport, Prefix
 from keepwarm.bench.scenarios import Bench, Watcher
 from keepwarm.bench.servers import KeepwarmServer, Workplace
 from keepwarm.core.tiers import TierSet
@@ -44,7 +44,7 @@ SCENARIOS = (*BEFORE_AFTER, *MEASURES)
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class BenchScale:
     """How much of everything."""
 
     runs: int = 1
@@ -60,9 +60,9 @@ async def run_bench(
     *,
     chosen: Sequence[str],
     arms: Sequence[str] = ARMS,
-    scale: Scale,
+    scale: BenchScale,
     watcher: Watcher,
-) -> Report:
+) -> BenchReport:
     """Go through the chosen scenarios and end every server, whatever happens.
 
     Args:
@@ -96,7 +96,7 @@ async def run_bench(
         keepwarm = lineup.keepwarm.server
         assert isinstance(keepwarm, KeepwarmServer)
         prefixes, store_bytes = prefixes_of(keepwarm), keepwarm.store_bytes
-    return Report(
+    return BenchReport(
         kind="bench",
         keepwarm=__version__,
         began=began.isoformat(timespec="seconds"),
@@ -135,7 +135,7 @@ def _check(settings: Settings, chosen: Sequence[str]) -> None:
         )
 
 
-async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale) -> None:
+async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: BenchScale) -> None:
     """The chosen scenarios in an order that lets one use what another has left running."""
     keepwarm = lineup.keepwarm
     await _before_after(bench, chosen, scale)
@@ -171,7 +171,7 @@ async def _go(bench: Bench, lineup: Lineup, chosen: Sequence[str], scale: Scale)
             await arm.server.stop()
 
 
-async def _before_after(bench: Bench, chosen: Sequence[str], scale: Scale) -> None:
+async def _before_after(bench: Bench, chosen: Sequence[str], scale: BenchScale) -> None:
     if "first" in chosen:
         await scenarios.first_use(bench, runs=scale.runs)
     if "identical" in chosen:

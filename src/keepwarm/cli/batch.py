@@ -21,7 +21,7 @@ from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.tree import build_tree
 from keepwarm.batch.watched_directory import WatchedDirectory
 from keepwarm.cli import options as opt
-from keepwarm.cli.batch_session import Session, estimated_tiers, read_key, session
+from keepwarm.cli.batch_session import BatchSession, estimated_tiers, read_key, session
 from keepwarm.cli.batch_view import NightBar, plan_as_dict, show_end, show_line_errors, show_plan
 from keepwarm.cli.output import err, fail, print_json
 from keepwarm.errors import ConfigError
@@ -144,7 +144,9 @@ def plan(
         raise ConfigError(f"{tasks} holds no task that can be run.")
 
 
-async def _looked_at(settings: Settings, places: Places, base: str, key: str | None) -> Session:
+async def _looked_at(
+    settings: Settings, places: Places, base: str, key: str | None
+) -> BatchSession:
     async with session(settings, places, base=base, key=key, wait_s=10) as there:
         return there
 
@@ -313,7 +315,7 @@ async def _run(wishes: _Wishes, paths: BatchPaths) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _session(wishes: _Wishes, stop: _Stop) -> AsyncIterator[Session]:
+async def _session(wishes: _Wishes, stop: _Stop) -> AsyncIterator[BatchSession]:
     """A session; Ctrl-C before it is there ends the command at once."""
     opened = session(
         wishes.settings,
@@ -341,7 +343,7 @@ async def _session(wishes: _Wishes, stop: _Stop) -> AsyncIterator[Session]:
 async def _run_file(
     wishes: _Wishes,
     paths: BatchPaths,
-    there: Session,
+    there: BatchSession,
     stop: _Stop,
     *,
     ends_with_hours: bool = False,
@@ -405,7 +407,7 @@ async def _run_dropped(
     wishes: _Wishes,
     drop: WatchedDirectory,
     paths: BatchPaths,
-    there: Session,
+    there: BatchSession,
     stop: _Stop,
     *,
     once: bool,

@@ -13,7 +13,7 @@ from keepwarm.batch.senders import HttpSender, RefusedError, Sender, Unreachable
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.rates import Rates
 from keepwarm.core.tiers import compose
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.batch_service import LocalSender
 from keepwarm.gateway.proxy import Proxy
@@ -24,7 +24,7 @@ _POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class BatchSession:
     """A Keepwarm to send tasks to, and what a plan needs to know of it."""
 
     sender: Sender
@@ -38,7 +38,7 @@ class Session:
 @asynccontextmanager
 async def session(
     settings: Settings, places: Places, *, base: str | None, key: str | None, wait_s: float
-) -> AsyncIterator[Session]:
+) -> AsyncIterator[BatchSession]:
     """Reach a Keepwarm at `base`, or start one with these settings and end it afterwards.
 
     Raises:
@@ -53,7 +53,7 @@ async def session(
         yield await _remote(sender, settings, wait_s=wait_s)
 
 
-async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> Session:
+async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> BatchSession:
     deadline_s = time.monotonic() + wait_s
     with WarmProgress() as progress:
         while True:
@@ -76,7 +76,7 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
             await asyncio.sleep(_POLL_S)
     await sender.find_nodes()
     nodes = max(len(sender.nodes), 1)
-    return Session(
+    return BatchSession(
         sender,
         # A fleet's nodes have the same settings, and any of them has answered.
         slots=nodes * len(status.get("slots") or [None]),
@@ -87,20 +87,20 @@ async def _remote(sender: HttpSender, settings: Settings, *, wait_s: float) -> S
 
 
 @asynccontextmanager
-async def _own(settings: Settings, places: Places) -> AsyncIterator[Session]:
+async def _own(settings: Settings, places: Places) -> AsyncIterator[BatchSession]:
     with WarmProgress() as progress:
-        runtime = Runtime(settings, places, on_status=progress.status, on_progress=progress.tokens)
-        await runtime.start()
-    proxy = Proxy(runtime)
+        life = Life(settings, places, on_status=progress.status, on_progress=progress.tokens)
+        await life.start()
+    proxy = Proxy(life)
     try:
-        yield Session(
-            LocalSender(runtime, proxy, "local"),
-            slots=len(runtime.dispatcher.scheduler.slots),
-            tier_tokens=_tiers_of([w.as_dict() for w in runtime.prefixes.warmed]),
+        yield BatchSession(
+            LocalSender(life, proxy, "local"),
+            slots=len(life.deployment.dispatcher.scheduler.slots),
+            tier_tokens=_tiers_of([w.as_dict() for w in life.deployment.prefixes.warmed]),
             max_body_bytes=settings.server.max_body_bytes,
         )
     finally:
-        await runtime.stop()
+        await life.stop()
 
 
 def _tiers_of(warmed: list[dict[str, object]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.tree import Tree as RichTree
 
 from keepwarm.batch.job import BatchPaths
-from keepwarm.batch.planner import Plan
+from keepwarm.batch.planner import BatchPlan
 from keepwarm.batch.progress import Progress
 from keepwarm.batch.tasks import Parsed
 from keepwarm.batch.tree import PrefixTree
@@ -25,7 +25,7 @@ _MAX_SHOWN = 12
 _LINE_EVERY_S = 60.0
 
 
-def plan_as_dict(tree: PrefixTree, plan: Plan, parsed: Parsed, lanes: int) -> dict[str, Any]:
+def plan_as_dict(tree: PrefixTree, plan: BatchPlan, parsed: Parsed, lanes: int) -> dict[str, Any]:
     """A plan for programs."""
     return {
         "tasks": len(parsed.tasks),
@@ -44,7 +44,7 @@ def plan_as_dict(tree: PrefixTree, plan: Plan, parsed: Parsed, lanes: int) -> di
     }
 
 
-def show_plan(tree: PrefixTree, plan: Plan, parsed: Parsed, lanes: int) -> None:
+def show_plan(tree: PrefixTree, plan: BatchPlan, parsed: Parsed, lanes: int) -> None:
     """The tree, then tokens and time against the file's own order."""
     shown = RichTree(f"{len(parsed.tasks)} tasks on {lanes} slots")
     for number, root in enumerate(tree.roots):

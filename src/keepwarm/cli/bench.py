@@ -13,8 +13,8 @@ from rich.status import Status
 from keepwarm.bench.arms import ARMS
 from keepwarm.bench.picture import seconds_text
 from keepwarm.bench.report import markdown, svg, terminal
-from keepwarm.bench.results import Report, Sample, write_json
-from keepwarm.bench.run import BEFORE_AFTER, SCENARIOS, Scale, run_bench
+from keepwarm.bench.results import BenchReport, Sample, write_json
+from keepwarm.bench.run import BEFORE_AFTER, SCENARIOS, BenchScale, run_bench
 from keepwarm.cli import options as opt
 from keepwarm.cli.interrupt import run_until_interrupted
 from keepwarm.cli.output import err, out, print_json
@@ -102,7 +102,7 @@ def bench(
                 loaded,
                 chosen=SCENARIOS if "all" in chosen else chosen,
                 arms=_arms(arms),
-                scale=Scale(
+                scale=BenchScale(
                     runs=runs, requests=requests, pairs=pairs, rounds=rounds, starts=starts
                 ),
                 watcher=line,
@@ -126,7 +126,7 @@ def _arms(names: str) -> list[str]:
     return asked
 
 
-def _write(report: Report, directory: Path) -> list[Path]:
+def _write(report: BenchReport, directory: Path) -> list[Path]:
     """The report in its three forms, under the time it was begun."""
     directory.mkdir(parents=True, exist_ok=True)
     stem = f"bench-{datetime.fromisoformat(report.began):%Y%m%d-%H%M%S}"

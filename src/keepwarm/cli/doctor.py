@@ -10,9 +10,9 @@ import typer
 
 from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
-from keepwarm.doctor.collect import Asked, collect
+from keepwarm.doctor.collect import Target, collect
 from keepwarm.doctor.diagnose import diagnose
-from keepwarm.doctor.facts import Facts
+from keepwarm.doctor.facts import ServerFacts
 from keepwarm.doctor.finding import Finding, Severity, exit_status
 from keepwarm.errors import ConfigError
 from keepwarm.operate.address import own_key, own_url
@@ -66,7 +66,7 @@ def doctor(
     sys.exit(exit_status(findings))
 
 
-def _asked(settings: Settings, places: Places, upstream: str | None, *, force: bool) -> Asked:
+def _asked(settings: Settings, places: Places, upstream: str | None, *, force: bool) -> Target:
     server = settings.server
     own = own_url(server)
     url = (upstream or own).rstrip("/")
@@ -74,10 +74,12 @@ def _asked(settings: Settings, places: Places, upstream: str | None, *, force: b
     key = settings.engine.upstream_key or None
     if is_own:
         key = own_key(server)
-    return Asked(url=url, settings=settings, places=places, is_own=is_own, api_key=key, force=force)
+    return Target(
+        url=url, settings=settings, places=places, is_own=is_own, api_key=key, force=force
+    )
 
 
-def _report(facts: Facts | None, findings: list[Finding], *, as_json: bool) -> None:
+def _report(facts: ServerFacts | None, findings: list[Finding], *, as_json: bool) -> None:
     if as_json:
         print_json(
             {

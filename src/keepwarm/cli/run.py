@@ -18,7 +18,7 @@ from keepwarm.operate.address import own_key, own_url
 from keepwarm.operate.clients import CLIENTS, Endpoint
 from keepwarm.operate.machine import find_models, look
 from keepwarm.operate.propose import propose
-from keepwarm.operate.run import Session, printed
+from keepwarm.operate.run import ClientRun, printed
 from keepwarm.operate.started import write_private
 from keepwarm.settings import Places, Settings, gateway_key, load_settings, user_environment
 from keepwarm.tiers.files import deployed_tiers, tools_template
@@ -71,7 +71,7 @@ def run(
         typer.echo(printed(known, configured, folder, rest))
         return
     loaded = None if url else (settings, places)
-    session = Session(
+    session = ClientRun(
         client=known,
         arguments=rest,
         url=address,

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from keepwarm.cli.output import err
 from keepwarm.cli.progress import WarmProgress
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.app import make_app
@@ -40,21 +40,21 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
         presence.status(status)
 
     with WarmProgress() as progress:
-        runtime = Runtime(
+        life = Life(
             settings,
             places,
             on_status=tell,
             on_progress=progress.tokens,
             beginning=beginning,
         )
-        _refuse_open_door(settings, has_keys=bool(runtime.keys))
-        app = make_app(runtime)
+        _refuse_open_door(settings, has_keys=bool(life.keys))
+        app = make_app(life)
         runner = Runner(app)
         await runner.setup()
         try:
             address = await listen(runner, settings.server)
-            starting = asyncio.create_task(runtime.start())
-            pinging = asyncio.create_task(presence.ping(lambda: runtime.is_alive))
+            starting = asyncio.create_task(life.start())
+            pinging = asyncio.create_task(presence.ping(lambda: life.is_alive))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -71,7 +71,7 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
             # Threads that explain and save must not hold up a token for the default 5 ms.
             sys.setswitchinterval(0.0005)
             ask_for_short_turns()
-            for warmed in runtime.prefixes.warmed:
+            for warmed in life.deployment.prefixes.warmed:
                 err.print(
                     f"{warmed.name.removeprefix('tier:'):12} {warmed.tokens:6,} tokens "
                     f"{warmed.how} in {warmed.seconds:.2f} s"
@@ -81,7 +81,7 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
             await stopping
             err.print("stopping")
             presence.stopping()
-            await runtime.stop()
+            await life.stop()
             pinging.cancel()
         finally:
             await runner.cleanup()

@@ -28,7 +28,7 @@ _CELL_S = 1.0
 
 
 @dataclass(slots=True)
-class Seen:
+class Screen:
     """What the gateway has told so far."""
 
     overview: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def top(
         return
     if once or not out.is_terminal:
         found = asyncio.run(_once(url, key))
-        seen = Seen(found["overview"], found["slots"])
+        seen = Screen(found["overview"], found["slots"])
         seen.requests.extend(found["requests"])
         out.print(screen(seen, now_s=time.time(), width=out.width, height=60))
         return
@@ -89,7 +89,7 @@ async def _once(url: str, key: str | None) -> dict[str, Any]:
 
 
 async def _watch(url: str, key: str | None) -> None:
-    seen = Seen()
+    seen = Screen()
     async with Gateway(url, key) as gateway:
         # What is wrong from the start is said at once; later the screen stays and says it.
         seen.requests.extend((await gateway.get("requests?limit=100"))["requests"])
@@ -105,7 +105,7 @@ async def _watch(url: str, key: str | None) -> None:
         await listening
 
 
-async def _listen(gateway: Gateway, seen: Seen) -> None:
+async def _listen(gateway: Gateway, seen: Screen) -> None:
     pause_s = 0.5
     while True:
         try:
@@ -118,7 +118,7 @@ async def _listen(gateway: Gateway, seen: Seen) -> None:
         pause_s = min(pause_s * 2, 10.0)
 
 
-def screen(seen: Seen, *, now_s: float, width: int, height: int) -> RenderableType:
+def screen(seen: Screen, *, now_s: float, width: int, height: int) -> RenderableType:
     """The whole screen as it is now."""
     slots = seen.slots.get("slots", [])
     used = 9 + len(slots) + len(seen.overview.get("tiers", []))
@@ -135,7 +135,7 @@ def screen(seen: Seen, *, now_s: float, width: int, height: int) -> RenderableTy
     return Group(*parts)
 
 
-def _head(seen: Seen) -> Text:
+def _head(seen: Screen) -> Text:
     state = seen.slots.get("state", "connecting")
     style = {"ready": "bold green", "failed": "bold red", "down": "bold red"}.get(state, "yellow")
     head = Text("keepwarm ", style="bold") + Text(state, style=style)
@@ -150,7 +150,7 @@ def _head(seen: Seen) -> Text:
     return head
 
 
-def _sums(seen: Seen) -> Text:
+def _sums(seen: Screen) -> Text:
     if not seen.overview:
         return Text("")
     today, ever = seen.overview["totals"]["today"], seen.overview["totals"]["ever"]
@@ -169,7 +169,7 @@ def _sums(seen: Seen) -> Text:
     return line
 
 
-def _lanes(seen: Seen, slots: list[dict[str, Any]], *, now_s: float, width: int) -> Table:
+def _lanes(seen: Screen, slots: list[dict[str, Any]], *, now_s: float, width: int) -> Table:
     """A row a slot: what it holds, and its requests as they ran, the present at the right."""
     cells = max(width - 44, 10)
     table = Table.grid(padding=(0, 1))
@@ -184,7 +184,7 @@ def _lanes(seen: Seen, slots: list[dict[str, Any]], *, now_s: float, width: int)
     return table
 
 
-def _lane(seen: Seen, slot: dict[str, Any], *, cells: int, now_s: float) -> Text:
+def _lane(seen: Screen, slot: dict[str, Any], *, cells: int, now_s: float) -> Text:
     marks = ["·"] * cells
     styles = ["bright_black"] * cells
 
@@ -208,7 +208,7 @@ def _lane(seen: Seen, slot: dict[str, Any], *, cells: int, now_s: float) -> Text
     return lane
 
 
-def _tiers(seen: Seen) -> Table:
+def _tiers(seen: Screen) -> Table:
     table = Table("tier", box=None, padding=(0, 2, 0, 0))
     for title in ("tokens", "warm in", "requests", "first token"):
         table.add_column(title, justify="left" if title == "warm in" else "right")
@@ -226,7 +226,7 @@ def _tiers(seen: Seen) -> Table:
     return table
 
 
-def _requests(seen: Seen, *, rows: int, now_s: float) -> Table:
+def _requests(seen: Screen, *, rows: int, now_s: float) -> Table:
     table = Table("request", box=None, padding=(0, 2, 0, 0))
     for title in ("ago", "tier", "plan", "warm", "cold", "first token"):
         table.add_column(title, justify="left" if title in ("tier", "plan") else "right")

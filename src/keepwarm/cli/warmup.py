@@ -18,7 +18,7 @@ from keepwarm.cli.output import err, out, print_json
 from keepwarm.cli.progress import WarmProgress
 from keepwarm.core.reply import counts_of
 from keepwarm.core.tiers import Tier, compose
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import EngineError
 from keepwarm.settings import Places, Settings
@@ -89,17 +89,17 @@ async def _warmup(settings: Settings, places: Places, *, wait_s: float) -> dict[
             _, tiers = deployed_tiers(settings.tiers, places)
             warmed = status["warmed"]
         else:
-            runtime = Runtime(
+            life = Life(
                 settings,
                 places,
                 on_status=progress.status,
                 on_progress=progress.tokens,
                 leaves=True,
             )
-            await runtime.start()
-            tiers = runtime.tiers
-            warmed = [w.as_dict() for w in runtime.prefixes.warmed]
-            await runtime.stop(drain=False)
+            await life.start()
+            tiers = life.deployment.tiers
+            warmed = [w.as_dict() for w in life.deployment.prefixes.warmed]
+            await life.stop(drain=False)
         progress.status("proving")
         wanted = settings.tiers.warm
         proofs = await _prove(
@@ -141,7 +141,7 @@ async def _keepwarm_status(settings: Settings, *, wait_s: float) -> dict[str, An
                     body: dict[str, Any] = await reply.json() if reply.status == 200 else {}
             except aiohttp.ClientError:
                 if time.monotonic() >= patience_s:
-                    return None  # the runtime says what is wrong with the address
+                    return None  # the engine says what is wrong with the address
                 body = {}
             if body.get("state") == "ready":
                 return body

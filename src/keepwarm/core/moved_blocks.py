@@ -85,7 +85,7 @@ _MOST_BLOCKS = 16
 _MOST_TAIL_LINES = 16
 
 
-class Taken(NamedTuple):
+class Unblocked(NamedTuple):
     """A system prompt's texts without their blocks, and the blocks in their order."""
 
     texts: list[str]
@@ -97,7 +97,7 @@ def is_agent(tools: Collection[str]) -> bool:
     return any(agent.issubset(tools) for agent in _AGENTS)
 
 
-def take_blocks(texts: Sequence[str]) -> Taken:
+def take_blocks(texts: Sequence[str]) -> Unblocked:
     """Take the blocks out of an agent's system prompt, given as the texts that it consists of."""
     kept: list[str] = []
     blocks: list[str] = []
@@ -113,7 +113,11 @@ def take_blocks(texts: Sequence[str]) -> Taken:
         for index, spans in enumerate(mentioned):
             blocks += [kept[index][start:end].strip() for start, end in spans]
             kept[index] = _without(kept[index], spans)
-    return Taken(kept, blocks) if any(text.strip() for text in kept) else Taken(list(texts), [])
+    return (
+        Unblocked(kept, blocks)
+        if any(text.strip() for text in kept)
+        else Unblocked(list(texts), [])
+    )
 
 
 def metadata_start(text: str) -> int:

@@ -41,6 +41,8 @@ What an event does to a slot:
 | `drain`        | saved, if worth it  |                           |                               |
 | `engine_down`  | empty               | idle, empty; job waits    | idle, empty                   |
 | `engine_slept` | empty               |                           |                               |
+| `absorbed`, no | emptied             | emptied behind its steps, | emptied before the next one   |
+| numbers        |                     | its job served cold       |                               |
 
 Saved, emptied and looked at are steps, so such a slot is preparing until they are done.
 
@@ -205,16 +207,16 @@ class Scheduler:
         slot = self.slots[job.plan.slot]
         if slot.job != job_id:
             return self._dispatch(now_s)  # the engine died meanwhile and the slot was taken back
-        if counts is not None and self.is_shifted(counts):
-            slot.content, slot.held_tokens = None, self.machine.slot_tokens
-        elif counts is not None:
+        is_spoiled = slot.is_spoiled or (counts is not None and self.is_shifted(counts))
+        if counts is not None and not is_spoiled:
             self._learn(job, slot, counts, reply)
         if counts is not None or touched:
             slot.owner = job.namespace
-        if counts is not None and self.is_shifted(counts):
-            slot.owner = _NOBODY
+        if is_spoiled:
+            slot.held_tokens = max(slot.most_tokens, self.machine.slot_tokens)
+            slot.content, slot.owner, slot.is_spoiled = None, _NOBODY, False
         effects: list[Effect] = []
-        if counts is None and touched:
+        if counts is None and touched and not is_spoiled:
             effects += self._look(slot, job, now_s)
             return [*effects, *self._dispatch(now_s)]
         self._free(slot, now_s)
@@ -277,6 +279,7 @@ class Scheduler:
         self.up = False
         for slot in self.slots:
             slot.content, slot.held_tokens, slot.granted_tokens, slot.owner = None, 0, 0, ""
+            slot.is_spoiled, slot.staged_name = False, ""
             job = self.jobs.get(slot.job) if slot.job else None
             planned_here = job is not None and job.plan is not None and job.plan.slot == slot.id
             if slot.state is SlotState.PREPARING and job and planned_here:
@@ -295,8 +298,8 @@ class Scheduler:
             return []
         slot = self.slots[job.plan.slot]
         if slot.job == job_id:
-            slot.content, slot.owner = None, job.namespace
-            slot.held_tokens = slot.most_tokens
+            slot.content, slot.owner = None, _NOBODY if slot.is_spoiled else job.namespace
+            slot.held_tokens, slot.is_spoiled = slot.most_tokens, False
             self._free(slot, now_s)
         self._requeue(job)
         return self._dispatch(now_s)
@@ -313,18 +316,33 @@ class Scheduler:
         *,
         ids: Tokens | None = None,
         states: tuple[int, ...] = (),
+        spoiled_slot: int | None = None,
     ) -> list[Effect]:
         """The store has taken a staged file in (or refused it): look-ups answer from now on.
 
-        `ids` and `states` are the file's: what the slot held, counted.
+        `ids` and `states` are the file's: what the slot held, counted. `spoiled_slot` is the one it
+        was saved from if its rows are no numbers: nothing may go on from there.
         """
+        effects: list[Effect] = []
+        if spoiled_slot is not None:
+            copies = [slot for slot in self.slots if slot.staged_name == staged_name]
+            for slot in {s.id: s for s in (self.slots[spoiled_slot], *copies)}.values():
+                effects += self._spoil(slot, now_s)
         content = self._absorbing.pop(staged_name, None)
         if content is not None and ids is not None:
             after_count(content, ids, states)
         for digest, fresh in list(self._fresh.items()):
             if fresh.staged_name == staged_name:
                 del self._fresh[digest]
-        return self._dispatch(now_s)
+        return [*effects, *self._dispatch(now_s)]
+
+    def _spoil(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Empty a slot, or mark it: then it is emptied before anybody goes on from it."""
+        slot.is_spoiled = self.up
+        if slot.state is not SlotState.IDLE or not self.up:
+            return []
+        slot.state = SlotState.PREPARING
+        return self._advance(slot, now_s)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Time has passed: save what has been idle, end what has waited too long."""
@@ -565,6 +583,8 @@ class Scheduler:
         job = self.jobs.get(slot.job) if slot.job else None
         script = self._scripts.get(slot.id)
         helped = self._helping.get(slot.id)
+        if slot.is_spoiled and not script:
+            script = self._scripts[slot.id] = self._to_be_emptied(slot, job)
         if script and (job is None or not job.gone or isinstance(script[0], _ALWAYS)):
             step = script.popleft()
             self._running[slot.id] = step
@@ -591,12 +611,23 @@ class Scheduler:
                     other.content, other.owner = None, job.namespace
         return [Start(job.id, job.plan)]
 
+    def _to_be_emptied(self, slot: Slot, job: Job | None) -> deque[Step]:
+        """What empties a spoiled slot; its job begins at its first token."""
+        slot.content, slot.owner, slot.is_spoiled = None, _NOBODY, False
+        if job is not None and job.plan is not None and job.plan.slot == slot.id:
+            job.plan = replace(
+                job.plan, source=Source.COLD, reuse_tokens=0, promise_tokens=0, restore=None
+            )
+        return deque([EraseSlot(slot.id)])
+
     def _apply(self, slot: Slot, step: Step, outcome: Outcome) -> None:
         """What a step's outcome says of its slot."""
         job = self.jobs.get(slot.job) if slot.job else None
         if isinstance(outcome, StepFailed):
             self._failed(slot, step, job, emptied=outcome.emptied)
             return
+        if isinstance(step, EraseSlot | RestoreSlot):
+            slot.is_spoiled, slot.staged_name = False, ""
         if isinstance(step, EraseSlot):
             slot.content, slot.held_tokens, slot.owner = None, 0, ""
         elif isinstance(step, SaveSlot) and isinstance(outcome, SavedSlot):
@@ -613,6 +644,7 @@ class Scheduler:
             slot.content = after_restore(job, step.stored, outcome.tokens, outcome.ids)
             slot.content.held_from = max(outcome.tokens - self.machine.window_tokens, 0)
             slot.held_tokens, slot.owner = outcome.tokens, slot.content.namespace
+            slot.staged_name = step.stored.staged_name or ""
         elif isinstance(step, FillSlot) and isinstance(outcome, FilledSlot) and job:
             self._filled(slot, job, outcome.tokens)
         elif isinstance(step, LookSlot) and isinstance(outcome, LookedSlot) and slot.content:

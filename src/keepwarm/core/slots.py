@@ -161,7 +161,9 @@ class Slot:
     `content` is what is known of it. The engine's sequence may hold more than that (a reply that
     was cut off, a fill that was given up): at most `held_tokens`, and `owner` is the only tenant
     whose tokens can be among them ('' for none but a tier's). `granted_tokens` is what the request
-    it is given to may come to.
+    it is given to may come to. `staged_name` is the file it was restored from before the store had
+    looked at it. `is_spoiled`: the rows it holds are no numbers, and it is emptied before anybody
+    goes on from them.
     """
 
     id: int
@@ -172,6 +174,8 @@ class Slot:
     held_tokens: int = 0
     granted_tokens: int = 0
     owner: str = ""
+    staged_name: str = ""
+    is_spoiled: bool = False
 
     @property
     def most_tokens(self) -> int:

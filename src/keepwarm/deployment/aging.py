@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.errors import SnapshotError
 
 log = logging.getLogger("keepwarm")
@@ -15,16 +15,16 @@ _DAY_S = 24 * 3600.0
 _LOOK_S = 600.0
 
 
-async def evict_unused(runtime: Deployment, *, look_s: float = _LOOK_S) -> None:
+async def evict_unused(deployment: KeptEngine, *, look_s: float = _LOOK_S) -> None:
     """Look every `look_s`, and evict if no request runs or waits. Ends only by cancellation."""
-    max_age_s = runtime.settings.store.max_age_days * _DAY_S
+    max_age_s = deployment.settings.store.max_age_days * _DAY_S
     while True:
         await asyncio.sleep(look_s)
-        scheduler = runtime.dispatcher.scheduler
+        scheduler = deployment.dispatcher.scheduler
         if scheduler.busy or scheduler.queued:
             continue
         try:
-            removed = await runtime.store.evict_unused(max_age_s)
+            removed = await deployment.store.evict_unused(max_age_s)
         except SnapshotError as error:
             log.warning("what is too old isn't evicted: %s", error)
             continue
@@ -33,5 +33,5 @@ async def evict_unused(runtime: Deployment, *, look_s: float = _LOOK_S) -> None:
                 "evicted %d extents (%d bytes) and %d learned prefixes that nobody used for %d "
                 "days",
                 *(len(removed.extents), removed.size_bytes, len(removed.pins)),
-                runtime.settings.store.max_age_days,
+                deployment.settings.store.max_age_days,
             )

@@ -32,7 +32,7 @@ from keepwarm.core.job import Job
 from keepwarm.core.reply import Reply
 from keepwarm.core.rewriting import Rewritings
 from keepwarm.core.tree import Tokens
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.engine.static_end import history_tokens
 from keepwarm.errors import EngineError, KeepwarmError
 
@@ -58,7 +58,7 @@ _TICKS_S = 100.0
 class Ahead:
     """See the module. All methods are called on the event loop that made it."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: KeptEngine) -> None:
         self._deployment = deployment
         self._is_on = deployment.settings.engine.ahead == "auto"
         # The last turn of each slot, until it was looked at.

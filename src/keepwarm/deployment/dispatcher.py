@@ -413,6 +413,7 @@ class Dispatcher:
     async def _absorb(self, step: SaveSlot, name: str, tokens: int) -> None:
         ids: Tokens | None = None
         states: tuple[int, ...] = ()
+        spoiled: int | None = None
         try:
             saved = await self._snapshots.absorb(
                 name,
@@ -426,8 +427,11 @@ class Dispatcher:
             self.on_kept()
         except SnapshotError as error:
             self.metrics.miss(error.reason)
+            spoiled = step.slot if error.reason == "not_finite" else None
         finally:
-            effects = self.scheduler.absorbed(name, time.monotonic(), ids=ids, states=states)
+            effects = self.scheduler.absorbed(
+                name, time.monotonic(), ids=ids, states=states, spoiled_slot=spoiled
+            )
             if not self._is_closed:
                 self._perform(effects)
 
@@ -484,9 +488,10 @@ class Dispatcher:
             first = job.plan.reuse_tokens + _PIECE_TOKENS
             ends = [*range(first, len(tokens), _PIECE_TOKENS), *ends]
         job.filled_tokens = 0
+        progress = job.on_fill or (lambda _: None)
         for end in ends:
             # In a stream, since only that is ended when the fill is interrupted.
-            counts = await self._client.fill(tokens[:end], slot=step.slot, progress=lambda *_: None)
+            counts = await self._client.fill(tokens[:end], slot=step.slot, progress=progress)
             job.filled_tokens += counts.prefilled
             self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
             self.metrics.filled(counts)

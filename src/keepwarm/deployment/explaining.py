@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 
 from keepwarm.core.tiers import compose
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.explain.explainer import Identity
 from keepwarm.explain.parts import parts_of
 from keepwarm.explain.recent import SHARED, Remembered
 
 
-def observe_deployment(deployment: Deployment) -> None:
+def observe_deployment(deployment: KeptEngine) -> None:
     """Set the metrics that say what holds at this moment."""
-    if not hasattr(deployment, "dispatcher"):
+    if not deployment.is_open:
         return
     slots = deployment.dispatcher.scheduler.slots
     stats = deployment.store.stats()
@@ -24,11 +24,13 @@ def observe_deployment(deployment: Deployment) -> None:
         store_bytes=stats.used_bytes,
         quota_bytes=stats.quota_bytes,
         evicted_extents=stats.evicted_extents,
+        damaged_rows=stats.quarantined_extents + stats.quarantined_ends,
+        damaged_staged=stats.damaged_staged,
         prefill_s_per_token=deployment.dispatcher.rates.prefill_s_per_token.value,
     )
 
 
-async def begin_explaining(deployment: Deployment) -> None:
+async def begin_explaining(deployment: KeptEngine) -> None:
     """Open the history beside the store, and let prompts be compared with the tiers."""
     identity = Identity(
         deployment.fingerprint, await _described(deployment), cuttable=deployment.machine.cuttable
@@ -45,7 +47,7 @@ async def begin_explaining(deployment: Deployment) -> None:
     await deployment.explainer.open(deployment.store.settings.root, identity, tiers)
 
 
-async def _described(deployment: Deployment) -> dict[str, str]:
+async def _described(deployment: KeptEngine) -> dict[str, str]:
     """What the fingerprint is made of, in names that mean something to people."""
     launch = deployment.launch
     template = str((await deployment.client.props()).get("chat_template", ""))

@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.store.types import Forgotten, tenant_of
 
 log = logging.getLogger("keepwarm")
@@ -29,7 +29,7 @@ class ForgottenKey:
     busy_slots: int
 
 
-async def forget_key(runtime: Runtime, namespace: str) -> ForgottenKey:
+async def forget_key(deployment: Deployment, namespace: str) -> ForgottenKey:
     """Remove all that is one API key's own of slots, store and history.
 
     Raises: SnapshotError if not all of it is gone; again is safe.
@@ -38,14 +38,14 @@ async def forget_key(runtime: Runtime, namespace: str) -> ForgottenKey:
     until_s = time.monotonic() + _PATIENCE_S
     # What its slots wait for may be a save or a reply, which have no event in common.
     while (  # noqa: ASYNC110
-        busy := runtime.dispatcher.forget_tenant(namespace)
+        busy := deployment.dispatcher.forget_tenant(namespace)
     ) and time.monotonic() < until_s:
         await asyncio.sleep(_LOOK_S)
-    told = await runtime.store.forget(namespace)
-    runtime.prefixes.warmed = [
-        warmed for warmed in runtime.prefixes.warmed if tenant_of(warmed.name) != namespace
+    told = await deployment.store.forget(namespace)
+    deployment.prefixes.warmed = [
+        warmed for warmed in deployment.prefixes.warmed if tenant_of(warmed.name) != namespace
     ]
-    requests = await runtime.explainer.forget(namespace)
+    requests = await deployment.explainer.forget(namespace)
     log.info(
         "forgot a key on request: %d extents, %d bytes, %d pins, %s requests",
         *(told.extents, told.size_bytes, len(told.pins), requests),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import (
     KeptPrefix,
@@ -40,9 +40,9 @@ class Prefixes:
     """See the module. `warm` is called each time an engine has come up."""
 
     def __init__(
-        self, deployment: Deployment, *, leaves: bool, on_progress: Progress | None
+        self, deployment: KeptEngine, *, leaves: bool, on_progress: Progress | None
     ) -> None:
-        """As the runtime takes them."""
+        """As the deployment takes them."""
         self._deployment = deployment
         self._leaves = leaves
         self._on_progress = on_progress

@@ -9,7 +9,7 @@ import time
 from keepwarm.core.job import Job
 from keepwarm.core.plan import FILL_MIN_TOKENS, Plan, Stored
 from keepwarm.core.reply import Counts
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.deployment.rebuild import rebuild
 from keepwarm.deployment.warm import KeptPrefix, tier_prefixes
 from keepwarm.errors import EngineError, SnapshotError, TierError
@@ -29,7 +29,7 @@ _WARM_ANEW_AFTER_S = 3600.0
 class Prover:
     """Counts hits and misses; pins what comes again; looks into broken promises."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: KeptEngine) -> None:
         self._deployment = deployment
         self._seen: dict[bytes, int] = {}
         self._pinning: set[str] = set()

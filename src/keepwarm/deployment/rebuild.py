@@ -13,7 +13,7 @@ import uuid
 
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Stored
-from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.kept_engine import KeptEngine
 from keepwarm.deployment.warm import KeptPrefix, keep
 from keepwarm.errors import KeepwarmError
 
@@ -23,7 +23,7 @@ log = logging.getLogger("keepwarm")
 _PRIORITY = 2
 
 
-async def rebuild(deployment: Deployment, prefix: KeptPrefix) -> Stored | None:
+async def rebuild(deployment: KeptEngine, prefix: KeptPrefix) -> Stored | None:
     """Fill, save and pin a tier's prefix; None, and a line in the log, if that failed."""
     assert prefix.prompt
     job = Job(

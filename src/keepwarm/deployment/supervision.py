@@ -47,9 +47,11 @@ _SAID = {
 
 
 class EngineLife(Protocol):
-    """What the supervisor needs of the runtime."""
+    """What the supervisor needs of a deployment."""
 
-    client: EngineClient
+    @property
+    def client(self) -> EngineClient:
+        """How the engine is reached."""
 
     @property
     def process(self) -> EngineProcess | None:

@@ -15,7 +15,7 @@ from keepwarm.core.tiers import Tier, compose
 from keepwarm.core.volatile import Volatile, find_volatile
 from keepwarm.doctor import kernel
 from keepwarm.doctor.experiment import Tried, try_idle_slot
-from keepwarm.doctor.facts import DiskFacts, Facts, ProcessFacts, StoreFacts, TierFacts
+from keepwarm.doctor.facts import DiskFacts, ProcessFacts, ServerFacts, StoreFacts, TierFacts
 from keepwarm.doctor.flags import ServerFlags, is_llama_server, read_flags
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.counting import PromptCounter
@@ -33,7 +33,7 @@ _ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Target:
     """What the doctor looks at.
 
     `is_own` is whether it is the deployment that the settings describe, on this machine; `api_key`
@@ -48,9 +48,9 @@ class Asked:
     force: bool = False
 
 
-async def collect(asked: Asked) -> Facts:
+async def collect(asked: Target) -> ServerFacts:
     """All that can be seen."""
-    facts = Facts(url=asked.url, kind="none", today=datetime.now().astimezone().date())
+    facts = ServerFacts(url=asked.url, kind="none", today=datetime.now().astimezone().date())
     facts = replace(facts, store=_store(asked), **_tier_texts(asked))
     client = EngineClient(asked.url, api_key=asked.api_key)
     try:
@@ -71,7 +71,7 @@ async def collect(asked: Asked) -> Facts:
         return _without_server(replace(facts, failure=str(error)), asked)
 
 
-async def _keepwarm_status(asked: Asked) -> dict[str, Any] | None:
+async def _keepwarm_status(asked: Target) -> dict[str, Any] | None:
     """Keepwarm's status; None from a bare llama-server.
 
     Raises:
@@ -96,8 +96,8 @@ async def _keepwarm_status(asked: Asked) -> dict[str, Any] | None:
 
 
 def _identified(
-    facts: Facts, asked: Asked, status: dict[str, Any] | None, props: dict[str, Any]
-) -> Facts:
+    facts: ServerFacts, asked: Target, status: dict[str, Any] | None, props: dict[str, Any]
+) -> ServerFacts:
     """What the server says of itself, and what its process and its model's file say."""
     pid, flags = _process(asked, status)
     header = _header(props, asked)
@@ -122,7 +122,7 @@ def _identified(
     )
 
 
-def _without_server(facts: Facts, asked: Asked) -> Facts:
+def _without_server(facts: ServerFacts, asked: Target) -> ServerFacts:
     """What can be seen of a deployment that doesn't run."""
     if not asked.is_own:
         return replace(facts, process=ProcessFacts(machine_cores=kernel.usable_cores()))
@@ -136,7 +136,7 @@ def _without_server(facts: Facts, asked: Asked) -> Facts:
     )
 
 
-def _process(asked: Asked, status: dict[str, Any] | None) -> tuple[int | None, ServerFlags | None]:
+def _process(asked: Target, status: dict[str, Any] | None) -> tuple[int | None, ServerFlags | None]:
     """The engine's process and its flags, where it runs on this machine and may be seen."""
     address = urlsplit(asked.url)
     if not _is_here(address.hostname):
@@ -155,7 +155,7 @@ def _is_here(host: str | None) -> bool:
     return host == "localhost" or is_loopback(host or "")
 
 
-def _header(props: dict[str, Any], asked: Asked) -> ModelHeader | None:
+def _header(props: dict[str, Any], asked: Target) -> ModelHeader | None:
     path = str(props.get("model_path") or (asked.settings.engine.model if asked.is_own else ""))
     if not path or not _is_here(urlsplit(asked.url).hostname):
         return None
@@ -165,7 +165,7 @@ def _header(props: dict[str, Any], asked: Asked) -> ModelHeader | None:
         return None
 
 
-def _slot_dir(asked: Asked, flags: ServerFlags | None, *, is_keepwarm: bool) -> DiskFacts | None:
+def _slot_dir(asked: Target, flags: ServerFlags | None, *, is_keepwarm: bool) -> DiskFacts | None:
     """Where slot files pass through, as seen from here."""
     settings = asked.settings
     named = settings.engine.slot_dir or (flags.slot_dir if flags else "") or ""
@@ -177,7 +177,7 @@ def _slot_dir(asked: Asked, flags: ServerFlags | None, *, is_keepwarm: bool) -> 
     return kernel.look_at_disk(_nearest(Path(named).expanduser())) if named else None
 
 
-def _machine(asked: Asked, pid: int | None, flags: ServerFlags | None) -> ProcessFacts:
+def _machine(asked: Target, pid: int | None, flags: ServerFlags | None) -> ProcessFacts:
     threads = flags.threads if flags else None
     if asked.is_own:
         threads = threads or asked.settings.engine.threads or None
@@ -195,12 +195,12 @@ def _machine(asked: Asked, pid: int | None, flags: ServerFlags | None) -> Proces
     )
 
 
-def _store_dir(asked: Asked) -> Path:
+def _store_dir(asked: Target) -> Path:
     settings = asked.settings
     return Path(settings.store.dir).expanduser() if settings.store.dir else asked.places.store
 
 
-def _store(asked: Asked) -> StoreFacts | None:
+def _store(asked: Target) -> StoreFacts | None:
     root = _store_dir(asked)
     if not root.is_dir():
         return None
@@ -220,7 +220,7 @@ def _store(asked: Asked) -> StoreFacts | None:
     )
 
 
-def _tier_texts(asked: Asked) -> dict[str, Any]:
+def _tier_texts(asked: Target) -> dict[str, Any]:
     """The tiers' own texts, without a server."""
     try:
         tiers = _load(asked)
@@ -229,7 +229,7 @@ def _tier_texts(asked: Asked) -> dict[str, Any]:
     return {"tiers": tuple(TierFacts(name=t.name, volatile=_volatile(t)) for t in tiers)}
 
 
-def _load(asked: Asked) -> list[Tier]:
+def _load(asked: Target) -> list[Tier]:
     return list(deployed_tiers(asked.settings.tiers, asked.places)[1])
 
 
@@ -244,7 +244,7 @@ def _volatile(tier: Tier) -> tuple[tuple[str, Volatile], ...]:
     return tuple(out)
 
 
-async def _rendered(facts: Facts, asked: Asked, client: EngineClient) -> Facts:
+async def _rendered(facts: ServerFacts, asked: Target, client: EngineClient) -> ServerFacts:
     """What the model's template makes of a short conversation and of each tier."""
     try:
         facts = replace(facts, rendered=await client.render({"messages": _HELLO}))
@@ -271,7 +271,7 @@ async def _render_tier(client: EngineClient, tier: Tier, known: TierFacts) -> Ti
     return replace(known, tokens=len(tokens), missing_tools=missing)
 
 
-async def _tried(facts: Facts, asked: Asked, client: EngineClient) -> Facts:
+async def _tried(facts: ServerFacts, asked: Target, client: EngineClient) -> ServerFacts:
     """What a small experiment tells of a bare server."""
     slot_dir = Path(facts.slot_dir.path) if facts.slot_dir else None
     try:

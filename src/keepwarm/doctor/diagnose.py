@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from keepwarm.doctor import machine, prompts, server
-from keepwarm.doctor.facts import Facts
+from keepwarm.doctor.facts import ServerFacts
 from keepwarm.doctor.finding import Finding
 
-RULES: tuple[Callable[[Facts], Finding | None], ...] = (
+RULES: tuple[Callable[[ServerFacts], Finding | None], ...] = (
     server.no_answer,
     server.not_ready,
     server.engine_old,
@@ -39,7 +39,7 @@ RULES: tuple[Callable[[Facts], Finding | None], ...] = (
 )
 
 
-def diagnose(facts: Facts) -> list[Finding]:
+def diagnose(facts: ServerFacts) -> list[Finding]:
     """What the rules find, worst first and in the rules' order."""
     found = [finding for rule in RULES if (finding := rule(facts))]
     return sorted(found, key=lambda finding: -finding.severity)

@@ -69,7 +69,7 @@ class ProcessFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class ServerFacts:
     """See the module.
 
     `kind` is what answers at `url`; `none` where nothing does, for `failure`'s reason.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keepwarm.doctor.facts import DiskFacts, Facts
+from keepwarm.doctor.facts import DiskFacts, ServerFacts
 from keepwarm.doctor.finding import Finding, Severity
 
 _MEMORY = ("tmpfs", "ramfs")
@@ -16,7 +16,7 @@ _SLOW_BYTES_S = 50e6
 _SWAPPED_BYTES = 8 << 20
 
 
-def slot_dir_full(facts: Facts) -> Finding | None:
+def slot_dir_full(facts: ServerFacts) -> Finding | None:
     """A save fails for want of space."""
     disk = facts.slot_dir
     if disk is None:
@@ -35,7 +35,7 @@ def slot_dir_full(facts: Facts) -> Finding | None:
     )
 
 
-def slot_dir_slow(facts: Facts) -> Finding | None:
+def slot_dir_slow(facts: ServerFacts) -> Finding | None:
     """Every save and restore waits for a slow disk, and with it every slot of the engine."""
     disk = facts.slot_dir
     if disk is None or disk.kind in _MEMORY:
@@ -49,7 +49,7 @@ def slot_dir_slow(facts: Facts) -> Finding | None:
     )
 
 
-def slot_dir_forgets(facts: Facts) -> Finding | None:
+def slot_dir_forgets(facts: ServerFacts) -> Finding | None:
     """A plain server's snapshots lie in memory and nowhere else."""
     disk = facts.slot_dir
     if facts.kind != "llama-server" or disk is None or disk.kind not in _MEMORY:
@@ -69,7 +69,7 @@ def slot_dir_forgets(facts: Facts) -> Finding | None:
     )
 
 
-def store_disk(facts: Facts) -> Finding | None:
+def store_disk(facts: ServerFacts) -> Finding | None:
     """The store can't grow to what it is allowed."""
     store = facts.store
     if store is None:
@@ -86,7 +86,7 @@ def store_disk(facts: Facts) -> Finding | None:
     )
 
 
-def store_slow(facts: Facts) -> Finding | None:
+def store_slow(facts: ServerFacts) -> Finding | None:
     """What is kept lies on a slow disk."""
     store = facts.store
     if store is None or store.disk.kind in _MEMORY:
@@ -99,7 +99,7 @@ def store_slow(facts: Facts) -> Finding | None:
     )
 
 
-def store_forgets(facts: Facts) -> Finding | None:
+def store_forgets(facts: ServerFacts) -> Finding | None:
     """The store itself lies in memory."""
     if facts.store is None or facts.store.disk.kind not in _MEMORY:
         return None
@@ -111,7 +111,7 @@ def store_forgets(facts: Facts) -> Finding | None:
     )
 
 
-def foreign_snapshots(facts: Facts) -> Finding | None:
+def foreign_snapshots(facts: ServerFacts) -> Finding | None:
     """Snapshots of another model, engine or template take space."""
     store = facts.store
     if store is None or not store.is_open or not store.idle_stores:
@@ -126,7 +126,7 @@ def foreign_snapshots(facts: Facts) -> Finding | None:
     )
 
 
-def swapped(facts: Facts) -> Finding | None:
+def swapped(facts: ServerFacts) -> Finding | None:
     """Part of the engine must come back from swap."""
     size_bytes = facts.process.swapped_bytes
     if size_bytes is None or size_bytes < _SWAPPED_BYTES:
@@ -141,7 +141,7 @@ def swapped(facts: Facts) -> Finding | None:
     )
 
 
-def too_many_threads(facts: Facts) -> Finding | None:
+def too_many_threads(facts: ServerFacts) -> Finding | None:
     """More threads than cores: all wait for the one that isn't running."""
     process = facts.process
     if facts.kind == "none" and process.threads is None:
@@ -160,7 +160,7 @@ def too_many_threads(facts: Facts) -> Finding | None:
     )
 
 
-def busy_machine(facts: Facts) -> Finding | None:
+def busy_machine(facts: ServerFacts) -> Finding | None:
     """Other programs take the cores that the engine's threads need at the same time."""
     process = facts.process
     if process.load is None or process.load < 2 * process.machine_cores:

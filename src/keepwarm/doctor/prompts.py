@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 from keepwarm.core.volatile import find_volatile
-from keepwarm.doctor.facts import Facts
+from keepwarm.doctor.facts import ServerFacts
 from keepwarm.doctor.finding import Finding, Severity
 
 _CLOCK = re.compile(r"\bstrftime_now\b|\bdate_string\b")
 
 
-def tiers_unusable(facts: Facts) -> Finding | None:
+def tiers_unusable(facts: ServerFacts) -> Finding | None:
     """The tiers can't be read."""
     if not facts.tiers_failure:
         return None
@@ -20,7 +20,7 @@ def tiers_unusable(facts: Facts) -> Finding | None:
     )
 
 
-def tier_unrendered(facts: Facts) -> Finding | None:
+def tier_unrendered(facts: ServerFacts) -> Finding | None:
     """The model's template refuses a tier."""
     failed = [tier for tier in facts.tiers if tier.failure]
     if not failed:
@@ -33,7 +33,7 @@ def tier_unrendered(facts: Facts) -> Finding | None:
     )
 
 
-def template_drops_tools(facts: Facts) -> Finding | None:
+def template_drops_tools(facts: ServerFacts) -> Finding | None:
     """The model never hears of its tools."""
     dropped = [tier for tier in facts.tiers if tier.missing_tools]
     if not dropped:
@@ -50,7 +50,7 @@ def template_drops_tools(facts: Facts) -> Finding | None:
     )
 
 
-def template_changes(facts: Facts) -> Finding | None:
+def template_changes(facts: ServerFacts) -> Finding | None:
     """The template itself brings today's date into every prompt."""
     if facts.template is None or facts.rendered is None:
         return None
@@ -73,7 +73,7 @@ def template_changes(facts: Facts) -> Finding | None:
     )
 
 
-def _has_today(facts: Facts) -> bool:
+def _has_today(facts: ServerFacts) -> bool:
     """Whether the rendered text has today's day, month and year near each other."""
     today = facts.today
     months = rf"(?:{today:%B}|{today:%b}|{today.month:02d})"
@@ -87,7 +87,7 @@ def _has_today(facts: Facts) -> bool:
     return any(re.search(form, text, re.IGNORECASE) for form in forms)
 
 
-def volatile_tiers(facts: Facts) -> Finding | None:
+def volatile_tiers(facts: ServerFacts) -> Finding | None:
     """A tier's text holds something that will be another tomorrow or elsewhere."""
     places = [(tier.name, place) for tier in facts.tiers for place in tier.volatile]
     if not places:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from keepwarm.core.memory import MemoryKind
-from keepwarm.doctor.facts import Facts
+from keepwarm.doctor.facts import ServerFacts
 from keepwarm.doctor.finding import Finding, Severity
 
 # What a request needs behind its static part: a question, some turns, an answer.
@@ -15,7 +15,7 @@ _ROOM_TOKENS = 1024
 OLDEST_BUILD = 10587
 
 
-def no_answer(facts: Facts) -> Finding | None:
+def no_answer(facts: ServerFacts) -> Finding | None:
     """Nothing can be asked."""
     if facts.kind != "none":
         return None
@@ -28,7 +28,7 @@ def no_answer(facts: Facts) -> Finding | None:
     )
 
 
-def not_ready(facts: Facts) -> Finding | None:
+def not_ready(facts: ServerFacts) -> Finding | None:
     """Keepwarm answers, but isn't warm."""
     if facts.kind != "keepwarm" or facts.state == "ready":
         return None
@@ -43,7 +43,7 @@ def not_ready(facts: Facts) -> Finding | None:
     )
 
 
-def engine_old(facts: Facts) -> Finding | None:
+def engine_old(facts: ServerFacts) -> Finding | None:
     """The engine is older than any that Keepwarm counts on."""
     match = re.fullmatch(r"b(\d+)\b.*", facts.build)
     # Builds without a number, as in packages of others, are "b0"; later ones are called "v1.0".
@@ -59,7 +59,7 @@ def engine_old(facts: Facts) -> Finding | None:
     )
 
 
-def idle_slots_cleared(facts: Facts) -> Finding | None:
+def idle_slots_cleared(facts: ServerFacts) -> Finding | None:
     """A slot that was warmed is empty when it is needed."""
     by_flags = facts.flags.empties_idle_slots if facts.flags and facts.slots != 1 else False
     if facts.keeps_idle is True or not (by_flags or facts.keeps_idle is False):
@@ -79,7 +79,7 @@ def idle_slots_cleared(facts: Facts) -> Finding | None:
     )
 
 
-def idle_slots_unknown(facts: Facts) -> Finding | None:
+def idle_slots_unknown(facts: ServerFacts) -> Finding | None:
     """Neither the command line nor an experiment could tell."""
     known = facts.flags is not None or facts.keeps_idle is not None or facts.slots == 1
     if facts.kind != "llama-server" or known:
@@ -92,7 +92,7 @@ def idle_slots_unknown(facts: Facts) -> Finding | None:
     )
 
 
-def slots_unset(facts: Facts) -> Finding | None:
+def slots_unset(facts: ServerFacts) -> Finding | None:
     """The number of slots was left to the build."""
     if facts.flags is None or facts.flags.slots is not None:
         return None
@@ -105,7 +105,7 @@ def slots_unset(facts: Facts) -> Finding | None:
     )
 
 
-def few_slots(facts: Facts) -> Finding | None:
+def few_slots(facts: ServerFacts) -> Finding | None:
     """A bare server keeps prefixes in slots alone, and there are more tiers than slots for them."""
     tiers = [tier for tier in facts.tiers if not tier.failure]
     if facts.kind != "llama-server" or facts.slots is None or facts.slots > len(tiers):
@@ -120,7 +120,7 @@ def few_slots(facts: Facts) -> Finding | None:
     )
 
 
-def small_cache(facts: Facts) -> Finding | None:
+def small_cache(facts: ServerFacts) -> Finding | None:
     """The prompt cache in memory can't hold what it is for."""
     if facts.flags is None or not facts.flags.cache_ram_mib or facts.flags.cache_ram_mib < 0:
         return None
@@ -140,7 +140,7 @@ def small_cache(facts: Facts) -> Finding | None:
     )
 
 
-def cannot_save(facts: Facts) -> Finding | None:
+def cannot_save(facts: ServerFacts) -> Finding | None:
     """Nothing of this server survives its restart."""
     if facts.kind != "llama-server" or facts.can_save is not False:
         return None
@@ -153,7 +153,7 @@ def cannot_save(facts: Facts) -> Finding | None:
     )
 
 
-def context_too_small(facts: Facts) -> Finding | None:
+def context_too_small(facts: ServerFacts) -> Finding | None:
     """A tier doesn't fit into a slot, or leaves no room behind it."""
     tier = facts.largest_tier
     if tier is None or tier.tokens is None or not facts.slot_tokens:
@@ -173,7 +173,7 @@ def context_too_small(facts: Facts) -> Finding | None:
     )
 
 
-def sliding_window(facts: Facts) -> Finding | None:
+def sliding_window(facts: ServerFacts) -> Finding | None:
     """A sliding-window model's snapshots restore and aren't used."""
     if facts.memory is not MemoryKind.SLIDING_WINDOW:
         return None
@@ -206,7 +206,7 @@ def sliding_window(facts: Facts) -> Finding | None:
     )
 
 
-def recurrent_memory(facts: Facts) -> Finding | None:
+def recurrent_memory(facts: ServerFacts) -> Finding | None:
     """A hybrid model's state can't be cut."""
     if facts.memory is not MemoryKind.HYBRID:
         return None

@@ -16,7 +16,7 @@ from keepwarm.engine.launch import Launch, plan_own
 from keepwarm.engine.process import EngineProcess
 from keepwarm.errors import EngineStartError
 from keepwarm.settings import Places, Settings
-from keepwarm.staging import default_staging
+from keepwarm.staging import default_staging, make_staging
 from keepwarm.tiers.files import deployed_tiers
 
 log = logging.getLogger("keepwarm")
@@ -85,7 +85,7 @@ async def start_process(launch: Launch) -> EngineProcess | None:
     if process is None:
         return None
     try:
-        launch.slot_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_staging(launch.slot_dir)
     except OSError as error:
         raise EngineStartError(
             f"The directory {launch.slot_dir} for slot files can't be made ({error.strerror}). "

@@ -11,7 +11,7 @@ docs/decisions/0002-gguf-header.md.
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +40,8 @@ _STRING, _ARRAY = 8, 9
 # Only short arrays (one value a layer) are kept; vocabularies and merges are walked over.
 _KEPT_ARRAY = 4096
 _SAMPLE_BYTES, _SAMPLES = 64 * 1024, 64
+# Read at first, and at most: a vocabulary of 150,000 with its merges takes some 6 MB.
+_HEADER_BYTES, _MOST_BYTES = 8 << 20, 256 << 20
 # ggml's types by number: elements in a block, and a block's bytes. Of a type that isn't here, only
 # the beginning of its tensors is looked for.
 # fmt: off
@@ -101,30 +103,38 @@ def _read(path: Path, _inode: int, _mtime_ns: int, size: int) -> ModelHeader:
     """Cached by inode, time and size: a renamed model is the same, an overwritten one isn't."""
     if path.is_dir() or size < 24:
         raise ModelError(f"{path} is not a GGUF model: it has no header. Give a .gguf file.")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    # Read, not mapped: a model that somebody replaces meanwhile is an error, not the process's end.
+    with path.open("rb", buffering=0) as file:
+        data = file.read(_HEADER_BYTES)
         if data[:4] != b"GGUF":
             raise ModelError(
                 f"{path} is not a GGUF model (it begins with {data[:4]!r}). llama.cpp runs GGUF "
                 "files only; convert the model or give another file."
             )
-        try:
-            fields, end = _fields(data)
-            needed = _needed_bytes(data, end, int(fields.get("general.alignment") or 32))
-        except (struct.error, IndexError, KeyError, OverflowError, ValueError) as error:
-            raise ModelError(
-                f"{path} is truncated or damaged: its header can't be read ({error}). Fetch the "
-                "file again and compare its size with the source."
-            ) from error
+        while True:
+            try:
+                fields, end = _fields(data)
+                needed = _needed_bytes(data, end, int(fields.get("general.alignment") or 32))
+                break
+            except (struct.error, IndexError, KeyError, OverflowError, ValueError) as error:
+                is_short = isinstance(error, struct.error | IndexError)
+                more = is_short and len(data) < _MOST_BYTES and file.read(len(data))
+                if not more:
+                    raise ModelError(
+                        f"{path} is truncated or damaged: its header can't be read ({error}). "
+                        "Fetch the file again and compare its size with the source."
+                    ) from error
+                data += more
         if needed > size:
             raise ModelError(
                 f"{path} is truncated: its tensors need {needed:,} bytes, and it has {size:,}. "
                 "Fetch the file again and compare its size with the source."
             )
-        file_id = _file_id(data, end)
+        file_id = _file_id(file.fileno(), data[:end], size)
     return _header(path, fields, size, file_id)
 
 
-def _fields(data: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _fields(data: bytes) -> tuple[dict[str, Any], int]:
     version, _tensors, pairs = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise KeyError(f"GGUF version {version}")
@@ -134,10 +144,12 @@ def _fields(data: mmap.mmap) -> tuple[dict[str, Any], int]:
         key, offset = _string(data, offset)
         (kind,) = struct.unpack_from("<I", data, offset)
         fields[key], offset = _value(data, offset + 4, kind)
+    if offset > len(data):
+        raise IndexError("the header goes beyond the end of the file")
     return fields, offset
 
 
-def _needed_bytes(data: mmap.mmap, offset: int, alignment: int) -> int:
+def _needed_bytes(data: bytes, offset: int, alignment: int) -> int:
     """How long the file must be for all of its tensors to be there."""
     (count,) = struct.unpack_from("<Q", data, 8)
     end = 0
@@ -153,7 +165,7 @@ def _needed_bytes(data: mmap.mmap, offset: int, alignment: int) -> int:
     return start + end if count else offset
 
 
-def _string(data: mmap.mmap, offset: int) -> tuple[str, int]:
+def _string(data: bytes, offset: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<Q", data, offset)
     end = offset + 8 + length
     if end > len(data):
@@ -161,7 +173,7 @@ def _string(data: mmap.mmap, offset: int) -> tuple[str, int]:
     return data[offset + 8 : end].decode("utf-8", "replace"), end
 
 
-def _value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
+def _value(data: bytes, offset: int, kind: int) -> tuple[Any, int]:
     if kind == _STRING:
         return _string(data, offset)
     if kind != _ARRAY:
@@ -182,13 +194,12 @@ def _value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
     return kept, offset + width * count
 
 
-def _file_id(data: mmap.mmap, header_end: int) -> str:
-    h = xxhash.xxh3_128(len(data).to_bytes(8, "little"))
-    h.update(data[:header_end])
-    body = max(len(data) - header_end - _SAMPLE_BYTES, 0)
+def _file_id(fd: int, header: bytes, size: int) -> str:
+    h = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    h.update(header)
+    body = max(size - len(header) - _SAMPLE_BYTES, 0)
     for i in range(_SAMPLES + 1):
-        start = header_end + body * i // _SAMPLES
-        h.update(data[start : start + _SAMPLE_BYTES])
+        h.update(os.pread(fd, _SAMPLE_BYTES, len(header) + body * i // _SAMPLES))
     return h.hexdigest()
 
 

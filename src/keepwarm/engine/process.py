@@ -31,7 +31,9 @@ _KEPT_LINES = 40
 _STOP_TIMEOUT_S = 10.0
 # A pipe holds 64 kB, so an engine that writes less than 640 kB a second of log never waits for us.
 _READ_EVERY_S = 0.1
-_LAST_WORDS_S = 0.05
+# So long its log is read on when it has ended; mostly the log's end comes at once.
+_LAST_WORDS_S = 1.0
+_LOG_FD = 2
 _GUARD_PID = re.compile(r"^keepwarm-guard: pid (\d+)$")
 
 
@@ -189,24 +191,33 @@ class _Child(asyncio.SubprocessProtocol):
         self._on_line = on_line
         self._exited = exited
         self._rest = b""
+        self._is_gone = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         process = cast("asyncio.SubprocessTransport", transport)
-        self._log = cast("asyncio.ReadTransport", process.get_pipe_transport(2))
+        self._log = cast("asyncio.ReadTransport", process.get_pipe_transport(_LOG_FD))
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *whole, self._rest = (self._rest + data).split(b"\n")
         for line in whole:
             self._on_line(line.decode("utf-8", "replace").rstrip())
+        if self._is_gone:
+            return
         self._log.pause_reading()
         asyncio.get_running_loop().call_later(_READ_EVERY_S, self._log.resume_reading)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd != _LOG_FD:
+            return
         if self._rest:
             self.pipe_data_received(fd, b"\n")
+        if self._is_gone:
+            self._exited.set()
 
     def process_exited(self) -> None:
-        # Its last words say why. Somebody else may hold the pipe, so its end isn't waited for.
+        # Its last words say why: they are read until the log's end. Somebody else may hold the
+        # pipe, so that isn't waited for without a bound.
+        self._is_gone = True
         self._log.resume_reading()
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._exited.set)
 

@@ -30,14 +30,14 @@ from keepwarm.core.reply import Reply
 from keepwarm.core.roles import SYSTEM_ROLES
 from keepwarm.explain.difference import Cause, first_difference, sent_difference
 from keepwarm.explain.explanation import (
+    ExplainedFacts,
     Explanation,
-    Facts,
     Nearest,
     explain,
     tokens_at,
     tolerance,
 )
-from keepwarm.explain.history import FILE_NAME, Entry, History, Totals
+from keepwarm.explain.history import FILE_NAME, History, PastRequest, Totals
 from keepwarm.explain.parts import Parts, chars_before, parts_of
 from keepwarm.explain.recent import Recent, Remembered
 from keepwarm.explain.record import EndedRequest, record_of, without_text
@@ -243,7 +243,7 @@ class Explainer:
         parts: Parts,
         like: Remembered | None,
         opening: bytes,
-    ) -> Facts:
+    ) -> ExplainedFacts:
         counts, plan = ended.counts, ended.plan
         assert counts
         assert plan
@@ -263,7 +263,7 @@ class Explainer:
             agrees = _agrees_tokens(ended, parts, like, nearest)
             reach = _reach_tokens(ended, nearest, agrees)
         moved, known = self._before(ended, history, opening)
-        return Facts(
+        return ExplainedFacts(
             source=plan.source,
             cached_tokens=counts.cached,
             prefilled_tokens=counts.prefilled,
@@ -288,7 +288,7 @@ class Explainer:
     def _before(
         self, ended: EndedRequest, history: History, opening: bytes
     ) -> tuple[tuple[str, ...] | None, Cause | None]:
-        """What is on record of the last prompt that began like this (see `Facts`)."""
+        """What is on record of the last prompt that began like this (see `ExplainedFacts`)."""
         static = ended.prompt.static
         if ended.tier != "none" or static is None or 2 * static.chars < ended.prompt.chars:
             return None, None  # tiers are warmed before anyone asks, and short openings are cheap
@@ -387,11 +387,13 @@ def _tokens_at(ended: EndedRequest, chars: int) -> int:
     return tokens_at(chars, anchors=anchors)
 
 
-def _entry(ended: EndedRequest, record: dict[str, Any], fingerprint: str, opening: bytes) -> Entry:
+def _entry(
+    ended: EndedRequest, record: dict[str, Any], fingerprint: str, opening: bytes
+) -> PastRequest:
     tokens = record["tokens"]
     warm = tokens["prompt"] - tokens["cold"]
     difference = record["difference"]
-    return Entry(
+    return PastRequest(
         id=ended.id,
         namespace=ended.namespace,
         at_s=ended.at_s,

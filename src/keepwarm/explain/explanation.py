@@ -46,7 +46,7 @@ class Nearest:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ExplainedFacts:
     """What an explanation is made of; counts in tokens.
 
     `agrees_tokens` is where the prompt parts from `nearest`, or where `nearest` ends.
@@ -100,7 +100,7 @@ class Explanation:
     cold_tokens: int
 
 
-def explain(facts: Facts) -> Explanation:
+def explain(facts: ExplainedFacts) -> Explanation:
     """Name the cause of a request's cold tokens."""
     cause, difference = _cause(facts)
     return Explanation(
@@ -113,7 +113,7 @@ def explain(facts: Facts) -> Explanation:
     )
 
 
-def _cause(facts: Facts) -> tuple[Cause, Difference | None]:
+def _cause(facts: ExplainedFacts) -> tuple[Cause, Difference | None]:
     nearest = facts.nearest
     if facts.cold_tokens <= _NOTHING_TOKENS:
         return Cause.NONE, None
@@ -139,12 +139,12 @@ def tolerance(tokens: int) -> float:
     return _TOLERANCE_TOKENS + _TOLERANCE_SHARE * tokens
 
 
-def _is_mistaken(facts: Facts) -> bool:
+def _is_mistaken(facts: ExplainedFacts) -> bool:
     """Whether the engine reused less than the plan knew to be there."""
     return facts.planned_tokens - facts.cached_tokens > tolerance(facts.planned_tokens)
 
 
-def _unknown_cause(facts: Facts) -> Cause:
+def _unknown_cause(facts: ExplainedFacts) -> Cause:
     """Why a prompt is cold that has nothing in common with any that is remembered."""
     if facts.failed_restore:
         return Cause.SNAPSHOT_FAILED
@@ -155,7 +155,7 @@ def _unknown_cause(facts: Facts) -> Cause:
     return Cause.NEW_NAMESPACE if facts.is_new_namespace else Cause.FIRST_SEEN
 
 
-def _lost_cause(facts: Facts, nearest: Nearest) -> tuple[Cause, Difference | None]:
+def _lost_cause(facts: ExplainedFacts, nearest: Nearest) -> tuple[Cause, Difference | None]:
     """Why what agrees with an earlier prompt wasn't reused."""
     sent = nearest.sent_difference
     if facts.failed_restore:
@@ -248,7 +248,7 @@ _SENTENCE = MappingProxyType(
 )
 
 
-def _summary(facts: Facts, cause: Cause, difference: Difference | None) -> str:
+def _summary(facts: ExplainedFacts, cause: Cause, difference: Difference | None) -> str:
     cold = f"{facts.cold_tokens:,} of {facts.prompt_tokens:,} tokens were prefilled"
     if cause is Cause.NONE:
         return _SENTENCE[cause]

@@ -3,10 +3,11 @@
 Theory of operation. One SQLite file beside the store, private to the user, written by one thread.
 Requests are written some at a time, since a transaction costs more than explaining a request does:
 before anything is read, when `_AT_ONCE` wait, and when the owner says so. It is a record, not
-a ledger: a crash or a write that fails costs the record of those and is logged once, a file
-that can't be read is set aside and a new one begun. Text of prompts is in it only while the
-settings allow that; a later start without that leave takes it out again. Several deployments may
-share the file.
+a ledger: a crash or a write that fails costs the record of those and is logged once, a file of
+ours that can't be read is set aside and a new one begun. Somebody else's file under that name, and
+one of a newer version, is left alone: requests are remembered in memory then. Text of prompts is in
+it only while the settings allow that; a later start without that leave takes it out again. Several
+deployments may share the file.
 
 Invariants:
 - A row is only ever read under the namespace it was written for.
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+
+from keepwarm.sqlite_file import refuse_foreign, use_wal
 
 log = logging.getLogger("keepwarm")
 
@@ -57,7 +60,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class PastRequest:
     """One request as it is written. `record` is what is shown; counts in tokens.
 
     `opening` is a digest of how the prompt begins, whatever the fingerprint; `day` is the local
@@ -112,7 +115,7 @@ class History:
         """
         self._keep = keep
         self._since_prune = 0
-        self._unwritten: list[Entry] = []
+        self._unwritten: list[PastRequest] = []
         self._is_broken = False
         self._db = _open(path)
         self.salt: bytes = self._salt()
@@ -124,7 +127,7 @@ class History:
         self.write()
         self._db.close()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: PastRequest) -> None:
         """Take in one request; it is counted and found from now on."""
         self._unwritten.append(entry)
         if len(self._unwritten) >= _AT_ONCE:
@@ -141,7 +144,7 @@ class History:
         if entries:
             self._try(lambda: self._write(entries), None)
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[PastRequest]) -> None:
         with self._db:
             self._db.executemany(
                 "INSERT OR REPLACE INTO requests (id, namespace, at_s, cause, plan, fingerprint,"
@@ -323,7 +326,7 @@ def _open(path: Path) -> sqlite3.Connection:
         try:
             return _connect(path)
         except (sqlite3.DatabaseError, OSError) as error:
-            # Locked, or no disk to write to: nothing is wrong with the file itself.
+            # Locked, no disk to write to, not ours: nothing is wrong with the file itself.
             if attempt or isinstance(error, sqlite3.OperationalError | OSError):
                 log.warning("requests are remembered in memory only: %s", error)
                 break
@@ -339,12 +342,13 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    refuse_foreign(path, _SCHEMA)
     # SQLite gives its other files the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     path.chmod(0o600)
     db = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
     try:
-        db.execute("PRAGMA journal_mode = WAL")
+        use_wal(db, path)
         # The last requests before a power cut are no loss; the file stays sound.
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA secure_delete = ON")
@@ -352,6 +356,8 @@ def _connect(path: Path) -> sqlite3.Connection:
             version = cursor.fetchone()[0]
         if version == 0:
             db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        elif version > _VERSION:
+            raise OSError(f"{path} was written by a newer Keepwarm, and is left alone")
         elif version != _VERSION:
             raise sqlite3.DatabaseError(f"its version is {version}, not {_VERSION}")
     except BaseException:

@@ -106,6 +106,9 @@ class Metrics:
         self._store_evicted = gauge(
             "keepwarm_store_evicted_extents", "Extents evicted since the start"
         )
+        self._damaged = gauge(
+            "keepwarm_store_damaged_files", "Files found damaged since the start", "where"
+        )
         self._slots = gauge("keepwarm_slots", "Slots by state", "state")
         self._slot_tokens = gauge("keepwarm_slot_tokens", "Tokens that slots hold")
         self._rate = gauge("keepwarm_prefill_seconds_per_token", "The learned prefill rate")
@@ -162,6 +165,8 @@ class Metrics:
         store_bytes: int,
         quota_bytes: int,
         evicted_extents: int,
+        damaged_rows: int,
+        damaged_staged: int,
         prefill_s_per_token: float,
     ) -> None:
         """What holds at this moment; called for each scrape."""
@@ -172,6 +177,8 @@ class Metrics:
         self.store_bytes.set(store_bytes)
         self._quota_bytes.set(quota_bytes)
         self._store_evicted.set(evicted_extents)
+        self._damaged.labels("store").set(damaged_rows)
+        self._damaged.labels("staging").set(damaged_staged)
         self._rate.set(prefill_s_per_token)
 
     def filled(self, counts: Counts) -> None:

@@ -31,7 +31,7 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class NodeCosts:
     """What a node's learned rates come to for one token, in seconds. Reported to the routers.
 
     `restore_s` and `fetch_s` are for one token's rows, the `*_call_s` are paid once. `can_fetch`
@@ -54,7 +54,7 @@ class Costs:
         fetch_s_per_byte: float,
         fetch_call_s: float,
         can_fetch: bool,
-    ) -> Costs:
+    ) -> NodeCosts:
         """From what a node has learned.
 
         Args:
@@ -90,7 +90,7 @@ class Way(NamedTuple):
 
 
 def best_way(
-    costs: Costs, *, total_tokens: int, local_tokens: int, shared_tokens: int, wait_s: float
+    costs: NodeCosts, *, total_tokens: int, local_tokens: int, shared_tokens: int, wait_s: float
 ) -> Way:
     """The fastest way for a prompt of `total_tokens` on a node.
 

@@ -1,14 +1,13 @@
 """One node's deployment: Keepwarm itself, with the shared store behind its own.
 
-Theory of operation. `NodeRuntime` is a `Runtime` that differs in three places: before it warms, it
-pulls the tiers' rows from the shared store; a request is given to the scheduler only after its
-lacking rows were fetched, if that pays (`_FetchingDispatcher`); and before it stops, what waits
-is written behind.
+Theory of operation. `NodeDeployment` is a `Deployment` that differs in three places: before it
+warms, it pulls the tiers' rows from the shared store; a request is given to the scheduler only
+after its lacking rows were fetched, if that pays (`_FetchingDispatcher`); and before it stops, what
+waits is written behind.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
@@ -19,12 +18,16 @@ from typing import Any
 from keepwarm.core.job import Job
 from keepwarm.core.plan import prompt_tokens
 from keepwarm.core.prompt import prompt_of
+from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import SlotState
 from keepwarm.core.tiers import compose
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher, Grant
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.life import Life
+from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
-from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.objects import Seal
 from keepwarm.fleet.second_level import Objects, SecondLevel
 from keepwarm.settings import Places, Settings
@@ -91,32 +94,25 @@ def backlog_s(dispatcher: Dispatcher) -> float:
     return work
 
 
-class NodeRuntime(Runtime):
-    """See the module. `shared` None: a node that shares nothing."""
+class NodeDeployment(Deployment):
+    """See the module."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        places: Places,
-        *,
-        shared: Objects | None = None,
-        seal: Seal | None = None,
-        on_status: Callable[[str], None] | None = None,
-    ) -> None:
-        """As `Runtime`."""
-        super().__init__(settings, places, on_status=on_status)
-        self._shared = shared
-        self._seal = seal
+    shared: Objects | None = None
+    seal: Seal | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `Deployment`; `shared` and `seal` are set before it starts."""
+        super().__init__(*args, **kwargs)
         self.second: SecondLevel | None = None
         self.moved: OrderedDict[str, int] = OrderedDict()
         """Tokens that were moved for a request, by its id; the latest requests'."""
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> NodeCosts:
         """What things cost here, for the routers."""
         if self.second is not None:
             return self.second.costs
-        return Costs.of(
+        return NodeCosts.of(
             self.dispatcher.rates,
             row_bytes=self.machine.row_bytes,
             fetch_s_per_byte=0.0,
@@ -124,25 +120,27 @@ class NodeRuntime(Runtime):
             can_fetch=False,
         )
 
-    async def _open_all(self) -> None:
-        await super()._open_all()
-        if self._shared is None:
-            return
+    async def _open(self) -> None:
         if self.second is not None:  # opened anew, for an engine that needs other flags
             await self.second.close()
-        rates = self.dispatcher.rates
+            self.second = None
+        await super()._open()
+
+    def _dispatcher(self, scheduler: Scheduler) -> Dispatcher:
+        if self.shared is None:
+            return super()._dispatcher(scheduler)
         self.second = SecondLevel(
             self.store,
-            self._shared,
-            rates=rates,
+            self.shared,
+            rates=scheduler.rates,
             row_bytes=self.machine.row_bytes,
-            seal=self._seal,
+            seal=self.seal,
         )
         dispatcher = _FetchingDispatcher(
-            self.dispatcher.scheduler, self.counter, self.slot_store, self.metrics, self.supervise
+            scheduler, self.counter, self.slot_store, self.metrics, self.supervise
         )
         dispatcher.second, dispatcher.moved = self.second, self.moved
-        self.dispatcher = dispatcher
+        return dispatcher
 
     async def _warm(self) -> None:
         if self.second is not None:
@@ -172,16 +170,40 @@ class NodeRuntime(Runtime):
                 if brought is not None:
                     log.info("%s: %d tokens moved here", tier.name, brought.moved_tokens)
 
-    async def stop(self, *, drain: bool = True) -> None:
-        """See `Runtime.stop`; what is saved at the end is written to the shared store, too."""
+    async def halt(self, *, drain: bool = True) -> None:
+        """See `Deployment.halt`; what is saved at the end is written to the shared store, too."""
         if self.second is not None:
             if drain and self.state is State.READY:
                 await self.dispatcher.drain(self.settings.server.drain_timeout_s)
-                absorbing = [task for task in self._tasks if task.get_name() == "absorb"]
-                if absorbing:
-                    await asyncio.wait(absorbing, timeout=FLUSH_S)
+                await self.tasks.absorbed(timeout_s=FLUSH_S)
             await self.second.close(flush_s=FLUSH_S if drain else 0.0)
-        await super().stop(drain=drain)
+        await super().halt(drain=drain)
+
+
+class NodeLife(Life):
+    """The life of a node's deployment. `shared` None: a node that shares nothing."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        places: Places,
+        *,
+        shared: Objects | None = None,
+        seal: Seal | None = None,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
+        """As `Life`."""
+        super().__init__(settings, places, on_status=on_status)
+        self.node.shared, self.node.seal = shared, seal
+
+    def _make(self, beginning: Beginning) -> Deployment:
+        return NodeDeployment(self.house, self.settings, beginning, on_status=self._on_status)
+
+    @property
+    def node(self) -> NodeDeployment:
+        """Its deployment."""
+        assert isinstance(self.deployment, NodeDeployment)
+        return self.deployment
 
 
 def node_directory(root: Path, *, most: int) -> tuple[Path, OwnerLock]:

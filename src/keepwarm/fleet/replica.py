@@ -22,11 +22,11 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.core.hints import NODE_HEADER
-from keepwarm.deployment.runtime import State
+from keepwarm.deployment.condition import State
 from keepwarm.errors import EngineDownError
 from keepwarm.fleet.config import FleetConfig, fleet_of
 from keepwarm.fleet.ledger import WarmthLedger
-from keepwarm.fleet.node import NodeRuntime, backlog_s, node_directory
+from keepwarm.fleet.node import NodeLife, backlog_s, node_directory
 from keepwarm.fleet.objects import read_seal
 from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
@@ -74,22 +74,22 @@ class Node:
         settings, places = load_settings(flags=flags)
         self.name = place.name
         seal = read_seal(config.shared.key_file)
-        self._runtime = NodeRuntime(settings, places, shared=_shared(config), seal=seal)
+        self._life = NodeLife(settings, places, shared=_shared(config), seal=seal)
         self._began_s = time.monotonic()
         self._numbers = itertools.count()
         self._asked = 0
         await self._listen()
         try:
-            await self._runtime.start()
+            await self._life.start()
         except BaseException:
             await self._close()
             raise
-        row_bytes = self._runtime.machine.row_bytes
+        row_bytes = self._life.node.machine.row_bytes
         self._ledger = WarmthLedger(capacity_tokens=settings.store.quota_bytes // max(row_bytes, 1))
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - self._began_s)
 
     async def _listen(self) -> None:
-        self._runner = Runner(make_app(self._runtime))
+        self._runner = Runner(make_app(self._life))
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -115,7 +115,7 @@ class Node:
             told = [(n, v) for n, v in reply.headers.items() if n.lower() not in _HOP]
             told.append((NODE_HEADER, self.name))
             request_id = reply.headers.get("X-Keepwarm-Request-Id", "")
-            if moved := self._runtime.moved.get(request_id):
+            if moved := self._life.node.moved.get(request_id):
                 told.append(("X-Keepwarm-Moved", str(moved)))
             yield Head(reply.status, told)
             async for chunk in reply.content.iter_any():
@@ -125,34 +125,34 @@ class Node:
             self._ledger.served(ask.prefixes, ends, now_s=time.monotonic())
 
     def _tokens_per_char(self) -> float:
-        return self._runtime.dispatcher.rates.tokens_per_char.value
+        return self._life.node.dispatcher.rates.tokens_per_char.value
 
     def record_routing_stats(self) -> dict[str, bytes]:
         """What Serve passes on to the routers."""
-        runtime = self._runtime
-        second = runtime.second
+        node = self._life.node
+        second = node.second
         written_s = float("-inf")
         if second is not None and not second.pending:
             written_s = time.monotonic() - _WRITTEN_AFTER_S
         told = Told(
             taken_s=time.time(),
-            backlog_s=backlog_s(runtime.dispatcher),
-            costs=runtime.costs,
+            backlog_s=backlog_s(node.dispatcher),
+            costs=node.costs,
             tokens_per_char=self._tokens_per_char(),
             held=packed(self._ledger.held()),
             stored=packed(self._ledger.stored(before_s=written_s)),
-            state=runtime.state.value,
+            state=node.state.value,
             about=self._about(),
         )
         return {"keepwarm": msgspec.msgpack.encode(told)}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve passes on to the policy that says how many nodes there should be."""
-        return {WAIT: backlog_s(self._runtime.dispatcher)}
+        return {WAIT: backlog_s(self._life.node.dispatcher)}
 
     def _about(self) -> dict[str, Any]:
-        runtime = self._runtime
-        scheduler = runtime.dispatcher.scheduler
+        node = self._life.node
+        scheduler = node.dispatcher.scheduler
         about: dict[str, Any] = {
             "node": self.name,
             "pid": os.getpid(),
@@ -160,23 +160,23 @@ class Node:
             "queued": scheduler.queued,
             "slots": len(scheduler.slots),
             "busy_slots": sum(slot.state.value != "idle" for slot in scheduler.slots),
-            "tokens": runtime.metrics.prompt_tokens(),
-            "store_bytes": runtime.store.stats().used_bytes,
-            "warmed": {warmed.name: warmed.how for warmed in runtime.prefixes.warmed},
+            "tokens": node.metrics.prompt_tokens(),
+            "store_bytes": node.store.stats().used_bytes,
+            "warmed": {warmed.name: warmed.how for warmed in node.prefixes.warmed},
         }
-        if runtime.second is not None:
-            counts = runtime.second.counts
+        if node.second is not None:
+            counts = node.second.counts
             about["shared"] = {
-                "pending": runtime.second.pending,
-                "can_fetch": runtime.second.costs.can_fetch,
+                "pending": node.second.pending,
+                "can_fetch": node.second.costs.can_fetch,
                 **msgspec.to_builtins(counts),
             }
         return about
 
     def check_health(self) -> None:
         """Serve replaces a node whose engine doesn't come back. Raises: EngineDownError."""
-        if self._runtime.state is State.FAILED or not self._runtime.is_alive:
-            raise EngineDownError(f"{self.name}: {self._runtime.status}")
+        if self._life.state is State.FAILED or not self._life.is_alive:
+            raise EngineDownError(f"{self.name}: {self._life.status}")
 
     async def _close(self) -> None:
         await self._session.close()
@@ -186,7 +186,7 @@ class Node:
     async def __del__(self) -> None:
         """Serve awaits this before it ends a replica."""
         try:
-            await asyncio.shield(self._runtime.stop())
+            await asyncio.shield(self._life.stop())
         finally:
             await self._close()
 

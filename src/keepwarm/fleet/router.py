@@ -15,14 +15,14 @@ import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from keepwarm.fleet import status
-from keepwarm.fleet.costs import Costs
+from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.routing import Choice, Fleet, Want, preferring
 from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, Told
 
 log = logging.getLogger("keepwarm.fleet")
 
 # Of a node that hasn't reported yet: a slow CPU's, so that it is tried, and not preferred.
-_UNKNOWN = Costs(
+_UNKNOWN = NodeCosts(
     prefill_s=0.005,
     restore_s=2e-5,
     restore_call_s=0.002,

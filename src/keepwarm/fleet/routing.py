@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import NamedTuple
 
-from keepwarm.fleet.costs import Costs, Way, best_way
+from keepwarm.fleet.costs import NodeCosts, Way, best_way
 from keepwarm.fleet.warmth import KNOWN_LIMIT, Warmth
 
 STALE_S = 15.0
@@ -56,7 +56,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class NodeReport:
     """What a node tells of itself. `taken_s` is when, on the driver's clock.
 
     `backlog_s`: until its engine is through with what it has. `held`: all prefixes it has, or None
@@ -65,7 +65,7 @@ class Report:
 
     taken_s: float
     backlog_s: float
-    costs: Costs
+    costs: NodeCosts
     held: Collection[int] | None = None
     added: Sequence[int] = ()
     gone: Collection[int] = ()
@@ -88,7 +88,7 @@ class _Node:
     name: str
     holder: int
     order: int
-    costs: Costs
+    costs: NodeCosts
     heard_s: float
     busy_until_s: float = 0.0
     work: float = 0.0  # in seconds, times what has faded since the fleet's origin
@@ -131,7 +131,7 @@ class Fleet:
         """Distinct prefixes that some node has."""
         return len(self._warmth)
 
-    def join(self, node: str, costs: Costs, *, now_s: float) -> None:
+    def join(self, node: str, costs: NodeCosts, *, now_s: float) -> None:
         """A node that may be chosen from now on; one that is known already stays as it is."""
         if node not in self._nodes:
             self._joined += 1
@@ -143,7 +143,7 @@ class Fleet:
         if gone is not None:
             self._warmth.leave(gone.holder)
 
-    def report(self, node: str, report: Report, *, now_s: float) -> None:
+    def report(self, node: str, report: NodeReport, *, now_s: float) -> None:
         """Take in what a node told; one that wasn't known joins."""
         self.join(node, report.costs, now_s=now_s)
         known = self._nodes[node]

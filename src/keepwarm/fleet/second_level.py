@@ -32,7 +32,7 @@ from keepwarm.core.prompt import BLOCK_CHARS, Mark, Prompt
 from keepwarm.core.rates import Mean, Rates
 from keepwarm.core.tree import SHARED
 from keepwarm.errors import SnapshotError
-from keepwarm.fleet.costs import MOVE_MIN_TOKENS, Costs, Origin, best_way
+from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, Origin, best_way
 from keepwarm.fleet.objects import (
     Seal,
     mark_name,
@@ -150,9 +150,9 @@ class SecondLevel:
         self._idle_since_s = clock()
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> NodeCosts:
         """What things cost on this node, for its router and for itself."""
-        return Costs.of(
+        return NodeCosts.of(
             self._rates,
             row_bytes=self._row_bytes,
             fetch_s_per_byte=self._fetch_s_per_byte.value,

@@ -18,7 +18,7 @@ from keepwarm.fleet.routing import Fleet
 from keepwarm.fleet.wire import Told
 
 
-class Router(Protocol):
+class RouterView(Protocol):
     """What is shown of a router. `heard_s` and `told` are by the router's name of a node."""
 
     fleet: Fleet
@@ -35,7 +35,7 @@ def fleet_status() -> dict[str, Any]:
     nodes: dict[str, Any] = {}
     now_s = time.time()
     known = 0
-    routers: list[Router] = list(ROUTERS)
+    routers: list[RouterView] = list(ROUTERS)
     for router in routers:
         known = max(known, router.fleet.known_prefixes)
         for name in router.fleet.nodes:

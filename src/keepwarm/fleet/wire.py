@@ -24,8 +24,8 @@ from keepwarm.core.hints import NODE_HEADER, is_planned
 from keepwarm.core.hygiene import Hygiene, hygiene_of
 from keepwarm.core.prompt import prompt_of
 from keepwarm.errors import KeepwarmError, TooLargeError
-from keepwarm.fleet.costs import Costs
-from keepwarm.fleet.routing import Report, Want
+from keepwarm.fleet.costs import NodeCosts
+from keepwarm.fleet.routing import NodeReport, Want
 from keepwarm.gateway.client_request import PLANNED
 
 _MESSAGES = "/v1/messages"
@@ -59,16 +59,16 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
     taken_s: float
     backlog_s: float
-    costs: Costs
+    costs: NodeCosts
     tokens_per_char: float
     held: bytes
     stored: bytes
     state: str
     about: dict[str, Any]
 
-    def report(self) -> Report:
+    def report(self) -> NodeReport:
         """As the router's state takes it."""
-        return Report(
+        return NodeReport(
             taken_s=self.taken_s,
             backlog_s=self.backlog_s,
             costs=self.costs,

@@ -8,8 +8,10 @@ from contextlib import closing
 import msgspec
 from aiohttp import web
 
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.explaining import observe_deployment
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.life import Life
 from keepwarm.errors import (
     EngineDownError,
     RequestError,
@@ -25,17 +27,17 @@ from keepwarm.tiers.tiering import AUTO
 log = logging.getLogger("keepwarm")
 
 
-def make_app(runtime: Runtime) -> web.Application:
-    """The application over a runtime, which may still be starting."""
-    app = web.Application(client_max_size=runtime.settings.server.max_body_bytes)
-    proxy = Proxy(runtime)
-    site = _Site(runtime)
+def make_app(life: Life) -> web.Application:
+    """The application over a life, which may still be starting."""
+    app = web.Application(client_max_size=life.settings.server.max_body_bytes)
+    proxy = Proxy(life)
+    site = _Site(life)
     own = {
         **site.handlers(),
-        **batch_handlers(app, runtime, proxy),
-        **page_handlers(app, runtime),
+        **batch_handlers(app, life, proxy),
+        **page_handlers(app, life),
     }
-    door = Door(runtime, own=own, planned=proxy.handle, passed=proxy.pass_through)
+    door = Door(life, own=own, planned=proxy.handle, passed=proxy.pass_through)
     # The table of routes is `api.routes`; aiohttp only brings what comes to the door.
     app.router.add_route("*", "/{path:.*}", door.answer, expect_handler=go_on)
     app.middlewares.append(door.unrouted)
@@ -46,8 +48,8 @@ def make_app(runtime: Runtime) -> web.Application:
 class _Site:
     """Keepwarm's own pages."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, life: Life) -> None:
+        self._life = life
 
     def handlers(self) -> dict[str, Answer]:
         """By the names of the table of routes."""
@@ -67,9 +69,9 @@ class _Site:
 
     async def health(self, _: web.Request) -> web.StreamResponse:
         """200 only when all pinned prefixes are warm."""
-        runtime = self._runtime
-        ready = runtime.state is State.READY
-        body = {"status": "ok" if ready else runtime.state.value, "detail": runtime.status}
+        life = self._life
+        ready = life.state is State.READY
+        body = {"status": "ok" if ready else life.state.value, "detail": life.status}
         return _json(body, status=200 if ready else 503)
 
     async def here(self, _: web.Request) -> web.StreamResponse:
@@ -78,30 +80,35 @@ class _Site:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Keepwarm's metrics and the engine's."""
-        runtime = self._runtime
-        if not runtime.keys.sees_all(namespace_of(request)):
-            text = runtime.metrics.text_for_everyone()
+        life = self._life
+        if not life.keys.sees_all(namespace_of(request)):
+            text = life.metrics.text_for_everyone()
             return web.Response(body=text, content_type="text/plain", charset="utf-8")
-        await runtime.explainer.settled()
-        observe_deployment(runtime)
-        text = runtime.metrics.text()
-        try:
-            sent = runtime.client.http.request("GET", "/metrics", headers={})
-            with closing(await sent) as reply:
-                if reply.status == 200:
-                    text = merged(text, await reply.read())
-        except (EngineDownError, AttributeError):
-            log.debug("the engine's metrics aren't available")
+        await life.explainer.settled()
+        observe_deployment(life.deployment)
+        text = life.metrics.text()
+        if life.deployment.is_open:
+            text = merged(text, await self._engine_metrics(life.deployment))
         return web.Response(body=text, content_type="text/plain", charset="utf-8")
+
+    async def _engine_metrics(self, deployment: Deployment) -> bytes:
+        """What the engine tells of itself; nothing where it doesn't answer."""
+        try:
+            sent = deployment.client.http.request("GET", "/metrics", headers={})
+            with closing(await sent) as reply:
+                return await reply.read() if reply.status == 200 else b""
+        except EngineDownError:
+            log.debug("the engine's metrics aren't available")
+            return b""
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """The engine's model and the tiers as virtual ones."""
-        runtime = self._runtime
-        await runtime.admitted()
-        body = await runtime.client.models()
-        created = int(runtime.started_s)
-        for name in (*runtime.tiers.names, AUTO):
-            tier = runtime.tiers.get(name)
+        life = self._life
+        deployment = await life.admitted()
+        body = await deployment.client.models()
+        created = int(life.started_s)
+        for name in (*deployment.tiers.names, AUTO):
+            tier = deployment.tiers.get(name)
             text = tier.description if tier else "routed to the smallest tier that can do the task"
             body.setdefault("data", []).append(
                 {
@@ -116,26 +123,25 @@ class _Site:
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         """What is warm where."""
-        runtime = self._runtime
-        return _json(status_now(runtime, namespace_of(request)))
+        life = self._life
+        return _json(status_now(life, namespace_of(request)))
 
     async def route(self, request: web.Request) -> web.StreamResponse:
         """Explain which tier a chat body, or a `{"text": ...}`, would get now."""
-        runtime = self._runtime
-        await runtime.admitted()
+        deployment = await self._life.admitted()
         try:
             body = msgspec.json.decode(await read_body(request), type=dict)
         except msgspec.DecodeError as error:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        return _json(runtime.router.decide(body, explain=True).to_json())
+        return _json(deployment.router.decide(body, explain=True).to_json())
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
         """The engine's `/slots`; of them only which are at work, where others' are among them."""
-        await self._runtime.admitted()
-        slots = await self._runtime.client.slots()
-        if not self._runtime.keys.sees_all(namespace_of(request)):
+        deployment = await self._life.admitted()
+        slots = await deployment.client.slots()
+        if not self._life.keys.sees_all(namespace_of(request)):
             shown = ("id", "n_ctx", "speculative", "is_processing")
             slots = [{key: slot[key] for key in shown if key in slot} for slot in slots]
         return _json(slots)

@@ -23,7 +23,7 @@ from keepwarm.batch.journal import DiskFullError, disk_errors, unwritable
 from keepwarm.batch.ledger import UNFINISHED, Ledger
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.tasks import URLS
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.errors import ConfigError, KeepwarmError, RequestError, TooLargeError
 from keepwarm.gateway.batch_service import BatchService
 from keepwarm.gateway.client_request import ClientRequest
@@ -42,35 +42,35 @@ log = logging.getLogger("keepwarm")
 T = TypeVar("T")
 
 
-def batch_handlers(app: web.Application, runtime: Runtime, proxy: Proxy) -> dict[str, Answer]:
+def batch_handlers(app: web.Application, life: Life, proxy: Proxy) -> dict[str, Answer]:
     """What answers for files and batches, by the names of the table of routes. Batches run for as
     long as the application does.
 
     Raises:
         ConfigError: the settings' hours can't be read.
     """
-    hours = parse_hours(runtime.settings.batch.hours)
-    site = _Site(runtime, proxy)
+    hours = parse_hours(life.settings.batch.hours)
+    site = _Site(life, proxy)
 
     async def serve_batches() -> None:
         # Nothing is written for a deployment that doesn't come up.
-        await runtime.ready()
-        directory = runtime.settings.batch.dir
+        await life.ready()
+        directory = life.settings.batch.dir
         path = Path(directory).expanduser() if directory else None
         try:
-            ledger = Ledger(path or runtime.places.state_home / "keepwarm" / "batches")
+            ledger = Ledger(path or life.places.state_home / "keepwarm" / "batches")
         except ConfigError as error:
             # A second Keepwarm of the same user serves all the same, but no batches.
             log.warning("no batches here: %s", error)
             site.unable = str(error)
             return
-        retry = RetryRule(attempts=runtime.settings.batch.attempts)
-        service = BatchService(runtime, proxy, ledger, hours=hours, retry=retry)
+        retry = RetryRule(attempts=life.settings.batch.attempts)
+        service = BatchService(life, proxy, ledger, hours=hours, retry=retry)
         site.open(ledger, service)
         await service.run()
 
     async def begin(_: web.Application) -> None:
-        runtime.supervise(serve_batches(), name="batches")
+        life.supervise(serve_batches(), name="batches")
 
     async def end(_: web.Application) -> None:
         site.close()
@@ -101,8 +101,8 @@ class NoBatchesError(KeepwarmError):
 class _Site:
     """The routes. Each is within the namespace of the request's key."""
 
-    def __init__(self, runtime: Runtime, proxy: Proxy) -> None:
-        self._runtime = runtime
+    def __init__(self, life: Life, proxy: Proxy) -> None:
+        self._life = life
         self._proxy = proxy
         self._ledger: Ledger | None = None
         self._service: BatchService | None = None
@@ -129,7 +129,7 @@ class _Site:
                 f"Give a `body`, and a `url` that is one of {', '.join(URLS)} (chat by default)."
             )
         asked = ClientRequest(URLS[url], body, namespace, url, request.headers)
-        warm = await warm_prefix(self._runtime, asked)
+        warm = await warm_prefix(self._life, asked)
         return _json(warm.as_dict())
 
     async def upload(self, request: web.Request) -> web.StreamResponse:
@@ -163,7 +163,7 @@ class _Site:
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
         """Write an upload down as it comes, within the bounds."""
-        settings = self._runtime.settings.batch
+        settings = self._life.settings.batch
         size = 0
         with disk_errors(part):
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

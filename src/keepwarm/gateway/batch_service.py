@@ -42,7 +42,8 @@ from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.senders import Answer, UnreachableError, batch_headers
 from keepwarm.batch.tasks import LineError, Parsed, Task
 from keepwarm.core.prompt import SharedEnd
-from keepwarm.deployment.runtime import Runtime, State
+from keepwarm.deployment.condition import State
+from keepwarm.deployment.life import Life
 from keepwarm.errors import EngineDownError, EngineRefusedError, KeepwarmError
 from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.gateway.door import error_response
@@ -63,8 +64,8 @@ _MAX_LISTED_ERRORS = 100
 class LocalSender:
     """Sends tasks to this process's own gateway, as one namespace."""
 
-    def __init__(self, runtime: Runtime, proxy: Proxy, namespace: str) -> None:
-        self._runtime = runtime
+    def __init__(self, life: Life, proxy: Proxy, namespace: str) -> None:
+        self._life = life
         self._proxy = proxy
         self._namespace = namespace
 
@@ -82,7 +83,7 @@ class LocalSender:
     async def fill(self, task: Task, ends: Sequence[SharedEnd], *, lane: int) -> Answer:
         """Fill and save a prefix. Raises: as `send`."""
         self._check()
-        warm = await _outcome(warm_prefix(self._runtime, self._asked(task, ends)))
+        warm = await _outcome(warm_prefix(self._life, self._asked(task, ends)))
         if isinstance(warm, Exception):
             response = _refusal(task, warm)
             assert isinstance(response.body, bytes)
@@ -91,7 +92,7 @@ class LocalSender:
 
     async def is_up(self) -> bool:
         """Whether the engine is there and warm."""
-        return self._runtime.state is State.READY
+        return self._life.state is State.READY
 
     async def refusal(self) -> str:
         """Always '': no key is asked for here, and no other server could answer."""
@@ -101,14 +102,14 @@ class LocalSender:
         return ClientRequest(task.api, task.body, self._namespace, task.url, batch_headers(ends))
 
     def _check(self) -> None:
-        if self._runtime.state in (State.STOPPING, State.FAILED):
+        if self._life.state in (State.STOPPING, State.FAILED):
             raise UnreachableError("Keepwarm is stopping or has no engine.", begun=False)
 
 
 async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
     """What came of some work, or the error that ended it, whichever that is.
 
-    Like the runtime's `supervise`, for work that is waited for.
+    Like the life's `supervise`, for work that is waited for.
     """
     outcomes = await asyncio.gather(work, return_exceptions=True)
     outcome: T | BaseException = outcomes[0]
@@ -130,8 +131,8 @@ def _refusal(task: Task, error: Exception) -> web.Response:
 class GapGate:
     """Holds a batch's next task back until it disturbs nobody."""
 
-    def __init__(self, runtime: Runtime, hours: Hours, *, gap_s: float) -> None:
-        self._runtime = runtime
+    def __init__(self, life: Life, hours: Hours, *, gap_s: float) -> None:
+        self._life = life
         self._hours = hours
         self._gap_s = gap_s
         self._busy_s = -math.inf
@@ -142,11 +143,11 @@ class GapGate:
             await asyncio.sleep(_POLL_S)
 
     def _is_open(self) -> bool:
-        runtime = self._runtime
-        if runtime.state is not State.READY:
+        life = self._life
+        if life.state is not State.READY:
             return False
         now_s = time.monotonic()
-        if any(job.priority == 0 for job in runtime.dispatcher.scheduler.jobs.values()):
+        if any(job.priority == 0 for job in life.deployment.dispatcher.scheduler.jobs.values()):
             self._busy_s = now_s
         return now_s - self._busy_s >= self._gap_s and self._hours.is_open(minute_of_day())
 
@@ -161,13 +162,13 @@ class BatchService:
     """See the module."""
 
     def __init__(
-        self, runtime: Runtime, proxy: Proxy, ledger: Ledger, *, hours: Hours, retry: RetryRule
+        self, life: Life, proxy: Proxy, ledger: Ledger, *, hours: Hours, retry: RetryRule
     ) -> None:
-        self._runtime = runtime
+        self._life = life
         self._proxy = proxy
         self._ledger = ledger
         self._retry = retry
-        self._gate = GapGate(runtime, hours, gap_s=runtime.settings.batch.gap_s)
+        self._gate = GapGate(life, hours, gap_s=life.settings.batch.gap_s)
         self._news = asyncio.Event()
         self._served: dict[str, int] = {}
         self._running: tuple[str, Runner, int] | None = None
@@ -193,7 +194,7 @@ class BatchService:
         while True:
             self._news.clear()
             try:
-                batch = self._next() if self._runtime.state is State.READY else None
+                batch = self._next() if self._life.state is State.READY else None
             except KeepwarmError as error:
                 log.error("batches wait: %s", error)
                 batch = None
@@ -252,23 +253,25 @@ class BatchService:
             job.close()
 
     def _read(self, path: Path, endpoint: str) -> Parsed:
-        limit = self._runtime.settings.server.max_body_bytes
+        limit = self._life.settings.server.max_body_bytes
         return read_tasks(path, endpoint=endpoint, max_body_bytes=limit)
 
     def _job(self, paths: BatchPaths, parsed: Parsed) -> BatchRun:
-        runtime = self._runtime
-        slots = len(runtime.dispatcher.scheduler.slots)
+        deployment = self._life.deployment
+        slots = len(deployment.dispatcher.scheduler.slots)
         return BatchRun(
             paths,
             parsed,
-            tier_tokens={w.name.removeprefix("tier:"): w.tokens for w in runtime.prefixes.warmed},
-            lanes=max(int(slots * runtime.settings.batch.share), 1),
-            tokens_per_char=runtime.dispatcher.rates.tokens_per_char.value,
+            tier_tokens={
+                w.name.removeprefix("tier:"): w.tokens for w in deployment.prefixes.warmed
+            },
+            lanes=max(int(slots * self._life.settings.batch.share), 1),
+            tokens_per_char=deployment.dispatcher.rates.tokens_per_char.value,
         )
 
     async def _run_job(self, batch: dict[str, Any], job: BatchRun) -> None:
         batch_id = batch["id"]
-        sender = LocalSender(self._runtime, self._proxy, batch["namespace"])
+        sender = LocalSender(self._life, self._proxy, batch["namespace"])
         runner = job.runner(sender, retry=self._retry, gate=self._gate)
         self._running = (batch_id, runner, len(job.parsed.errors))
         loop = asyncio.get_running_loop()

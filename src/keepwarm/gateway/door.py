@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler, Middleware
 from keepwarm.api.dialect import OPENAI, Dialect, dialect_of
 from keepwarm.api.origins import Origins, preflight_headers, reply_headers
 from keepwarm.api.routes import Access, Found, Route, Way, access_of, find, methods_of
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.errors import (
     EngineRefusedError,
     ForbiddenError,
@@ -111,18 +111,18 @@ class Door:
     """See the module. `answers` are the handlers by the table's names, and those of two ways."""
 
     def __init__(
-        self, runtime: Runtime, *, own: Mapping[str, Answer], planned: Answer, passed: Answer
+        self, life: Life, *, own: Mapping[str, Answer], planned: Answer, passed: Answer
     ) -> None:
-        server = runtime.settings.server
-        self._runtime = runtime
+        server = life.settings.server
+        self._life = life
         self._own, self._planned, self._passed = own, planned, passed
         # One body of the largest size has room in each share.
         room_bytes = max(server.queue_bytes, 2 * server.max_body_bytes)
-        self._held = HeldBodies(room_bytes, tenants=runtime.keys.tenants)
+        self._held = HeldBodies(room_bytes, tenants=life.keys.tenants)
         self._origins = Origins(
             tuple(origin.lower().rstrip("/") for origin in server.cors_origins),
             tuple(host.lower() for host in server.hosts),
-            has_keys=bool(runtime.keys),
+            has_keys=bool(life.keys),
         )
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -136,7 +136,7 @@ class Door:
                 body=raw, status=error.refused_status, content_type="application/json"
             )
         except KeepwarmError as error:
-            self._runtime.metrics.failed(error.kind)
+            self._life.metrics.failed(error.kind)
             if error.status >= 500:
                 log.warning("%s %s: %s", request.method, request.path, error)
             response = error_response(error, dialect)
@@ -165,7 +165,7 @@ class Door:
         except (KeepwarmError, web.HTTPMove, ConnectionError):
             raise
         except web.HTTPRequestEntityTooLarge as error:
-            limit = self._runtime.settings.server.max_body_bytes
+            limit = self._life.settings.server.max_body_bytes
             raise TooLargeError(
                 f"The request body is over {limit:,} bytes (server.max_body_bytes)."
             ) from error
@@ -194,7 +194,7 @@ class Door:
             request[_ORIGIN] = origin
         namespace = ""
         if access in (Access.API, Access.OWN):
-            namespace = self._runtime.keys.namespace(request.headers)
+            namespace = self._life.keys.namespace(request.headers)
         if found is None:
             raise NotFoundError(f"There is no {request.method} {request.path[:200]} here.")
         return await self._led(request, found, namespace)

@@ -9,18 +9,18 @@ from keepwarm.api.dialect import Anthropic
 from keepwarm.explain.record import EndedRequest
 
 if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
+    from keepwarm.deployment.deployment import Deployment
     from keepwarm.gateway.exchange import Exchange
 
 
-def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
+def tell_ended(deployment: Deployment, exchange: Exchange) -> None:
     """Hand a request that has ended, however it did, to the explainer."""
     # Both at once: between them nothing may happen, or requests of one moment seem to follow each
     # other and are explained by each other.
     now_s, clock_s = time.monotonic(), time.time()
-    runtime.router.note(exchange.tiered, exchange.reply)
+    deployment.router.note(exchange.tiered, exchange.reply)
     job, grant, tiered = exchange.job, exchange.grant, exchange.tiered
-    runtime.explainer.ended(
+    deployment.explainer.ended(
         EndedRequest(
             id=exchange.id,
             api="messages" if isinstance(exchange.asked.dialect, Anthropic) else exchange.asked.api,
@@ -45,10 +45,10 @@ def tell_ended(runtime: Runtime, exchange: Exchange) -> None:
             static_tokens=job.static_tokens,
             filled_tokens=job.filled_tokens,
             failed_restore=job.failed_restore,
-            prefill_s_per_token=runtime.dispatcher.rates.prefill_s_per_token.value,
-            engine=runtime.engine_pid,
+            prefill_s_per_token=deployment.dispatcher.rates.prefill_s_per_token.value,
+            engine=deployment.engine_pid,
             traceparent=exchange.asked.headers.get("traceparent", "")[:64],
             rewrites=exchange.asked.rewrites,
-            ahead=runtime.ahead.came_of(job),
+            ahead=deployment.ahead.came_of(job),
         )
     )

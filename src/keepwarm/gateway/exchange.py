@@ -8,6 +8,7 @@ from typing import Any
 from keepwarm.core.hygiene import rewrites_text
 from keepwarm.core.job import Job
 from keepwarm.core.reply import Reply
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Grant
 from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.tiers.tiering import HEADER, TieredRequest
@@ -18,6 +19,7 @@ class Exchange:
     """One request on its way; what is known of it grows."""
 
     id: str
+    deployment: Deployment
     asked: ClientRequest
     received_s: float
     tiered: TieredRequest

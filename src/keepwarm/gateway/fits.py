@@ -31,7 +31,7 @@ from keepwarm.core.prompt import is_raw
 from keepwarm.errors import EngineError, EngineRefusedError
 
 if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
+    from keepwarm.deployment.deployment import Deployment
     from keepwarm.gateway.client_request import ClientRequest
 
 # The names of a reply's limit in the APIs that llama-server has; the first one given counts there.
@@ -67,14 +67,14 @@ def bounded(body: Mapping[str, Any], reply_tokens: int) -> dict[str, Any]:
     return dict.fromkeys([name for name in _LIMITS if name in body] or _LIMITS[:1], reply_tokens)
 
 
-async def check_text(runtime: Runtime, asked: ClientRequest) -> None:
+async def check_text(deployment: Deployment, asked: ClientRequest) -> None:
     """Refuse a request whose text alone is too long: steps 1 and 2 of the module.
 
     Raises:
         EngineRefusedError: nothing was done for it. Its number of tokens is an estimate, since no
             more was counted than had to be.
     """
-    room = _room(runtime)
+    room = _room(deployment)
     prompt = asked.body.get("prompt") if is_raw(asked.chat) else None
     if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
         if len(prompt) >= room:
@@ -82,7 +82,7 @@ async def check_text(runtime: Runtime, asked: ClientRequest) -> None:
         return
     texts = list(_texts(asked.chat))
     chars = sum(map(len, texts))
-    estimate = int(chars * runtime.dispatcher.rates.tokens_per_char.value)
+    estimate = int(chars * deployment.dispatcher.rates.tokens_per_char.value)
     # 1. Each text has a token at least.
     if max(len(texts), chars // _MOST_CHARS_A_TOKEN) >= room:
         raise _too_long(max(len(texts), estimate), room)
@@ -93,7 +93,7 @@ async def check_text(runtime: Runtime, asked: ClientRequest) -> None:
     try:
         while seen < len(text) and counted < room:
             piece = text[seen : seen + _PIECE_CHARS]
-            counted += max(len(await runtime.client.tokenize(piece)) - _CUT_TOKENS, 0)
+            counted += max(len(await deployment.client.tokenize(piece)) - _CUT_TOKENS, 0)
             seen += len(piece)
     except EngineError:
         return
@@ -101,25 +101,25 @@ async def check_text(runtime: Runtime, asked: ClientRequest) -> None:
         raise _too_long(counted * len(text) // seen, room)
 
 
-async def check_prompt(runtime: Runtime, job: Job) -> None:
+async def check_prompt(deployment: Deployment, job: Job) -> None:
     """Count a prompt that may be too long, and refuse it if it is: step 3 of the module.
 
     Raises:
         EngineRefusedError: nothing was done for it.
     """
-    room = _room(runtime)
-    nearly = _NEARLY if runtime.machine.pool_tokens is None else _NEARLY_IN_POOL
-    if prompt_tokens(job.demand(), runtime.dispatcher.rates) < nearly * room:
+    room = _room(deployment)
+    nearly = _NEARLY if deployment.machine.pool_tokens is None else _NEARLY_IN_POOL
+    if prompt_tokens(job.demand(), deployment.dispatcher.rates) < nearly * room:
         return
     if job.chat is not None and not job.is_counted:
-        await runtime.dispatcher.count_ahead(job)
+        await deployment.dispatcher.count_ahead(job)
     if job.ids is not None and job.ids.size >= room:
         raise _too_long(int(job.ids.size), room)
 
 
-def _room(runtime: Runtime) -> int:
+def _room(deployment: Deployment) -> int:
     """Tokens that a prompt must stay below: its slot's, or the pool's where that is smaller."""
-    return min(runtime.slot_tokens, runtime.machine.pool_tokens or runtime.slot_tokens)
+    return min(deployment.slot_tokens, deployment.machine.pool_tokens or deployment.slot_tokens)
 
 
 def _texts(body: Mapping[str, Any]) -> Iterator[str]:

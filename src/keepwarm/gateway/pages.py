@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 
 from keepwarm.deployment.forget import forget_key
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.errors import (
     ConflictError,
     ForbiddenError,
@@ -34,10 +34,10 @@ from keepwarm.store.types import Listed
 _MOST_LISTED = 500
 
 
-def page_handlers(app: web.Application, runtime: Runtime) -> dict[str, Answer]:
+def page_handlers(app: web.Application, life: Life) -> dict[str, Answer]:
     """What answers under /keepwarm/, by the names of the table of routes."""
-    pages = _Pages(runtime)
-    runtime.explainer.on_record = pages.on_record
+    pages = _Pages(life)
+    life.explainer.on_record = pages.on_record
     app.on_shutdown.append(pages.close)
     return {
         "page": pages.page,
@@ -53,9 +53,9 @@ def page_handlers(app: web.Application, runtime: Runtime) -> dict[str, Answer]:
 
 
 class _Pages:
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._feed = Feed(lambda namespace: slots_now(runtime, namespace))
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self._feed = Feed(lambda namespace: slots_now(life, namespace))
         self._html, self._headers = load_page("index.html")
 
     def on_record(self, namespace: str, record: dict[str, Any]) -> None:
@@ -82,11 +82,11 @@ class _Pages:
     async def overview(self, request: web.Request) -> web.StreamResponse:
         """What runs, its tiers, and the sums."""
         namespace = namespace_of(request)
-        return _json(await overview(self._runtime, namespace))
+        return _json(await overview(self._life, namespace))
 
     async def slots(self, request: web.Request) -> web.StreamResponse:
         """The slots and the queue at this moment."""
-        return _json(slots_now(self._runtime, namespace_of(request)))
+        return _json(slots_now(self._life, namespace_of(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Live: `overview` once, then `slots` when they change and `request` for each that ends."""
@@ -97,7 +97,7 @@ class _Pages:
         await response.prepare(request)
         listener = self._feed.attach(namespace)
         try:
-            first = await overview(self._runtime, namespace)
+            first = await overview(self._life, namespace)
             await response.write(encode_event("overview", first))
             while (event := await listener.events.get()) is not None:
                 await response.write(event)
@@ -111,7 +111,7 @@ class _Pages:
         """The latest requests in brief: `?limit=`, `?before=` (a time), `?cause=`."""
         namespace = namespace_of(request)
         query = request.query
-        records = await self._runtime.explainer.latest(
+        records = await self._life.explainer.latest(
             namespace=namespace,
             limit=int(_number(query.get("limit", "100"), most=_MOST_LISTED)),
             before_s=_number(query["before"], most=1e12) if "before" in query else None,
@@ -122,7 +122,7 @@ class _Pages:
     async def request(self, request: web.Request) -> web.StreamResponse:
         """One request with its explanation; `last` is the latest."""
         namespace = namespace_of(request)
-        found = await self._runtime.explainer.get(request.match_info["id"], namespace=namespace)
+        found = await self._life.explainer.get(request.match_info["id"], namespace=namespace)
         if found is None:
             raise NotFoundError(
                 "There is no such request here. The last few thousand of an API key are kept."
@@ -131,7 +131,7 @@ class _Pages:
 
     async def store(self, request: web.Request) -> web.StreamResponse:
         """What is saved, as a tree, and which slots hold it."""
-        return _json(await store_now(self._runtime, namespace_of(request)))
+        return _json(await store_now(self._life, namespace_of(request)))
 
     async def change_store(self, request: web.Request) -> web.StreamResponse:
         """Pin, unpin or evict one extent by hand."""
@@ -142,14 +142,14 @@ class _Pages:
         if request.content_type != "application/json":
             # A form on another site can't send this type without being asked first.
             raise RequestError("Send `Content-Type: application/json`.")
-        await self._runtime.admitted()
+        await self._life.admitted()
         extent = await self._extent(request.match_info["extent"], namespace)
         try:
             if action == "pin":
                 return _json(await self._pin(extent, namespace))
             if action == "unpin":
                 return _json(await self._unpin(extent))
-            removed = await self._runtime.store.evict_extent(extent.extent_id)
+            removed = await self._life.deployment.store.evict_extent(extent.extent_id)
         except SnapshotError as error:
             if error.reason == "unknown":
                 raise NotFoundError("It is gone already.") from error
@@ -168,35 +168,35 @@ class _Pages:
         name = asked.get("key")
         if not isinstance(name, str) or not name:
             raise RequestError('Send `{"key": NAME}`: the name of an API key.')
-        if name != namespace and not self._runtime.keys.sees_all(namespace):
+        if name != namespace and not self._life.keys.sees_all(namespace):
             raise ForbiddenError("Only an operator's key (server.operators) may forget another's.")
-        await self._runtime.admitted()
+        await self._life.admitted()
         try:
-            told = await forget_key(self._runtime, name)
+            told = await forget_key(self._life.deployment, name)
         except SnapshotError as error:
             raise ConflictError(f"Not all of it is gone: {error}. Ask again.") from error
-        directory = str(self._runtime.store.settings.directory)
+        directory = str(self._life.deployment.store.settings.directory)
         return _json({"directory": directory, **msgspec.to_builtins(told)})
 
     async def _extent(self, number: str, namespace: str) -> Listed:
         """The extent, if this namespace may change it."""
-        listed = await self._runtime.store.list_extents()
+        listed = await self._life.deployment.store.list_extents()
         for extent in listed:
             if str(extent.extent_id) == number and extent.namespace in (SHARED, namespace):
-                if extent.namespace == SHARED and self._runtime.keys:
+                if extent.namespace == SHARED and self._life.keys:
                     raise ForbiddenError("All API keys share this prefix, so none may change it.")
                 return extent
         raise NotFoundError("There is no such extent here.")
 
     async def _pin(self, extent: Listed, namespace: str) -> dict[str, Any]:
-        at_tokens = await self._runtime.store.last_end(extent.extent_id)
+        at_tokens = await self._life.deployment.store.last_end(extent.extent_id)
         name = f"{HAND}{namespace}:{extent.extent_id}"
-        await self._runtime.store.pin(
+        await self._life.deployment.store.pin(
             name,
             extent.extent_id,
             at_tokens,
             origin=extent.origin,
-            prefill_s=self._runtime.dispatcher.rates.prefill_s(at_tokens),
+            prefill_s=self._life.deployment.dispatcher.rates.prefill_s(at_tokens),
         )
         return {"pinned": extent.extent_id, "tokens": at_tokens}
 
@@ -208,7 +208,7 @@ class _Pages:
                 "A tier needs it; it goes with the tier." if extent.pins else "It isn't pinned."
             )
         for name in loose:
-            await self._runtime.store.unpin(name)
+            await self._life.deployment.store.unpin(name)
         return {"unpinned": extent.extent_id}
 
 

@@ -24,9 +24,10 @@ from keepwarm.api.reading import can_gather, opening_of
 from keepwarm.api.routes import request_headers
 from keepwarm.core.client_name import agent_of
 from keepwarm.core.job import Job
-from keepwarm.core.prompt import Prompt, prompt_of
+from keepwarm.core.prompt import prompt_of
 from keepwarm.core.reply import Reply, read_reply
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.life import Life
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import rendered_from, static_body
@@ -44,6 +45,7 @@ from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_prompt, check_text, reply_limit
 from keepwarm.gateway.opening import Opening
+from keepwarm.gateway.progress import tell_fill
 from keepwarm.gateway.upstream import (
     PROGRESS,
     WholeReply,
@@ -76,55 +78,54 @@ _CRASHES = (
 class Proxy:
     """Forwards planned requests (`handle`) and everything else (`pass_through`)."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        # Requests under which the engine died go again one at a time, so that the culprit is found.
-        self._suspects = asyncio.Lock()
+    def __init__(self, life: Life) -> None:
+        self._life = life
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Serve one request of a planned API, whichever it is, or count its tokens."""
         path = path_of(request)
         if path in COUNTED:
-            return await self._counted(await self._read(request, COUNTED[path], _CHAT_PATH))
+            kind = COUNTED[path]
+            return await self._counted(await self._read(request, kind, _CHAT_PATH), kind)
         is_messages = path == MESSAGES
         kind = "messages" if is_messages else PLANNED[path]
         asked = await self._read(request, kind, _CHAT_PATH if is_messages else path)
-        return await self._opened(asked, request)
+        return await self._opened(asked, request, kind)
 
     async def _read(self, request: web.Request, kind: str, path: str) -> ClientRequest:
-        """A client's request as it goes on."""
-        runtime = self._runtime
+        """A client's request as it came; `path` is the engine's, `kind` the client's API."""
         body = decode_body(await read_body(request))
         check_body(kind, body)
-        runtime.check_model(body.get("model"))
+        self._life.check_model(body.get("model"))
         dialect = dialect_of(path_of(request), model=str(body.get("model", "")))
         namespace = namespace_of(request)
-        asked = ClientRequest("completion", body, namespace, path, request.headers, dialect)
-        return asked_of(asked, runtime.hygiene, runtime.takes, kind=kind)
+        return ClientRequest("completion", body, namespace, path, request.headers, dialect)
 
-    async def _counted(self, asked: ClientRequest) -> web.StreamResponse:
+    async def _counted(self, asked: ClientRequest, kind: str) -> web.StreamResponse:
         """Count the tokens of a request as it would be sent: with its tier, and cleaned."""
-        runtime = self._runtime
-        await runtime.admitted()
-        tiered = runtime.router.tier(
+        deployment = await self._life.admitted()
+        asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
+        tiered = deployment.router.tier(
             asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
         )
-        tokens = await runtime.client.count(tiered.chat)
+        tokens = await deployment.client.count(tiered.chat)
         return web.Response(body=asked.dialect.counted(tokens), content_type="application/json")
 
-    async def _opened(self, asked: ClientRequest, request: web.Request) -> web.StreamResponse:
+    async def _opened(
+        self, asked: ClientRequest, request: web.Request, kind: str
+    ) -> web.StreamResponse:
         """Answer a client; a stream that doesn't begin soon is opened and kept alive meanwhile."""
         if not asked.body.get("stream"):
-            return await self._answer(asked, request)
-        ping_s = self._runtime.settings.server.ping_s
+            return await self._answer(asked, request, kind)
+        ping_s = self._life.settings.server.ping_s
         opening = request[_OPENING] = Opening(request, asked.dialect, ping_s=ping_s)
         try:
-            return await opening.replaced(await self._answer(asked, request))
+            return await opening.replaced(await self._answer(asked, request, kind))
         except KeepwarmError as error:
             response = await opening.refused(error)
             if response is None:
                 raise
-            self._runtime.metrics.failed(error.kind)
+            self._life.metrics.failed(error.kind)
             return response
         finally:
             opening.close()
@@ -137,23 +138,23 @@ class Proxy:
         Raises:
             KeepwarmError: as a client would be told.
         """
-        asked = asked_of(asked, self._runtime.hygiene, self._runtime.takes)
         return await self._answer(asked, None)
 
     async def _answer(
-        self, asked: ClientRequest, request: web.Request | None
+        self, asked: ClientRequest, request: web.Request | None, kind: str = ""
     ) -> web.StreamResponse:
         received_s = time.monotonic()
-        runtime = self._runtime
+        deployment = await self._life.admitted()
+        asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
         api, body, namespace = asked.api, asked.body, asked.namespace
-        runtime.metrics.rewritten(asked.rewrites)
-        await runtime.admitted()
-        await check_text(runtime, asked)
-        tiered = runtime.router.tier(api, body, asked.headers.get(HEADER), namespace)
+        deployment.metrics.rewritten(asked.rewrites)
+        await check_text(deployment, asked)
+        tiered = deployment.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:
-            exchange = self._exchange(asked, tiered, received_s)
+            exchange = self._exchange(deployment, asked, tiered, received_s)
             if request is not None and (opening := request.get(_OPENING)):
                 opening.known = partial(_known, exchange)
+                tell_fill(deployment, exchange, opening)
             try:
                 return await self._serve(request, exchange)
             except KeepwarmError as error:
@@ -163,28 +164,28 @@ class Proxy:
             except _EscalatedError as escalated:
                 exchange.trouble = "escalated"
                 # A tier was too small and nothing has been sent: once more, one tier up.
-                runtime.metrics.escalated(
+                deployment.metrics.escalated(
                     tier=tiered.tier.name if tiered.tier else "none",
                     reason=escalated.escalation.cause.value,
                 )
-                up = runtime.router.escalated(api, body, tiered, escalated.escalation, namespace)
+                up = deployment.router.escalated(api, body, tiered, escalated.escalation, namespace)
                 assert up is not None
                 tiered = up
             finally:
-                tell_ended(runtime, exchange)
+                tell_ended(deployment, exchange)
 
     async def _serve(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Get a slot for an exchange, forward it, and give the slot back."""
-        runtime = self._runtime
-        await check_prompt(runtime, exchange.job)
-        exchange.grant = await runtime.dispatcher.acquire(exchange.job, exchange.static)
+        deployment = exchange.deployment
+        await check_prompt(deployment, exchange.job)
+        exchange.grant = await deployment.dispatcher.acquire(exchange.job, exchange.static)
         try:
             return await self._forward_again(request, exchange)
         finally:
             # Whatever happened, the slot is given back; once `_ended` has done so this does
             # nothing.
             if not exchange.is_left:
-                runtime.dispatcher.finish(exchange.job, counts=None, reply=None)
+                deployment.dispatcher.finish(exchange.job, counts=None, reply=None)
 
     async def _forward_again(
         self, request: web.Request | None, exchange: Exchange
@@ -199,38 +200,49 @@ class Proxy:
             EngineCrashedError: as in 3, or the engine has died under each attempt.
             EngineDownError: no attempt was answered; or Keepwarm is stopping.
         """
-        runtime, job = self._runtime, exchange.job
+        deployment, job = exchange.deployment, exchange.job
         deaths = 0
         async with AsyncExitStack() as suspected:
             for attempt in range(_RETRIES + 1):
                 try:
                     return await self._forward(request, exchange)
                 except EngineDownError as error:
-                    await runtime.look_at_engine()
+                    await deployment.look_at_engine()
                     was_seen = not isinstance(error, EngineUnreachableError)
-                    was_alone = runtime.was_alone_at_death(job.id) if was_seen else None
+                    was_alone = deployment.was_alone_at_death(job.id) if was_seen else None
                     deaths += was_alone is not None
                     if deaths > _RETRIES or (was_alone and deaths > 1):
-                        runtime.metrics.failed("request_crashed")
+                        deployment.metrics.failed("request_crashed")
                         raise EngineCrashedError(_CRASHES.format(deaths)) from error
                     if attempt == _RETRIES:
                         raise
                     if deaths == 1 and was_alone is not None:
-                        await suspected.enter_async_context(self._suspects)
-                        await runtime.admitted()
-                    exchange.grant = await runtime.dispatcher.retry(job)
+                        await suspected.enter_async_context(deployment.suspects)
+                        await deployment.admitted()
+                    exchange.grant = await deployment.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
-    def _exchange(self, asked: ClientRequest, tiered: TieredRequest, received_s: float) -> Exchange:
-        runtime = self._runtime
-        prompt = self._prompt(asked, tiered)
+    def _exchange(
+        self,
+        deployment: Deployment,
+        asked: ClientRequest,
+        tiered: TieredRequest,
+        received_s: float,
+    ) -> Exchange:
+        prompt = prompt_of(
+            tiered.shaping,
+            fingerprint=deployment.fingerprint,
+            namespace=asked.namespace,
+            shared_segments=tiered.shared_segments,
+            ends=asked.ends(tiered),
+        )
         now_s = time.monotonic()
         priority = asked.priority
         # A batch has hours; who sent it decides how long to wait.
-        wait_s = math.inf if priority else runtime.settings.server.queue_timeout_s
+        wait_s = math.inf if priority else deployment.settings.server.queue_timeout_s
         replies = tiered.body.get("n_cmpl", tiered.body.get("n"))
         # It needs a slot for each; more than there are it refuses, before it looks at any.
-        slots = len(self._runtime.dispatcher.scheduler.slots)
+        slots = len(deployment.dispatcher.scheduler.slots)
         replies = replies if isinstance(replies, int) and 1 < replies <= slots else 1
         # State computed with adapters of a request's own isn't the model's: the store, which knows
         # tokens by their ids, would take the one for the other.
@@ -256,23 +268,14 @@ class Proxy:
         )
         fills = prompt.static and is_savable and job.reuses
         static = static_body(tiered.chat) if fills else None
-        exchange = Exchange(job.id, asked, received_s, tiered, job, static)
+        exchange = Exchange(job.id, deployment, asked, received_s, tiered, job, static)
         exchange.may_escalate = (
-            runtime.settings.tiers.escalate
+            deployment.settings.tiers.escalate
             and tiered.tier is not None
             and tiered.reason != "explicit"
-            and runtime.tiers.next_up(tiered.tier.name) is not None
+            and deployment.tiers.next_up(tiered.tier.name) is not None
         )
         return exchange
-
-    def _prompt(self, asked: ClientRequest, tiered: TieredRequest) -> Prompt:
-        return prompt_of(
-            tiered.shaping,
-            fingerprint=self._runtime.fingerprint,
-            namespace=asked.namespace,
-            shared_segments=tiered.shared_segments,
-            ends=asked.ends(tiered),
-        )
 
     async def _forward(self, request: web.Request | None, exchange: Exchange) -> web.StreamResponse:
         """Forward to the granted slot and give the slot back when the engine has ended.
@@ -295,7 +298,7 @@ class Proxy:
             # A stream ends when its client leaves, a whole reply doesn't: see `core.gathered`.
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         sent = post_body(
-            self._runtime.client.http, asked.path, body, request_headers(asked.headers)
+            exchange.deployment.client.http, asked.path, body, request_headers(asked.headers)
         )
         if not body.get("stream"):
             return self._whole(exchange, await self._outlasting(exchange, sent))
@@ -325,7 +328,7 @@ class Proxy:
         except asyncio.CancelledError:
             if not reading.cancelled():
                 exchange.is_left = True
-                self._runtime.supervise(self._left(exchange, reading))
+                exchange.deployment.supervise(self._left(exchange, reading))
             raise
 
     async def _left(self, exchange: Exchange, reading: asyncio.Future[WholeReply]) -> None:
@@ -337,7 +340,9 @@ class Proxy:
         except EngineError as error:
             log.debug("%s: the reply that nobody waited for failed: %s", exchange.id, error)
         finally:
-            self._runtime.dispatcher.finish(exchange.job, counts=reply.counts, reply=reply.segment)
+            exchange.deployment.dispatcher.finish(
+                exchange.job, counts=reply.counts, reply=reply.segment
+            )
 
     def _whole(self, exchange: Exchange, fetched: WholeReply) -> web.StreamResponse:
         exchange.first_byte_s = fetched.first_byte_s
@@ -366,8 +371,8 @@ class Proxy:
                 await opening.write(translator.feed(chunk))
             await opening.write(translator.end())
         except EngineDownError:
-            self._runtime.suspect_engine()
-            self._runtime.metrics.failed("engine_died")
+            exchange.deployment.suspect_engine()
+            self._life.metrics.failed("engine_died")
             exchange.trouble = "engine_died"
             return await opening.break_off(_BROKEN_OFF, kind="upstream_error", status=502)
         except (asyncio.CancelledError, ConnectionError):
@@ -424,24 +429,24 @@ class Proxy:
         exchange.status, exchange.reply = status, reply
         # A 4xx was refused before the engine looked at the slot, and so is what it can't do at all.
         touched = not (400 <= status < 500 or status == 501)
-        self._runtime.dispatcher.finish(
+        deployment = exchange.deployment
+        deployment.dispatcher.finish(
             exchange.job, counts=counts, reply=reply.segment, touched=touched
         )
-        self._runtime.ahead.note(exchange.job, reply)
+        deployment.ahead.note(exchange.job, reply)
         if counts is None or exchange.grant is None or exchange.first_byte_s is None:
-            self._runtime.metrics.failed(f"engine_{status}" if status != 200 else "no_counts")
+            deployment.metrics.failed(f"engine_{status}" if status != 200 else "no_counts")
             return
         ttft_s = exchange.first_byte_s - exchange.received_s
-        self._runtime.proved(
+        deployment.prover.proved(
             exchange.job, exchange.grant.plan, counts, ttft_s=ttft_s, tier=exchange.tiered
         )
 
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
         """Forward a request that touches no slot, body and reply as they are."""
-        runtime = self._runtime
-        await runtime.admitted()
+        deployment = await self._life.admitted()
         query = request.rel_url.raw_query_string
-        sent = runtime.client.http.request(
+        sent = deployment.client.http.request(
             request.method,
             path_of(request) + (f"?{query}" if query else ""),
             headers=request_headers(request.headers, is_unchanged=True),

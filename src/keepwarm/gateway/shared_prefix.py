@@ -22,7 +22,7 @@ from typing import Any
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import SharedEnd, is_raw, prefix_of, prompt_of, segments_of
-from keepwarm.deployment.runtime import Runtime
+from keepwarm.deployment.life import Life
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length
 from keepwarm.errors import RequestError
@@ -57,7 +57,7 @@ class WarmPrefix:
         }
 
 
-async def warm_prefix(runtime: Runtime, asked: ClientRequest) -> WarmPrefix:
+async def warm_prefix(life: Life, asked: ClientRequest) -> WarmPrefix:
     """Fill and save the prefix of a request up to the last place its `X-Keepwarm-Shared` names.
 
     Raises:
@@ -65,21 +65,23 @@ async def warm_prefix(runtime: Runtime, asked: ClientRequest) -> WarmPrefix:
         EngineError: the engine can't render or prefill it.
     """
     began_s = time.monotonic()
-    await runtime.admitted()
-    asked = asked_of(asked, runtime.hygiene, runtime.takes)
-    runtime.metrics.rewritten(asked.rewrites)
-    tiered = runtime.router.tier(asked.api, asked.body, asked.headers.get(HEADER), asked.namespace)
+    deployment = await life.admitted()
+    asked = asked_of(asked, life.hygiene, deployment.takes)
+    deployment.metrics.rewritten(asked.rewrites)
+    tiered = deployment.router.tier(
+        asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
+    )
     ends = asked.ends(tiered)
     if not ends:
         raise RequestError(
             f"{SHARED_HEADER} must say where the shared prefix ends, as `segment:characters`."
         )
-    tokens = await prefix_tokens(runtime.client, tiered.chat, ends[-1])
+    tokens = await prefix_tokens(deployment.client, tiered.chat, ends[-1])
     if not tokens:
         raise RequestError("Nothing of this request comes before the place that is named.")
     prompt = prompt_of(
         tiered.shaping,
-        fingerprint=runtime.fingerprint,
+        fingerprint=deployment.fingerprint,
         namespace=asked.namespace,
         shared_segments=tiered.shared_segments,
         ends=ends,
@@ -96,8 +98,8 @@ async def warm_prefix(runtime: Runtime, asked: ClientRequest) -> WarmPrefix:
         static_shared=part.is_static_shared,
         must_save=True,
     )
-    grant = await runtime.dispatcher.acquire(job, tokens)
-    runtime.dispatcher.finish(job, counts=None, reply=None, touched=False)
+    grant = await deployment.dispatcher.acquire(job, tokens)
+    deployment.dispatcher.finish(job, counts=None, reply=None, touched=False)
     return WarmPrefix(
         len(tokens),
         job.filled_tokens,

@@ -18,41 +18,44 @@ from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
 
 if TYPE_CHECKING:
-    from keepwarm.deployment.runtime import Runtime
+    from keepwarm.deployment.deployment import Deployment
+    from keepwarm.deployment.life import Life
+    from keepwarm.keys import Keyring
 
 SHARED = ""
 # A page shows no more rows than this, and a store may hold a hundred thousand.
 _MOST_EXTENTS = 250
 
 
-async def overview(runtime: Runtime, namespace: str) -> dict[str, Any]:
+async def overview(life: Life, namespace: str) -> dict[str, Any]:
     """All that changes rarely, and the sums of this namespace."""
-    today, ever = await runtime.explainer.totals(namespace=namespace)
+    deployment = life.deployment
+    today, ever = await life.explainer.totals(namespace=namespace)
     out: dict[str, Any] = {
         "version": __version__,
-        "state": runtime.state.value,
-        "status": runtime.status,
-        "started": runtime.started_s,
-        "has_keys": bool(runtime.keys),
+        "state": life.state.value,
+        "status": life.status,
+        "started": life.started_s,
+        "has_keys": bool(life.keys),
         "namespace": namespace,
-        "keeps_text": runtime.settings.log.prompts,
-        "hygiene": list(runtime.settings.hygiene.rules),
+        "keeps_text": life.settings.log.prompts,
+        "hygiene": list(life.settings.hygiene.rules),
         "totals": {"today": _totals(today), "ever": _totals(ever)},
         "tiers": [],
     }
-    if not hasattr(runtime, "dispatcher"):
+    if not deployment.is_open:
         return out
-    launch, rates = runtime.launch, runtime.dispatcher.rates
+    launch, rates = deployment.launch, deployment.dispatcher.rates
     model = launch.model
     return out | {
         "model": (model.name or model.path.name) if model else "attached server",
         "engine": f"{launch.identity.kind} {launch.identity.build}",
-        "fingerprint": runtime.fingerprint,
-        "memory": runtime.probed.kind.value,
-        "pool_tokens": runtime.machine.pool_tokens,
-        "row_bytes": runtime.machine.row_bytes,
+        "fingerprint": deployment.fingerprint,
+        "memory": deployment.probed.kind.value,
+        "pool_tokens": deployment.machine.pool_tokens,
+        "row_bytes": deployment.machine.row_bytes,
         "prefill_s_per_token": rates.prefill_s_per_token.value,
-        "tiers": _tiers(runtime),
+        "tiers": _tiers(deployment),
     }
 
 
@@ -66,18 +69,18 @@ def _totals(totals: Totals) -> dict[str, float]:
     }
 
 
-def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
-    kept = {prefix.name: prefix for prefix in runtime.prefixes.kept}
-    slots = runtime.dispatcher.scheduler.slots
+def _tiers(deployment: Deployment) -> list[dict[str, Any]]:
+    kept = {prefix.name: prefix for prefix in deployment.prefixes.kept}
+    slots = deployment.dispatcher.scheduler.slots
     out = []
-    for tier in runtime.tiers:
+    for tier in deployment.tiers:
         prefix = kept.get(f"tier:{tier.name}")
         holding = [
             slot.id
             for slot in slots
             if prefix and slot.content and prefix.digest in slot.content.marks
         ]
-        pin = runtime.store.pin_named(f"tier:{tier.name}")
+        pin = deployment.store.pin_named(f"tier:{tier.name}")
         out.append(
             {
                 "name": tier.name,
@@ -94,32 +97,35 @@ def _tiers(runtime: Runtime) -> list[dict[str, Any]]:
     return out
 
 
-def status_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+def status_now(life: Life, namespace: str) -> dict[str, Any]:
     """What is warm where: `/keepwarm/status`."""
-    sees_all = runtime.keys.sees_all(namespace)
+    deployment = life.deployment
+    sees_all = life.keys.sees_all(namespace)
     out: dict[str, Any] = {
-        "state": runtime.state.value,
-        "status": runtime.status,
-        "engine_pid": runtime.engine_pid,
-        "engine_url": runtime.client.base_url if hasattr(runtime, "client") else None,
+        "state": life.state.value,
+        "status": life.status,
+        "engine_pid": deployment.engine_pid,
+        "engine_url": deployment.client.base_url if deployment.is_open else None,
         "warmed": [
             warmed.as_dict()
-            for warmed in runtime.prefixes.warmed
+            for warmed in deployment.prefixes.warmed
             if sees_all or _is_seen(warmed.name, namespace)
         ],
     }
-    if not hasattr(runtime, "dispatcher"):
+    if not deployment.is_open:
         return out
     out["slots"] = [
         {
             "id": slot.id,
             "state": slot.state.value,
-            "tokens": content.tokens if (content := _own_content(runtime, slot, namespace)) else 0,
+            "tokens": content.tokens
+            if (content := _own_content(life.keys, slot, namespace))
+            else 0,
             "saved_tokens": content.saved_tokens if content else 0,
         }
-        for slot in runtime.dispatcher.scheduler.slots
+        for slot in deployment.dispatcher.scheduler.slots
     ]
-    stats = runtime.store.stats()
+    stats = deployment.store.stats()
     out["store"] = msgspec.to_builtins(stats) if sees_all else {"quota_bytes": stats.quota_bytes}
     return out
 
@@ -129,32 +135,33 @@ def _is_seen(prefix: str, namespace: str) -> bool:
     return not prefix.startswith("learned:") or prefix.startswith(f"learned:{namespace}:")
 
 
-def _own_content(runtime: Runtime, slot: Slot, namespace: str) -> Content | None:
+def _own_content(keys: Keyring, slot: Slot, namespace: str) -> Content | None:
     """What a slot holds, if a namespace may know how much that is."""
     content = slot.content
-    if content is None or runtime.keys.sees_all(namespace):
+    if content is None or keys.sees_all(namespace):
         return content
     return content if content.namespace in (SHARED, namespace) else None
 
 
-def slots_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+def slots_now(life: Life, namespace: str) -> dict[str, Any]:
     """The slots and the queue at this moment."""
-    if not hasattr(runtime, "dispatcher"):
-        return {"state": runtime.state.value, "slots": [], "queued": 0, "store": ""}
-    scheduler = runtime.dispatcher.scheduler
-    stats, sees_all = runtime.store.stats(), runtime.keys.sees_all(namespace)
+    deployment = life.deployment
+    if not deployment.is_open:
+        return {"state": life.state.value, "slots": [], "queued": 0, "store": ""}
+    scheduler = deployment.dispatcher.scheduler
+    stats, sees_all = deployment.store.stats(), life.keys.sees_all(namespace)
     return {
-        "state": runtime.state.value,
-        "status": runtime.status,
-        "slots": [_slot(runtime, slot, namespace) for slot in scheduler.slots],
+        "state": life.state.value,
+        "status": life.status,
+        "slots": [_slot(deployment, slot, namespace) for slot in scheduler.slots],
         "queued": scheduler.queued if sees_all else scheduler.queued_of(namespace),
         # Changes when the store did: the page then asks for it again.
         "store": f"{stats.saves}.{stats.evicted_extents}.{stats.quarantined_extents}.{stats.pins}",
     }
 
 
-def _slot(runtime: Runtime, slot: Slot, namespace: str) -> dict[str, Any]:
-    content, scheduler = slot.content, runtime.dispatcher.scheduler
+def _slot(deployment: Deployment, slot: Slot, namespace: str) -> dict[str, Any]:
+    content, scheduler = slot.content, deployment.dispatcher.scheduler
     job = scheduler.jobs.get(slot.job) if slot.job else None
     is_own = job is None or job.namespace == namespace
     holds_own = content is None or content.namespace in (SHARED, namespace)
@@ -165,7 +172,7 @@ def _slot(runtime: Runtime, slot: Slot, namespace: str) -> dict[str, Any]:
         "tokens": content.tokens if content and holds_own else None if content else 0,
         "saved_tokens": content.saved_tokens if content and holds_own else 0,
         "turns": content.turns if content and holds_own else 0,
-        "holds": _holds(runtime, slot) if holds_own else "another key's",
+        "holds": _holds(deployment, slot) if holds_own else "another key's",
         "job": job.id if job and is_own else None,
         "is_own": is_own,
         "plan": plan.source.value if plan else None,
@@ -176,12 +183,12 @@ def _slot(runtime: Runtime, slot: Slot, namespace: str) -> dict[str, Any]:
     }
 
 
-def _holds(runtime: Runtime, slot: Slot) -> str:
+def _holds(deployment: Deployment, slot: Slot) -> str:
     """What a slot's content begins with, in a word: the largest tier it goes through."""
     content = slot.content
     if content is None:
         return "empty"
-    held = [t for t in runtime.prefixes.kept if t.digest in content.marks]
+    held = [t for t in deployment.prefixes.kept if t.digest in content.marks]
     if not held:
         return "conversation" if content.turns else "prefix"
     largest = max(held, key=lambda t: len(t.tokens))
@@ -199,17 +206,18 @@ def _wall_s(monotonic_s: float) -> float:
     return round(_monotonic_zero_s() + monotonic_s, 3)
 
 
-async def store_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
+async def store_now(life: Life, namespace: str) -> dict[str, Any]:
     """The token tree: what is on disk, what of it is in slots, how often it was used."""
-    if not hasattr(runtime, "dispatcher"):
+    deployment = life.deployment
+    if not deployment.is_open:
         return {"extents": [], "used_bytes": 0, "quota_bytes": 0, "others": None}
-    listed = await runtime.store.list_extents()
-    stats = runtime.store.stats()
-    holding = _slots_by_extent(runtime, namespace)
+    listed = await deployment.store.list_extents()
+    stats = deployment.store.stats()
+    holding = _slots_by_extent(deployment, namespace)
     seen = [e for e in listed if e.namespace in (SHARED, namespace)]
     shown = _most_recent(seen)
     hidden = [e for e in listed if e.namespace not in (SHARED, namespace)]
-    sees_all = runtime.keys.sees_all(namespace)
+    sees_all = life.keys.sees_all(namespace)
     others = {"extents": len(hidden), "bytes": sum(e.size_bytes for e in hidden)}
     return {
         "used_bytes": stats.used_bytes if sees_all else sum(e.size_bytes for e in seen),
@@ -217,7 +225,7 @@ async def store_now(runtime: Runtime, namespace: str) -> dict[str, Any]:
         "others": others if sees_all else None,
         "extents": [_extent(e, holding.get(e.extent_id, [])) for e in shown],
         "unlisted": len(seen) - len(shown),
-        "may_change_shared": not runtime.keys,
+        "may_change_shared": not life.keys,
     }
 
 
@@ -270,15 +278,15 @@ def short_pin(name: str) -> str:
     return name.partition("~")[2] or "learned" if name.startswith("learned:") else name
 
 
-def _slots_by_extent(runtime: Runtime, namespace: str) -> dict[int, list[dict[str, int]]]:
+def _slots_by_extent(deployment: Deployment, namespace: str) -> dict[int, list[dict[str, int]]]:
     """Which slots hold which extents' prefixes, and up to which token."""
     out: dict[int, list[dict[str, int]]] = {}
-    for slot in runtime.dispatcher.scheduler.slots:
+    for slot in deployment.dispatcher.scheduler.slots:
         content = slot.content
         if content is None or content.namespace not in (SHARED, namespace):
             continue
         by_place = sorted(content.marks.items(), key=lambda item: item[1].tokens)
-        hit = runtime.store.lookup([d for d, _ in by_place], namespace=content.namespace)
+        hit = deployment.store.lookup([d for d, _ in by_place], namespace=content.namespace)
         if hit is not None:
             out.setdefault(hit.extent_id, []).append({"slot": slot.id, "at": hit.at_tokens})
     return out

@@ -42,7 +42,7 @@ class FoundModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Hardware:
     """What there is. `free_bytes` is memory that a program may take without swapping."""
 
     cores: int
@@ -54,7 +54,7 @@ class Machine:
 
 def look(
     home: Path, environment: Mapping[str, str], *, root: Path = Path("/"), cores: int | None = None
-) -> Machine:
+) -> Hardware:
     """Look at this machine, or at one that lies below `root`.
 
     Args:
@@ -66,7 +66,7 @@ def look(
     total, free = _memory(root)
     if cores is None:
         cores = usable_cores(root / "proc", root / "sys/fs/cgroup")
-    return Machine(cores, total, free, _gpus(root), find_models(home, environment))
+    return Hardware(cores, total, free, _gpus(root), find_models(home, environment))
 
 
 def find_models(home: Path, environment: Mapping[str, str]) -> tuple[FoundModel, ...]:

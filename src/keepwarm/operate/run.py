@@ -89,7 +89,7 @@ def printed(client: Client, configured: Configured, home: Path, arguments: Seque
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class ClientRun:
     """One run: which client, with what, against which gateway.
 
     `url` is where a gateway is looked for. `make_settings` is asked when none answers, for the

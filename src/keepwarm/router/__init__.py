@@ -3,15 +3,21 @@
 from keepwarm.router.catalog import (
     NO_TOOLS,
     UNKNOWN_TOOLS,
-    Catalog,
     CatalogCache,
+    ToolCatalog,
     ToolText,
     prepare_catalog,
     tool_texts,
 )
 from keepwarm.router.config import DEFAULT_COSTS, RouterConfig, config_from_toml
 from keepwarm.router.decide import route
-from keepwarm.router.escalation import Cause, Escalation, MarkerWatch, Verdict, escalation_needed
+from keepwarm.router.escalation import (
+    Escalation,
+    EscalationCause,
+    MarkerWatch,
+    Verdict,
+    escalation_needed,
+)
 from keepwarm.router.model import Weights, weights_from_json
 from keepwarm.router.request import route_request
 from keepwarm.router.types import (
@@ -31,17 +37,17 @@ __all__ = [
     "NO_TOOLS",
     "TIERS",
     "UNKNOWN_TOOLS",
-    "Catalog",
     "CatalogCache",
-    "Cause",
     "Decision",
     "Escalation",
+    "EscalationCause",
     "MarkerWatch",
     "MissCosts",
     "Reason",
     "RouteRequest",
     "RouterConfig",
     "TierCost",
+    "ToolCatalog",
     "ToolText",
     "Verdict",
     "Weights",

@@ -1,7 +1,7 @@
 """The tools on offer, prepared once a tools list so that a request is compared with them cheaply.
 
-A `Catalog` holds an index from stem to the tools that use it; comparing a request with it costs one
-look-up a stem of the request plus the details of the few best tools, however many tools there are.
+A `ToolCatalog` is an index from stem to the tools that use it; comparing a request with it costs
+one look-up a stem of the request plus the details of the few best tools, however many there are.
 The same question needs a tool or not depending on the catalog, so this is the router's strongest
 and most transferable evidence.
 """
@@ -67,7 +67,7 @@ class ToolFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalog:
+class ToolCatalog:
     """A tools list, ready to be compared with requests. Immutable; share it freely.
 
     `is_open` says that the tools do more than their words tell, or aren't known: then a request can
@@ -81,9 +81,9 @@ class Catalog:
 
 
 #: Nothing is on offer: no request can need a tool.
-NO_TOOLS: Final = Catalog(tools=())
+NO_TOOLS: Final = ToolCatalog(tools=())
 #: What is on offer can't be told: only the request itself is evidence.
-UNKNOWN_TOOLS: Final = Catalog(tools=(), is_open=True)
+UNKNOWN_TOOLS: Final = ToolCatalog(tools=(), is_open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +163,10 @@ def tool_facts(tool: ToolText, weights: WordWeights) -> ToolFacts:
 
 def prepare_catalog(
     tools: Sequence[ToolText], weights: WordWeights, *, is_open: bool = False
-) -> Catalog:
+) -> ToolCatalog:
     """A tools list taken apart; about 50 us a tool."""
     facts = tuple(tool_facts(tool, weights) for tool in tools)
-    return Catalog(
+    return ToolCatalog(
         tools=facts,
         index=_inverted(tool.all_stems for tool in facts),
         by_concept=_inverted(tool.concepts for tool in facts),
@@ -188,9 +188,9 @@ class CatalogCache:
     def __init__(self, weights: WordWeights, *, capacity: int = 64) -> None:
         self._weights = weights
         self._capacity = capacity
-        self._prepared: OrderedDict[tuple[bool, tuple[ToolText, ...]], Catalog] = OrderedDict()
+        self._prepared: OrderedDict[tuple[bool, tuple[ToolText, ...]], ToolCatalog] = OrderedDict()
 
-    def get(self, tools: Sequence[ToolText], *, is_open: bool = False) -> Catalog:
+    def get(self, tools: Sequence[ToolText], *, is_open: bool = False) -> ToolCatalog:
         """The catalog of a tools list, prepared now if it is new."""
         key = (is_open, tuple(tools))
         if (found := self._prepared.get(key)) is not None:

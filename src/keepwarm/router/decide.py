@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from keepwarm.router.catalog import NO_TOOLS, Catalog
+from keepwarm.router.catalog import NO_TOOLS, ToolCatalog
 from keepwarm.router.config import DEFAULT_COSTS, RouterConfig
 from keepwarm.router.features import Seen, look, meet
 from keepwarm.router.model import Weights, sigmoid
@@ -77,7 +77,9 @@ def _told(score: str, found: list[tuple[str, float, float]]) -> list[Contributio
     return [Contribution(score, *each) for each in found[:TOLD]]
 
 
-def score(request: Seen, catalog: Catalog, weights: Weights, *, explain: bool = False) -> Scores:
+def score(
+    request: Seen, catalog: ToolCatalog, weights: Weights, *, explain: bool = False
+) -> Scores:
     """The probabilities of a request against a catalog, and with `explain` what moved them."""
     told: list[Contribution] = []
     met = meet(request, catalog, weights.words) if catalog.tools else None
@@ -201,7 +203,7 @@ def _by_scores(
 
 def route(
     request: RouteRequest,
-    catalog: Catalog,
+    catalog: ToolCatalog,
     costs: Sequence[TierCost],
     config: RouterConfig,
     weights: Weights,

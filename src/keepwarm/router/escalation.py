@@ -29,7 +29,7 @@ class Verdict(StrEnum):
     ESCALATE = "escalate"
 
 
-class Cause(StrEnum):
+class EscalationCause(StrEnum):
     """Why a reply is replayed one tier up."""
 
     ASKED_TOOLS = "asked-tools"
@@ -44,11 +44,11 @@ class Escalation:
     """Replay the request with `tier`, because of `cause`; `detail` names the unknown tool."""
 
     tier: str
-    cause: Cause
+    cause: EscalationCause
     detail: str = ""
 
 
-def _judge(text: str, *, is_whole: bool) -> tuple[Verdict, Cause | None]:
+def _judge(text: str, *, is_whole: bool) -> tuple[Verdict, EscalationCause | None]:
     """What a reply's beginning says. `is_whole`: no more text will come."""
     bare = text.lstrip(_DRESS)
     if not bare:
@@ -61,11 +61,11 @@ def _judge(text: str, *, is_whole: bool) -> tuple[Verdict, Cause | None]:
     rest = bare[len(MARKER) :].lstrip(_DRESS).lower()
     for kind in KINDS:
         if rest.startswith(kind):
-            return Verdict.ESCALATE, Cause(f"asked-{kind}")
+            return Verdict.ESCALATE, EscalationCause(f"asked-{kind}")
         if not is_whole and kind.startswith(rest):
             return Verdict.UNDECIDED, None
     # The marker with another word after it, or nothing: it wants more, it can't say what.
-    return Verdict.ESCALATE, Cause.ASKED
+    return Verdict.ESCALATE, EscalationCause.ASKED
 
 
 class MarkerWatch:
@@ -78,7 +78,7 @@ class MarkerWatch:
     def __init__(self) -> None:
         self.held = ""
         self.verdict = Verdict.UNDECIDED
-        self.cause: Cause | None = None
+        self.cause: EscalationCause | None = None
 
     def feed(self, delta: str) -> Verdict:
         """Take the next piece of the reply's content."""
@@ -122,11 +122,11 @@ def escalation_needed(
         return None
     called = _called_names(tool_calls)
     if unknown := next((name for name in called if name not in known_tools), None):
-        return Escalation(up, Cause.UNKNOWN_TOOL, unknown)
+        return Escalation(up, EscalationCause.UNKNOWN_TOOL, unknown)
     verdict, cause = _judge(first_text, is_whole=finish_reason is not None)
     if verdict is Verdict.ESCALATE and cause is not None:
         return Escalation(up, cause)
     # 'length' with no text: the client allowed no token, so a larger tier would say as little.
     if finish_reason == "stop" and not called and not first_text.strip():
-        return Escalation(up, Cause.EMPTY)
+        return Escalation(up, EscalationCause.EMPTY)
     return None

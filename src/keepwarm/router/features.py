@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Final
 
-from keepwarm.router.catalog import Catalog, ToolFacts, WordWeights, trigrams, verb_class_of
+from keepwarm.router.catalog import ToolCatalog, ToolFacts, WordWeights, trigrams, verb_class_of
 from keepwarm.router.lexicon import lexicon
 from keepwarm.router.words import (
     concepts_of,
@@ -312,7 +312,9 @@ def tool_features(asked: Asked, tool: ToolFacts, weights: WordWeights) -> dict[s
     }
 
 
-def rough_matches(asked: Asked, catalog: Catalog, weights: WordWeights, *, top: int) -> list[int]:
+def rough_matches(
+    asked: Asked, catalog: ToolCatalog, weights: WordWeights, *, top: int
+) -> list[int]:
     """Indices of the tools that share most weight with the request, best first."""
     shared: dict[int, float] = {}
     for each in asked.stems:
@@ -342,7 +344,7 @@ def fit(values: dict[str, float]) -> float:
     )
 
 
-def meet(request: Seen, catalog: Catalog, weights: WordWeights) -> Met:
+def meet(request: Seen, catalog: ToolCatalog, weights: WordWeights) -> Met:
     """How a request meets a catalog of one tool or more: the best tool's features, and how many."""
     asked = prepare_request(request, weights)
     candidates = rough_matches(asked, catalog, weights, top=CANDIDATES) or [0]

@@ -1,7 +1,8 @@
 """What systemd knows of a running Keepwarm: status, ready, alive, stopping.
 
-Theory of operation. Whatever the runtime says of itself becomes the status line. Until ready, each
-sign of progress asks for more time, so a slow prefill isn't killed while one that stands still is.
+Theory of operation. Whatever the deployment says of itself becomes the status line. Until ready,
+each sign of progress asks for more time, so a slow prefill isn't killed while one that stands still
+is.
 From then on one task on the event loop pings the watchdog: a loop that is stuck sends nothing, and
 neither does one whose supervising tasks have ended, since then nobody would notice a dead engine.
 The pings repeat what is true (`READY=1`), so that no single datagram matters.
@@ -55,7 +56,7 @@ class Presence:
         self._is_stopping = False
 
     def status(self, text: str) -> None:
-        """The runtime said something of itself."""
+        """The deployment said something of itself."""
         extend_s = None
         if not self._is_ready and not self._is_stopping:
             extend_s = _PROGRESS_S + (self._load_s if text.startswith("loading") else 0.0)

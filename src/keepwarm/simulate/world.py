@@ -26,8 +26,8 @@ from enum import Enum
 from typing import Literal, get_args
 
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.fleet.costs import Costs, Origin, Way, best_way
-from keepwarm.fleet.routing import WORK_WEIGHT, Fleet, Report, Want
+from keepwarm.fleet.costs import NodeCosts, Origin, Way, best_way
+from keepwarm.fleet.routing import WORK_WEIGHT, Fleet, NodeReport, Want
 from keepwarm.simulate.report import Outcome, Spread
 from keepwarm.simulate.stores import BlockStore
 from keepwarm.simulate.trace import Request, Trace
@@ -56,13 +56,13 @@ class Hardware:
     shared_bytes: float = 20e12
     shared_bytes_per_s: float = 40e9
 
-    def costs(self) -> Costs:
+    def costs(self) -> NodeCosts:
         """The same as a node would report it."""
         rates = Rates(
             prefill_s_per_token=Mean(1 / self.prefill_tokens_per_s),
             restore_s_per_byte=Mean(1 / self.restore_bytes_per_s),
         )
-        return Costs.of(
+        return NodeCosts.of(
             rates,
             row_bytes=self.row_bytes,
             fetch_s_per_byte=1 / self.fetch_bytes_per_s,
@@ -290,7 +290,7 @@ class _World:
         stored, unstored = self.stored, self.unstored
         self.stored, self.unstored = [], []
         for node in self.nodes:
-            report = Report(
+            report = NodeReport(
                 taken_s=at,
                 backlog_s=max(node.engine_free_s - at, 0.0) + node.moving_work_s,
                 costs=self.costs,

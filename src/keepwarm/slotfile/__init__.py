@@ -8,7 +8,7 @@ Everything here is pure and reads through views: `parse` copies no rows, `assemb
 for `writev`. Nothing is guessed: bytes that aren't understood raise `SlotFileError`.
 """
 
-from keepwarm.slotfile.assemble import RowsPart, assemble, round_trip_ok
+from keepwarm.slotfile.assemble import RowsPart, assemble, round_trip_ok, rows_of
 from keepwarm.slotfile.boundary import boundary_end, window_range
 from keepwarm.slotfile.layout import (
     Buffer,
@@ -33,5 +33,6 @@ __all__ = [
     "file_tokens",
     "parse",
     "round_trip_ok",
+    "rows_of",
     "window_range",
 ]

@@ -167,6 +167,41 @@ def _in_a_row(parts: Sequence[RowsPart], *, tokens: int) -> Sequence[RowsPart]:
     return parts
 
 
+def rows_of(layout: CacheLayout, parts: Sequence[RowsPart], lo: int, hi: int) -> list[memoryview]:
+    """The payload of the extent [lo, hi) out of parts that hold it, as `SlotFile.rows` gives it.
+
+    Views where one part holds all of it.
+
+    Raises:
+        SlotFileError: the parts aren't as long as they say, or don't hold these tokens.
+    """
+    tensors: list[list[Bytes]] = [[] for _ in layout.tensors]
+    at = lo
+    for part in parts:
+        begin, end = max(lo, part.lo), min(hi, part.take)
+        if begin >= end:
+            continue
+        if begin != at:
+            break
+        at = end
+        which = slice(begin - part.lo, end - part.lo)
+        found = _part_tensors(layout, part)
+        for pieces, tensor, data in zip(tensors, layout.tensors, found, strict=True):
+            pieces.append(data[:, which] if tensor.element_bytes else data[which])
+    if at != hi or lo >= hi:
+        raise SlotFileError(f"rows up to {at} for [{lo}, {hi})", reason="parts")
+    return [
+        np.ascontiguousarray(
+            pieces[0]
+            if len(pieces) == 1
+            else np.concatenate(pieces, axis=1 if tensor.element_bytes else 0)
+        )
+        .reshape(-1)
+        .data
+        for tensor, pieces in zip(layout.tensors, tensors, strict=True)
+    ]
+
+
 def _part_tensors(layout: CacheLayout, part: RowsPart) -> list[Bytes]:
     """The rows that are used of each tensor of a part, as views."""
     count, used = part.hi - part.lo, part.take - part.lo

@@ -24,6 +24,7 @@ from keepwarm.slotfile.cells import (
 )
 from keepwarm.slotfile.layout import (
     Buffer,
+    Bytes,
     CacheLayout,
     Layout,
     SlotFileError,
@@ -58,7 +59,8 @@ def read_boundary(cursor: Cursor, kind: MemoryKind) -> Boundary:
         _, hi = _positions_range(cache.block)
         return Boundary(hi, cache.raw, cache.block.layout, sequence=cache.block.sequence)
     start = cursor.at
-    end_tokens, recurrent = _read_recurrent(cursor)
+    end_tokens, found = _read_recurrent(cursor)
+    recurrent = tuple(tensor for tensor, _ in found)
     return Boundary(end_tokens, cursor.view[start : cursor.at], recurrent=recurrent)
 
 
@@ -101,11 +103,27 @@ def boundary_end(layout: Layout, boundary: Buffer) -> int:
     """
     if layout.kind is MemoryKind.SLIDING_WINDOW:
         return window_range(layout, boundary)[1]
+    return _recurrent_of(layout, boundary)[0]
+
+
+def boundary_tensors(layout: Layout, boundary: Buffer) -> list[tuple[TensorLayout, Bytes]]:
+    """What a boundary state holds, tensor by tensor, as views.
+
+    Raises:
+        SlotFileError: it isn't of this layout.
+    """
+    if layout.kind is MemoryKind.SLIDING_WINDOW:
+        window = read_window(layout, boundary)
+        return list(zip(window.layout.tensors, window.tensors, strict=True))
+    return _recurrent_of(layout, boundary)[1]
+
+
+def _recurrent_of(layout: Layout, boundary: Buffer) -> tuple[int, list[tuple[TensorLayout, Bytes]]]:
     cursor = Cursor(as_view(boundary))
-    end_tokens, recurrent = _read_recurrent(cursor)
-    if cursor.left or recurrent != layout.recurrent:
+    end_tokens, found = _read_recurrent(cursor)
+    if cursor.left or tuple(tensor for tensor, _ in found) != layout.recurrent:
         raise SlotFileError("the recurrent state isn't of this layout", reason="boundary")
-    return end_tokens
+    return end_tokens, found
 
 
 def read_window(layout: Layout, boundary: Buffer) -> CellBlock:
@@ -127,7 +145,7 @@ def _positions_range(block: CellBlock) -> tuple[int, int]:
     return lo, hi
 
 
-def _read_recurrent(cursor: Cursor) -> tuple[int, tuple[TensorLayout, ...]]:
+def _read_recurrent(cursor: Cursor) -> tuple[int, list[tuple[TensorLayout, Bytes]]]:
     """The end a recurrent state is of, and its tensors.
 
     How many tensors there are depends on the model: some layers have none, and the file doesn't
@@ -141,11 +159,11 @@ def _read_recurrent(cursor: Cursor) -> tuple[int, tuple[TensorLayout, ...]]:
     s_trans, layers = cursor.u32s(2)
     if s_trans or not 0 < layers <= MAX_LAYERS:
         raise SlotFileError(f"{layers} recurrent layers", reason="layout")
-    found: list[TensorLayout] = []
+    found: list[tuple[TensorLayout, Bytes]] = []
     while cursor.left and not cursor.starts_with(APPENDIX_MAGIC):
         if len(found) == 2 * layers:
             raise SlotFileError("more recurrent tensors than layers have", reason="layout")
-        found.append(read_rows(cursor, cells, may_be_empty=True)[0])
+        found.append(read_rows(cursor, cells, may_be_empty=True))
     if not found:
         raise SlotFileError("no recurrent tensors", reason="truncated")
-    return position + 1, tuple(found)
+    return position + 1, found

@@ -1,4 +1,4 @@
-"""Whether rows hold numbers: what was computed from NaN or infinity must never be kept.
+"""Whether rows and states hold numbers: what was computed from NaN or infinity must never be kept.
 
 Rows are elements, or blocks of a scale (two for some types) and small integers. Only where an
 exponent has all bits set is a number none. ggml's numbers of types are its file format's.

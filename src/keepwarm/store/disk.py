@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -154,13 +155,37 @@ def checksum(buffer: Buffer, *, seal: bytes = b"") -> bytes:
     return hasher.digest()
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, read-only, without copying. Raises: OSError; SnapshotError if it is empty."""
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, read-only, without copying where nobody can cut the file meanwhile.
+
+    To touch a mapped page that is gone ends the process (SIGBUS). So the file is leased: who wants
+    to write to it or cut it waits until the mapping is dropped. Where that isn't to be had it is
+    read: somebody else's file, one that is being written, a file system without leases, macOS.
+
+    Raises: OSError; SnapshotError if it is empty.
+    """
     with path.open("rb", buffering=0) as file:
+        is_leased = _lease(file.fileno())
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise SnapshotError(f"{path} is empty", reason="truncated")
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        if is_leased:  # the mapping keeps the file open, and with it the lease
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return file.readall()
+
+
+def _lease(fd: int) -> bool:
+    """See F_SETLEASE in `fcntl(2)`. Writers wait /proc/sys/fs/lease-break-time (45 s) at most."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        # The one who waits is announced by a signal: SIGIO, unless another is named, and that would
+        # end the process. This one is ignored.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -207,36 +207,23 @@ def _keep(snapshots: Snapshots, tokens: Tokens, pieces: tuple[Piece, ...], why: 
         own = piece.tokens[: take - piece.lo]
         if not piece.lo < take <= piece.hi or not np.array_equal(own, tokens[piece.lo : take]):
             raise SnapshotError("pieces that don't hold this prefix", reason="tokens")
-    parts = _own_parts(snapshots, tokens, base, why.namespace)
-    parts += [
+    parts = [
         RowsPart(piece.payload, piece.lo, piece.hi, take)
         for piece, take in zip(pieces, takes, strict=True)
     ]
     ends = [end for piece in pieces for end in piece.ends if end[0] <= tokens.size]
-    state = next((state for at, state in ends if at == tokens.size), None)
-    if form.needs_boundary and state is None:
+    if form.needs_boundary and all(at != tokens.size for at, _ in ends):
         raise SnapshotError("no boundary state for this end", reason="boundary")
-    buffers = form.give(tokens, parts, state, for_engine=False)
-    file = b"".join(as_view(buffer) for buffer in buffers)
-    taken = form.take(file)
+    if base:
+        # What stands before the pieces isn't copied, since it is kept; so it must be here.
+        known = snapshots.shelf.catalog.tree.match(
+            tokens[:base], namespaces=namespaces_of(why.namespace)
+        )
+        if known.at != base:
+            raise SnapshotError(f"the first {base} tokens aren't here", reason="missing")
+    ends.sort(key=lambda end: end[0] != tokens.size)  # that of its own end first
+    taken = form.join(tokens, parts, ends if form.needs_boundary else ())
     if not np.array_equal(taken.tokens, tokens):
         raise SnapshotError("pieces of other tokens than they say", reason="tokens")
-    if form.needs_boundary:
-        last = [(tokens.size, state)] if state is not None else []
-        taken = replace(taken, ends=(*last, *(end for end in ends if end[0] != tokens.size)))
-    return snapshots._keep(taken, why, file_bytes=len(file), now_s=time.time())
-
-
-def _own_parts(snapshots: Snapshots, tokens: Tokens, base: int, namespace: str) -> list[RowsPart]:
-    """The rows of the first `base` tokens, which the store must have itself."""
-    if not base:
-        return []
-    tree = snapshots.shelf.catalog.tree
-    known = tree.match(tokens[:base], namespaces=namespaces_of(namespace))
-    if known.extent_id is None or known.at != base:
-        raise SnapshotError(f"the first {base} tokens aren't here", reason="missing")
-    parts = []
-    for link in tree.chain(known.extent_id, base):
-        payload = snapshots.shelf.files.open(snapshots.shelf.catalog.row(link.extent_id))
-        parts.append(RowsPart(payload, link.lo, tree[link.extent_id].hi, link.take))
-    return parts
+    size = sum(as_view(part.payload).nbytes for part in parts)
+    return snapshots._keep(taken, why, file_bytes=size, now_s=time.time())

@@ -185,7 +185,7 @@ class ExtentFiles:
         self._verified.add(key)
 
     def open(self, row: ExtentRow | BoundaryRow) -> mmap.mmap | bytes:
-        """The file's bytes, compared with their checksum now; mapped if there are many.
+        """The file's bytes, compared with their checksum now; mapped if there are many of them.
 
         It is compared at each use, since what is computed behind damaged rows is wrong for good,
         and nobody sees it. The first time in a life it is read, not mapped: that reports a bad

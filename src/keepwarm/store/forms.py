@@ -7,7 +7,8 @@ the model; it is matched at exactly its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,9 +21,12 @@ from keepwarm.slotfile import (
     RowsPart,
     SlotFileError,
     assemble,
+    boundary_end,
     file_tokens,
     parse,
+    rows_of,
 )
+from keepwarm.slotfile.boundary import boundary_tensors
 from keepwarm.slotfile.finite import rows_are_finite
 
 
@@ -30,15 +34,17 @@ from keepwarm.slotfile.finite import rows_are_finite
 class Taken:
     """A slot file understood: its tokens, the payload of any `[lo, hi)`, and what else is to keep.
 
-    `rows` raises SnapshotError('not_finite') for what was computed from NaN or infinity.
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
-    context checkpoints). `is_restorable`: the file itself, unchanged, can be given back.
+    context checkpoints). `rows`, and `check_end` of a state in `ends`, raise
+    SnapshotError('not_finite') for what was computed from NaN or infinity. `is_restorable`: the
+    file itself, unchanged, can be given back.
     """
 
     tokens: Tokens
     rows: Callable[[int, int], Sequence[Buffer]]
     ends: Sequence[tuple[int, Buffer]]
     is_restorable: bool
+    check_end: Callable[[Buffer], None] = lambda _state: None
 
 
 class Form(Protocol):
@@ -62,6 +68,14 @@ class Form(Protocol):
         """The slot file of `tokens`. Not `for_engine`: as the engine would have saved it.
 
         Raises: SnapshotError with the codec's reason.
+        """
+
+    def join(
+        self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]
+    ) -> Taken:
+        """The last rows of `tokens` and states of ends, as another store kept them.
+
+        Raises: SnapshotError with the codec's reason, here or when its rows are asked for.
         """
 
     def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
@@ -99,13 +113,43 @@ class RowsForm:
         # A window's file, as saved, is short of what the engine takes; assembling adds it.
         is_restorable = kind is not MemoryKind.SLIDING_WINDOW
 
+        return self._taken(found.tokens, found.rows, ends, is_restorable=is_restorable)
+
+    def join(
+        self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]
+    ) -> Taken:
+        """See `Form`."""
+        with _assembling():
+            for at, state in ends:
+                if boundary_end(self.layout, state) != at:
+                    raise SlotFileError(f"no boundary state of {at} tokens", reason="boundary")
+
         def rows(lo: int, hi: int) -> Sequence[Buffer]:
-            buffers = found.rows(lo, hi)
+            with _assembling():
+                return rows_of(self.layout.rows, parts, lo, hi)
+
+        return self._taken(tokens, rows, ends, is_restorable=False)
+
+    def _taken(
+        self,
+        tokens: Tokens,
+        rows: Callable[[int, int], Sequence[Buffer]],
+        ends: Sequence[tuple[int, Buffer]],
+        *,
+        is_restorable: bool,
+    ) -> Taken:
+        def finite_rows(lo: int, hi: int) -> Sequence[Buffer]:
+            buffers = rows(lo, hi)
             if not rows_are_finite(self.layout.rows.tensors, buffers):
                 raise SnapshotError(f"tokens {lo}-{hi} aren't finite", reason="not_finite")
             return buffers
 
-        return Taken(found.tokens, rows, ends, is_restorable)
+        def check_end(state: Buffer) -> None:
+            held = boundary_tensors(self.layout, state)
+            if not rows_are_finite([tensor for tensor, _ in held], [data for _, data in held]):
+                raise SnapshotError("a boundary state isn't finite", reason="not_finite")
+
+        return Taken(tokens, finite_rows, ends, is_restorable, check_end)
 
     def give(
         self,
@@ -116,7 +160,7 @@ class RowsForm:
         for_engine: bool,
     ) -> Sequence[Buffer]:
         """See `Form`."""
-        try:
+        with _assembling():
             return assemble(
                 self.layout,
                 tokens=tokens,
@@ -125,12 +169,18 @@ class RowsForm:
                 streams=self._streams,
                 mend=for_engine,
             )
-        except SlotFileError as error:
-            raise SnapshotError(f"assembling: {error}", reason=error.reason) from error
 
     def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
         """See `Form`."""
         return tokens * self._row_bytes
+
+
+@contextmanager
+def _assembling() -> Iterator[None]:
+    try:
+        yield
+    except SlotFileError as error:
+        raise SnapshotError(f"assembling: {error}", reason=error.reason) from error
 
 
 class WholeForm:
@@ -163,6 +213,12 @@ class WholeForm:
     ) -> Sequence[Buffer]:
         """See `Form`."""
         return [parts[0].payload]
+
+    def join(
+        self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]
+    ) -> Taken:
+        """See `Form`."""
+        return self.take(parts[0].payload)
 
     def payload_bytes(self, tokens: int, *, file_bytes: int) -> int:
         """See `Form`."""

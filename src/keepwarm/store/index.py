@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keepwarm.errors import SnapshotError
+from keepwarm.sqlite_file import shares_memory_safely, use_wal
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.types import KeptMark, Origin, Pin
 
@@ -157,15 +158,13 @@ class Index:
         try:
             with disk_errors(f"opening {path.name}"), unusable_if_damaged():
                 path.chmod(0o600)
-                if alone:
-                    self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                use_wal(self._db, path, alone=alone)
                 self._set_up(identity)
         except BaseException:
             self._db.close()
             raise
 
     def _set_up(self, identity: dict[str, str]) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         # Not a cut-off: SQLite moves the log into the file by itself at 1,000 pages.
         self._db.execute("PRAGMA journal_size_limit=4194304")
@@ -364,13 +363,17 @@ def unusable_if_damaged() -> Iterator[None]:
 def read_only(path: Path) -> sqlite3.Connection:
     """A connection for looking, also beside a running gateway; takes no lock that it would notice.
 
-    On a full disk, where SQLite can't make its shared memory, the file is read as it is: what is in
-    the log only is missing then.
+    On a full disk, where SQLite can't make its shared memory, and where that isn't safe, the file
+    is read as it is: what is in the log only is missing then.
 
     Raises: SnapshotError('index') if there is no readable index.
     """
     wrong = f"{path} can't be read"
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    try:
+        modes = ("mode=ro",) if shares_memory_safely(path) else ()
+    except OSError as error:
+        raise SnapshotError(f"{path} can't be opened: {error}", reason="index") from error
+    for mode in (*modes, "mode=ro&immutable=1"):
         try:
             connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)
         except sqlite3.Error as error:

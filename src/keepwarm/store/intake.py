@@ -155,6 +155,7 @@ class Intake:
             for end, state in plan.ends:
                 key = FileKey(end.extent_id, end.at)
                 done.append(key)
+                taken.check_end(state)
                 written = files.write(key, [state], seal=end.seal)
                 ends.append((end._replace(checksum=written.checksum), state))
         except SnapshotError:

@@ -107,6 +107,7 @@ class Counts:
     evicted_extents: int = 0
     evicted_bytes: int = 0
     quarantined_extents: int = 0
+    quarantined_ends: int = 0
 
 
 @dataclass(slots=True)
@@ -509,6 +510,7 @@ class Shelf:
         row = catalog.remove_end(extent_id, at)
         key = FileKey(extent_id, at)
         self._remove(extents=[], ends=[key], pins=pins, aside=key)
+        self.counts.quarantined_ends += 1
         return Removed((), tuple(pins), row.size_bytes)
 
     def _remove(

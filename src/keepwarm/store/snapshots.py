@@ -245,7 +245,7 @@ class Snapshots:
         if extent is None or not extent.lo < at <= extent.hi:
             return
         self.shelf.catalog.touch(extent_id, extent.hi if extent.whole else at, now_s=now_s)
-        if now_s - self._flushed_s >= FLUSH_USES_AFTER_S:
+        if not 0 <= now_s - self._flushed_s < FLUSH_USES_AFTER_S:  # clocks are set back, too
             self._flushed_s = now_s
             self.shelf.flush_uses()
 
@@ -378,6 +378,8 @@ class Snapshots:
             evicted_extents=counts.evicted_extents,
             evicted_bytes=counts.evicted_bytes,
             quarantined_extents=counts.quarantined_extents,
+            quarantined_ends=counts.quarantined_ends,
+            damaged_staged=self.staging.damaged,
         )
 
     def export(self, what: str | tuple[int, int], path: Path) -> int:

@@ -38,6 +38,7 @@ from pathlib import Path
 
 from keepwarm.errors import ConfigError, SnapshotError
 from keepwarm.slotfile import Buffer
+from keepwarm.staging import make_staging
 from keepwarm.store.disk import Disk, checksum, disk_errors, map_file
 from keepwarm.store.lock import OwnerLock
 from keepwarm.store.neighbours import remove_left
@@ -93,7 +94,7 @@ class Staging:
         path = self.root / f"kw-{self._life}.lock"
         if self._lock is not None and self._lock.is_at(path):
             return
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_staging(self.root)
         if self._lock is not None:
             log.warning("%s was taken away, and is made again", self.root)
             self._lock.release()

@@ -220,6 +220,8 @@ class StoreStats:
     evicted_extents: int
     evicted_bytes: int
     quarantined_extents: int
+    quarantined_ends: int
+    damaged_staged: int
 
 
 @dataclass(frozen=True, slots=True)

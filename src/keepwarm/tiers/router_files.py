@@ -19,8 +19,8 @@ from keepwarm.errors import ConfigError
 from keepwarm.router.catalog import (
     NO_TOOLS,
     UNKNOWN_TOOLS,
-    Catalog,
     CatalogCache,
+    ToolCatalog,
     ToolText,
     tool_texts,
 )
@@ -72,10 +72,10 @@ class Router:
 
     weights: Weights
     config: RouterConfig
-    own_tools: Catalog
+    own_tools: ToolCatalog
     _catalogs: CatalogCache
 
-    def catalog(self, tools: Sequence[ToolText] | None) -> Catalog:
+    def catalog(self, tools: Sequence[ToolText] | None) -> ToolCatalog:
         """The catalog of a request's own tools; None means the tiers' own."""
         return self.own_tools if tools is None else self._catalogs.get(tools)
 
