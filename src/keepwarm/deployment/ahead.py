@@ -40,8 +40,9 @@ log = logging.getLogger("keepwarm")
 
 # How often it is looked whether the machine is idle, while a turn has ended that isn't prepared.
 _LOOK_EVERY_S = 0.1
-# An interrupted one is through with its batch by so many of these looks, or isn't accounted for.
-_LOOKS = 600
+# An interrupted one is through with its batch by so many looks, or isn't accounted for; each comes
+# before the request that goes on from it is answered.
+_LOOKS, _LET_GO_EVERY_S = 12_000, 0.005
 # A fill that can't begin at once isn't begun.
 _BEGINS_WITHIN_S = 1.0
 # Turns whose next one was prepared and hasn't come, and turns of which is known why none was.
@@ -88,6 +89,12 @@ class Ahead:
         if turn is not None:
             self._ended[slot] = turn
             self._has_ended.set()
+
+    def forget(self, namespace: str) -> None:
+        """Forget all that is one key's own; what is being prefilled goes with its slot."""
+        self._rewritings.forget(namespace)
+        self._ended = {s: t for s, t in self._ended.items() if t.namespace != namespace}
+        self._prepared = deque(p for p in self._prepared if p.namespace != namespace)
 
     def came_of(self, job: Job) -> str:
         """What came of the turn that a request goes on from, in words; empty: nothing is known."""
@@ -190,7 +197,7 @@ class Ahead:
         for _ in range(_LOOKS):
             if job.id not in self._deployment.dispatcher.scheduler.jobs:
                 return
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_LET_GO_EVERY_S)
 
     def note_prepared(self, prepared: Prepared) -> None:
         """Wait for the turn that uses it; what waits for longest is wasted."""

@@ -284,6 +284,8 @@ class Deployment:
         self._condition.state = State.STOPPING
         self.metrics.warm.set(0)
         self.tell("stopping: saving slots")
+        if self._supervisor:
+            self._supervisor.close()
         if self.is_open:
             self.dispatcher.refuse_waiting(self._condition.why_down())
         if drain and is_served and self.is_open:
@@ -291,8 +293,6 @@ class Deployment:
         await self.tasks.absorbed()
         if self.is_open:
             self.dispatcher.close()
-        if self._supervisor:
-            self._supervisor.close()
         if self._run:
             # What still runs has had its time; each client is told.
             self.client.http.abort()

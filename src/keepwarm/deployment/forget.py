@@ -35,6 +35,7 @@ async def forget_key(deployment: Deployment, namespace: str) -> ForgottenKey:
 
     Raises: SnapshotError if not all of it is gone; again is safe.
     """
+    deployment.ahead.forget(namespace)
     until_s = time.monotonic() + _PATIENCE_S
     # What its slots wait for may be a save or a reply, which have no event in common.
     while (  # noqa: ASYNC110

@@ -166,6 +166,10 @@ class Supervisor:
                 unhealthy_since = unhealthy_since or time.monotonic()
                 continue
             unhealthy_since = None
+            if reason and self._is_closed:
+                # Nobody needs another one, but who computes there needn't be waited for.
+                self._life.engine_lost(reason)
+                return
             if reason:
                 await self._recover(reason)
             else:
@@ -239,6 +243,8 @@ class Supervisor:
         log.warning("the engine %s; restarting it", _SAID[reason])
         attempt = 0
         while not await self._try(gave_up=attempt >= _MAX_RESTARTS - 1):
+            if self._is_closed:
+                return
             attempt += 1
             await asyncio.sleep(pause_s(attempt))
         self._is_recovering = False

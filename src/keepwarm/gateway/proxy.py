@@ -246,7 +246,7 @@ class Proxy:
                         raise
                     if deaths == 1 and was_alone is not None:
                         await suspected.enter_async_context(deployment.suspects)
-                        await deployment.admitted()
+                    await deployment.admitted()
                     exchange.grant = await deployment.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
