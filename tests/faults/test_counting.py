@@ -140,7 +140,7 @@ async def test_the_command_has_a_running_gateway_forget_a_key(
             status, _ = await post(keepwarm, CHAT, body, Authorization=f"Bearer {key}")
             assert status == 200
             await keepwarm.settled()
-    assert "alice" in {e.namespace for e in await keepwarm.runtime.store.list_extents()}
+    assert "alice" in {e.namespace for e in await keepwarm.deployment.store.list_extents()}
 
     async def remove(key: str) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
@@ -156,10 +156,10 @@ async def test_the_command_has_a_running_gateway_forget_a_key(
 
     refused, said = await remove("bob-key")
     assert refused != 0, said
-    assert "alice" in {e.namespace for e in await keepwarm.runtime.store.list_extents()}
+    assert "alice" in {e.namespace for e in await keepwarm.deployment.store.list_extents()}
     status, said = await remove("root-key")
     assert status == 0, said
     assert json.loads(said)["removed"]
-    left = {e.namespace for e in await keepwarm.runtime.store.list_extents()}
+    left = {e.namespace for e in await keepwarm.deployment.store.list_extents()}
     assert "alice" not in left
     assert "bob" in left
