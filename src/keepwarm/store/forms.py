@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from keepwarm.core.memory import MemoryKind
@@ -19,6 +19,7 @@ from keepwarm.slotfile import (
     Buffer,
     Layout,
     RowsPart,
+    SlotFile,
     SlotFileError,
     assemble,
     boundary_end,
@@ -37,7 +38,8 @@ class Taken:
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
     context checkpoints). `rows`, and `check_end` of a state in `ends`, raise
     SnapshotError('not_finite') for what was computed from NaN or infinity. `is_restorable`: the
-    file itself, unchanged, can be given back.
+    file itself, unchanged, can be given back. `held_tokens`: what the slot held in all, where that
+    is more, since pictures follow (0: nothing more).
     """
 
     tokens: Tokens
@@ -45,6 +47,7 @@ class Taken:
     ends: Sequence[tuple[int, Buffer]]
     is_restorable: bool
     check_end: Callable[[Buffer], None] = lambda _state: None
+    held_tokens: int = 0
 
 
 class Form(Protocol):
@@ -109,11 +112,22 @@ class RowsForm:
         ends: list[tuple[int, Buffer]] = []
         if boundary is not None:
             ends.append((found.tokens.size, boundary))
-            ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
+        ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
+        if found.is_cut:
+            return self._taken_before_media(found, ends)
         # A window's file, as saved, is short of what the engine takes; assembling adds it.
         is_restorable = kind is not MemoryKind.SLIDING_WINDOW
-
         return self._taken(found.tokens, found.rows, ends, is_restorable=is_restorable)
+
+    def _taken_before_media(self, found: SlotFile, ends: Sequence[tuple[int, Buffer]]) -> Taken:
+        """What can be restored of a slot with pictures: text, up to the first of them."""
+        count = found.tokens.size
+        if self.needs_boundary:
+            count = max((at for at, _ in ends), default=0)
+            if not count:
+                raise SnapshotError("no state from before the first picture", reason="media")
+        taken = self._taken(found.tokens[:count], found.rows, ends, is_restorable=False)
+        return replace(taken, held_tokens=found.held_tokens)
 
     def join(
         self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]
