@@ -44,6 +44,11 @@ context = 32768
 port = 8090
 ```
 
+Several models have a table each, `[models.NAME]`, in which every key of `[engine]` may stand but
+for `upstream`, `upstream_key`, `slot_dir`, `max_models`, `memory_bytes` and `swap_wait_s`; what a
+table leaves out is as `[engine]` has it. `tiers` names the tiers that are warm on a model, and `pin
+= true` keeps it loaded. See [operations.md](operations.md#several-models).
+
 This page is written by `scripts/write_docs.py` from the code.
 """
 

@@ -8,6 +8,7 @@ docs/configuration.md all follow from them. The environment is read in this modu
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from keepwarm.core.hygiene import MOST_EXPRESSIONS, RULES, check_rules, compile_
 from keepwarm.errors import ConfigError
 
 _GIB = 1 << 30
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# They are names of tiers; `NAME:TIER` is a tier on a model.
+_NO_NAMES = ("auto", "minimal", "standard", "full")
 
 Slots = Annotated[int, Meta(ge=1, le=64, description="sequences the engine keeps at a time")]
 Context = Annotated[
@@ -193,6 +197,54 @@ class EngineSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tr
     extra: Annotated[
         tuple[str, ...], Meta(description="further arguments for the `binary`, unchanged")
     ] = ()
+    idle_unload_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="seconds without a request after which the engine is ended and its memory "
+            "given back, slots saved; the next request starts it again; 0: never",
+        ),
+    ] = 0.0
+    max_models: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="models that are loaded at a time; 0: one, or with `memory_bytes` as many "
+            "as have room",
+        ),
+    ] = 0
+    memory_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 50,
+            description="resident memory, bytes, that all loaded models may take; 0: no limit",
+        ),
+    ] = 0
+    swap_wait_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=86400,
+            description="seconds after which a request gets its turn although the model that is "
+            "loaded instead of its own has work left",
+        ),
+    ] = 60.0
+
+
+OF_THE_HOUSE = ("upstream", "upstream_key", "slot_dir", "max_models", "memory_bytes", "swap_wait_s")
+"""Keys of `[engine]` that no single model may have."""
+
+
+class ModelSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """One model of several: how its engine is run, and which tiers are warm on it."""
+
+    engine: EngineSettings
+    tiers: tuple[str, ...] = ()
+    """Empty: as `tiers.warm`."""
+    pin: bool = False
+    """Whether it stays loaded whatever others wait for."""
 
 
 class ServerSettings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -419,6 +471,13 @@ class Settings(Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     store: StoreSettings = StoreSettings()
     batch: BatchSettings = BatchSettings()
     log: LogSettings = LogSettings()
+    models: dict[str, ModelSettings] = {}
+
+    def of_model(self, name: str) -> Settings:
+        """The settings of one of several models, as if it were the only one."""
+        model = self.models[name]
+        tiers = msgspec.structs.replace(self.tiers, warm=model.tiers or self.tiers.warm)
+        return msgspec.structs.replace(self, engine=model.engine, tiers=tiers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -546,13 +605,63 @@ def load_settings(
     if path:
         _merge(tree, origin, _read_toml(path), str(path))
     _merge(tree, origin, _from_environment(environment), "environment")
-    _merge(tree, origin, _nested(flags or {}), "flags")
+    given = _nested(flags or {})
+    if given.get("models") or "model" in given.get("engine", {}):
+        tree.pop("models", None)  # those that are named here are meant, and no others
+    _merge(tree, origin, given, "flags")
+    tables = tree.pop("models", {})
     try:
         settings = msgspec.convert(tree, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), origin)) from error
     _check_hygiene(settings.hygiene, origin)
+    models = _models(tables, tree.get("engine", {}), origin)
+    settings = msgspec.structs.replace(settings, models=models)
     return settings, Places(places.config_home, places.state_home, places.runtime_dir, path)
+
+
+def _models(
+    tables: object, engine: Mapping[str, Any], origin: Mapping[str, str]
+) -> dict[str, ModelSettings]:
+    """The tables `[models.NAME]`; what one leaves out is as `[engine]` has it.
+
+    Raises:
+        ConfigError: names the table and what is wrong with it.
+    """
+    if not isinstance(tables, dict) or not all(isinstance(one, dict) for one in tables.values()):
+        raise ConfigError("The setting models can't be used: give a table [models.NAME] for each.")
+    out = {}
+    for name, table in tables.items():
+        where = f"The table [models.{name}] (from {origin.get(f'models.{name}', 'the defaults')})"
+        if not _MODEL_NAME.fullmatch(name) or name in _NO_NAMES:
+            raise ConfigError(
+                f"{where} has a name that a model can't have: use up to 64 letters, digits, `.`, "
+                f"`_` and `-`, and none of {', '.join(_NO_NAMES)}."
+            )
+        own = {"tiers": table.get("tiers", ()), "pin": table.get("pin", False)}
+        rest = {key: value for key, value in table.items() if key not in own}
+        if wrong := [key for key in rest if key in OF_THE_HOUSE]:
+            raise ConfigError(f"{where} can't have {wrong[0]!r}: it belongs to [engine].")
+        kept = {key: value for key, value in engine.items() if key != "upstream"}
+        if engine.get("upstream"):
+            raise ConfigError(
+                f"{where} can't stand beside engine.upstream: several models are served by engines "
+                "that Keepwarm starts. A router (llama-server's router mode, llama-swap) can't be "
+                "attached to as several models."
+            )
+        try:
+            out[name] = msgspec.convert({**own, "engine": {**kept, **rest}}, ModelSettings)
+        except msgspec.ValidationError as error:
+            what = str(error).replace("`", "").replace("$.engine.", "").replace("$.", "")
+            raise ConfigError(f"{where} can't be used: {what}.") from error
+        if not out[name].engine.model:
+            raise ConfigError(f"{where} names no file: give it `model`.")
+    return out
+
+
+def model_name_of(path: str) -> str:
+    """The name of a model that is given by its file alone."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem).strip("-._")[:64] or "model"
 
 
 def _check_hygiene(hygiene: HygieneSettings, origin: Mapping[str, str]) -> None:
@@ -614,6 +723,8 @@ def fields() -> list[tuple[str, Any, Any]]:
     """Every setting as (dotted key, type, default), in order of declaration."""
     out = []
     for section, kind in get_type_hints(Settings).items():
+        if section == "models":  # tables of these very settings, see `_models`
+            continue
         hints = get_type_hints(kind, include_extras=True)
         out += [
             (f"{section}.{field.name}", hints[field.name], field.default)
@@ -653,7 +764,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in flat.items():
         if value is not None:
-            section, name = key.split(".")
+            section, name = key.split(".", 1)
             out.setdefault(section, {})[name] = value
     return out
 

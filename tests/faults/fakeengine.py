@@ -95,6 +95,8 @@ class FakeEngine:
         self.away_s = 1.5
         self.is_loading = False
         self.closes_connections = False
+        # How long each fill takes, at least.
+        self.fill_s = 0.0
         self.loses_restores = False
         # How many of the next restores are refused; of files that only try it, all or none.
         self.refused_restores = 0
@@ -154,9 +156,11 @@ class FakeEngine:
         if self.is_loading:
             return web.json_response(LOADING, status=503)
         if path.startswith("/slots/"):
-            response = await self._slot(int(path.split("/")[2]), request.query["action"], body)
+            response: web.StreamResponse = await self._slot(
+                int(path.split("/")[2]), request.query["action"], body
+            )
         elif path == "/completion" and body.get("n_predict") == 0:
-            response = await self._fill(body)
+            response = await self._fill(request, body)
         elif path in ("/v1/chat/completions", "/completion"):
             return await self._generate(request, body)
         else:
@@ -231,19 +235,25 @@ class FakeEngine:
             out["timings"] = {"restore_ms": 1.0}
         return web.json_response(out)
 
-    async def _fill(self, body: dict[str, Any]) -> web.Response:
+    async def _fill(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if body["id_slot"] in self.half_restored:
             return web.json_response({"error": {"message": "speculative batch"}}, status=500)
         if self.unknown_tokens & set(body["prompt"]):
             return web.json_response({"error": {"message": "invalid tokens"}}, status=400)
+        if not body.get("stream"):
+            timings = await self._prefill(body["id_slot"], body["prompt"])
+            return web.json_response({"content": "", "timings": timings})
+        count = len(body["prompt"])
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for processed in (0, count // 2):
+            at = {"total": count, "cache": 0, "processed": processed, "time_ms": processed}
+            await response.write(f"data: {json.dumps({'prompt_progress': at})}\n\n".encode())
+            await asyncio.sleep(self.fill_s / 2)
         timings = await self._prefill(body["id_slot"], body["prompt"])
         done = {"content": "", "timings": timings}
-        if not body.get("stream"):
-            return web.json_response(done)
-        count = len(body["prompt"])
-        progress = {"prompt_progress": {"total": count, "cache": 0, "processed": count}}
-        text = "".join(f"data: {json.dumps(event)}\n\n" for event in (progress, done))
-        return web.Response(text=text, content_type="text/event-stream")
+        await response.write(f"data: {json.dumps(done)}\n\n".encode())
+        return response
 
     async def _prefill(self, slot: int, tokens: Sequence[int]) -> dict[str, Any]:
         assert slot not in self.busy, "two prompts run in one slot"

@@ -128,6 +128,43 @@ async def test_a_quick_refusal_has_its_status(keepwarm: Keepwarm, path: str) -> 
     assert "too long" in json.loads(seen.text)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+async def test_progress_that_is_asked_for_is_told_while_a_slot_is_filled(
+    keepwarm: Keepwarm, path: str
+) -> None:
+    keepwarm.engine.fill_s = 3.0
+    said = {"role": "system", "content": "The rules of this house are many. " * 40}
+    body = keepwarm.body(stream=True, return_progress=True, model="own")
+    if path == MESSAGES:
+        body["system"] = said["content"]
+    else:
+        body["messages"].insert(0, said)
+    seen = await ask(keepwarm, path, body)
+    events = [json.loads(li[5:]) for li in seen.text.split("\n") if li.startswith("data: {")]
+    told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert "noon" in seen.text
+    assert seen.longest_silence_s() < 1.6
+    if path == MESSAGES:  # the engine tells none there
+        assert not told
+        return
+    assert told
+    assert all(sorted(at) == ["cache", "processed", "time_ms", "total"] for at in told)
+    assert 0 < told[-1]["processed"] < told[-1]["total"]
+    first = events[0]
+    assert (first["object"], first["model"]) == ("chat.completion.chunk", "own")
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
+
+
+async def test_progress_that_nobody_asked_for_isnt_told(keepwarm: Keepwarm) -> None:
+    keepwarm.engine.fill_s = 2.0
+    said = {"role": "system", "content": "The rules of this house are many. " * 40}
+    body = keepwarm.body(stream=True, model="own")
+    body["messages"].insert(0, said)
+    seen = await ask(keepwarm, CHAT, body)
+    assert "prompt_progress" not in seen.text
+    assert ": keepwarm\n" in seen.text
+
+
 async def test_a_quick_reply_has_no_pings(keepwarm: Keepwarm) -> None:
     seen = await ask(keepwarm, CHAT, keepwarm.body(stream=True))
     assert seen.text.startswith("data: ")

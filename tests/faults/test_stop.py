@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from fakeengine import FakeEngine, Fault
@@ -61,6 +62,28 @@ async def test_who_waits_for_an_engine_that_is_gone_is_told_when_keepwarm_stops(
     await life.stop()
     status, _, _ = await waiting
     assert status == 503
+    await engine.start()
+
+
+async def test_an_engine_that_dies_while_keepwarm_stops_is_neither_waited_for_nor_restarted(
+    keepwarm: Keepwarm,
+) -> None:
+    engine, life = keepwarm.engine, keepwarm.life
+    server = msgspec.structs.replace(life.settings.server, drain_timeout_s=20.0)
+    life.deployment.settings = msgspec.structs.replace(life.settings, server=server)
+    engine.faults.extend([Fault.STALL, Fault.STALL])
+    asked = [asyncio.create_task(keepwarm.ask(f"Question {n}?")) for n in range(2)]
+    await until(lambda: len(engine.busy) == 2)
+    began_s = time.monotonic()
+    stopping = asyncio.create_task(life.stop())
+    await asyncio.sleep(0.1)
+    await engine.stop()
+    for task in asked:
+        status, _, body = await task
+        assert (status, body["error"]["type"]) == (503, "engine_unavailable")
+    await stopping
+    assert time.monotonic() - began_s < 5.0
+    assert life.state is State.STOPPING
     await engine.start()
 
 

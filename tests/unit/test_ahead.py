@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,16 @@ from keepwarm.core.ahead import (
 )
 from keepwarm.core.effects import Fail, FillSlot, Interrupt, LookSlot, SaveSlot, StepFailed
 from keepwarm.core.plan import Demand, Machine, Source, Stored, choose
+from keepwarm.core.prompt import prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts, Reply, read_reply
 from keepwarm.core.returns import first_turn
 from keepwarm.core.rewriting import Rewriting
 from keepwarm.core.slots import Content, Position, Slot
 from keepwarm.core.tree import as_tokens
-from keepwarm.deployment.ahead import nice_seconds, on_battery
+from keepwarm.deployment.ahead import Ahead, nice_seconds, on_battery
+from keepwarm.explain.metrics import Metrics
+from keepwarm.settings import Settings
 from simulation import Request, Simulation, ahead_of, request_of
 
 RULES = {"role": "system", "content": "Follow the rules of the house. " * 40}
@@ -32,6 +36,7 @@ USER = {"role": "user", "content": "What now?"}
 BODY = {"messages": [RULES, USER]}
 COUNTS = Counts(0, 400, 20)
 SAID = {"role": "assistant", "content": "Noon.", "reasoning_content": "A clock."}
+REPLY_90 = Reply(Counts(90, 1, 1), None, "length")
 REPLY = Reply(COUNTS, None, "stop", message=SAID)
 # What a template makes of a history's reply once a user asks anew.
 REWRITTEN = list(range(9000, 9060))
@@ -311,6 +316,40 @@ def test_what_was_computed_is_used_by_the_turn_that_goes_on_or_wasted() -> None:
     assert prepared.used(later, 90) == 50
     assert prepared.used(later, 70) == 30, "the engine reused no more"
     assert prepared.used(later, 20) == 0
+
+
+def test_each_of_several_turns_is_accounted_for_and_told_of() -> None:
+    sim = Simulation(slots=2)
+    metrics = Metrics()
+    machine = replace(sim.scheduler.machine, appends=False)
+    deployment: Any = SimpleNamespace(
+        settings=Settings(),
+        metrics=metrics,
+        machine=machine,
+        dispatcher=SimpleNamespace(scheduler=sim.scheduler),
+    )
+    ahead = Ahead(deployment)
+    jobs = []
+    for number in range(2):
+        talk = [*BODY["messages"], {"role": "user", "content": f"Number {number}"}]
+        first = answered(Simulation(slots=2), chat={"messages": talk}).job
+        first.prompt = prompt_of({"messages": talk}, fingerprint="f", namespace="a")
+        turn = ended_turn(*(first, 0, content_of(60), REPLY), machine=machine, way=Rewriting())
+        assert turn
+        ahead.note_prepared(Prepared(as_tokens(list(range(100))), 60, "a", turn.asked))
+        ahead.remember(turn, Kept.PREFILLED)
+        later = [*talk, SAID, USER]
+        prompt = prompt_of({"messages": later}, fingerprint="f", namespace="a")
+        jobs.append(replace(first, prompt=prompt, ids=as_tokens([*range(90), 7])))
+    for job in reversed(jobs):
+        ahead.note(job, REPLY_90)
+        assert ahead.came_of(job) == Kept.PREFILLED.value
+        longer = [*jobs[0].prompt.marks, *jobs[0].prompt.marks[-1:]]
+        further = replace(job.prompt, marks=tuple(longer), turns=job.prompt.turns + 1)
+        assert not ahead.came_of(replace(job, prompt=further)), "another turn was between"
+    told = metrics.text().decode()
+    assert 'keepwarm_ahead_tokens_total{what="used"} 100.0' in told
+    assert 'keepwarm_ahead_tokens_total{what="wasted"} 20.0' in told
 
 
 def test_reasoning_is_read_whole_and_in_a_stream() -> None:

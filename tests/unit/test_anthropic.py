@@ -140,6 +140,20 @@ def test_a_stream_cut_anywhere_gives_the_same_events(cut: int) -> None:
     assert events[-2]["usage"]["output_tokens"] == 6
 
 
+@pytest.mark.parametrize("word", ["END", "", None])
+def test_the_sequence_that_ended_a_reply_is_named_whole_and_streamed(word: str | None) -> None:
+    more = {"stopping_word": word} if word is not None else {}
+    expected = ("stop_sequence", word) if word else ("end_turn", None)
+    choice = {"message": {"content": "a"}, "finish_reason": "stop"}
+    reply = message_reply({"choices": [choice], "__verbose": more}, model="m")
+    assert (reply["stop_reason"], reply["stop_sequence"]) == expected
+    last = {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}], "__verbose": more}
+    stream = MessageStream("m")
+    out = stream.feed(f"data: {json.dumps(last)}\n\n".encode()) + stream.end()
+    (delta,) = [e["delta"] for e in events_of(out) if e["type"] == "message_delta"]
+    assert (delta["stop_reason"], delta["stop_sequence"]) == expected
+
+
 def test_an_error_in_the_stream_stays_an_error() -> None:
     stream = MessageStream("local")
     (event,) = events_of(stream.feed(b'data: {"error": {"message": "too long"}}\n\n'))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.api.arrival import Arrived, arrived
+from keepwarm.api.bodies import check_body
 from keepwarm.api.dialect import OPENAI, Anthropic
 from keepwarm.api.mending import decode_body, whole_json
 from keepwarm.api.messages import chat_request
@@ -132,6 +133,32 @@ def test_what_cant_be_served_is_refused_by_its_place(block: dict[str, Any], plac
 
 def test_a_text_of_null_is_no_word() -> None:
     assert content_of({"type": "text", "text": None}, "user") == ""
+
+
+@pytest.mark.parametrize("place", ["user", "assistant", "result", "document"])
+def test_a_string_among_blocks_is_a_text(place: str) -> None:
+    assert SAYS in msgspec.json.encode(content_of(SAYS, place)).decode()  # type: ignore[arg-type]
+    body = {"messages": [{"role": "user", "content": [SAYS]}], "system": [SAYS]}
+    check_body("messages", body)
+
+
+def test_a_tool_without_a_schema_is_rendered_as_the_engine_does() -> None:
+    for tool in ({"name": "look"}, {"name": "look", "input_schema": {}}):
+        chat = chat_request({"messages": [USER], "tools": [tool]})
+        assert chat["tools"][0]["function"]["parameters"] == {}
+
+
+def test_a_turn_without_blocks_is_no_turn() -> None:
+    chat = chat_request({"messages": [USER, {"role": "assistant", "content": []}]})
+    assert chat["messages"] == [USER]
+
+
+@pytest.mark.parametrize("kind", ["chat", "messages", "responses", "completion"])
+def test_a_model_may_be_called_by_a_number(kind: str) -> None:
+    listed = {"responses": "input", "completion": "prompt"}.get(kind, "messages")
+    check_body(kind, {"model": 7, listed: [USER] if kind != "completion" else "x"})
+    with pytest.raises(RequestError, match="model"):
+        check_body(kind, {"model": {}, listed: [USER]})
 
 
 def test_what_shapes_an_answer_arrives() -> None:

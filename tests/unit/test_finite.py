@@ -82,3 +82,21 @@ def test_a_state_that_is_not_finite_is_never_kept(name: str, tmp_path: Path) -> 
     assert len(store.shelf.catalog.tree) == 1
     assert integrity(store) == ()
     save(store, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_row_that_is_kept_already_and_no_number_now_spoils_the_file(
+    name: str, tmp_path: Path
+) -> None:
+    layout = LAYOUTS[name]
+    store = opened(settings_in(tmp_path, layout), NoSyncDisk())
+    save(store, [1, 2, 3])
+    raw = slot_file([1, 2, 3, 4], layout)
+    found = parse(raw, kind=layout.kind, max_tokens=100)
+    at = raw.index(bytes(found.cells[0].reshape(-1)))  # K of the first layer, the first token
+    bad = raw[:at] + b"\xff" * 2 + raw[at + 2 :]
+    staged = store.staging.expect(len(bad))
+    store.staging.save_path(staged).write_bytes(bad)
+    with refused("not_finite"):
+        store.absorb(staged, Why("", [], Origin.CONVERSATION, 1.0), expected_tokens=None, now_s=0.0)
+    assert len(store.shelf.catalog.tree) == 1

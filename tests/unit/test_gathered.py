@@ -102,6 +102,15 @@ def test_several_choices_are_kept_apart() -> None:
     assert said == [(0, "a", "length"), (1, "b", "stop")]
 
 
+def test_what_the_engine_says_besides_has_the_whole_text() -> None:
+    last = {**chunk({}, "stop"), "__verbose": {"content": "", "stopping_word": "x"}}
+    events = [chunk({"content": "It "}), chunk({"content": "is."}), last]
+    whole = gather_chat(events, opening="So: ")
+    assert whole is not None
+    assert whole["choices"][0]["message"]["content"] == "So: It is."
+    assert whole["__verbose"] == {"content": "It is.", "stopping_word": "x"}
+
+
 def test_an_error_in_the_stream_is_all_that_is_told() -> None:
     error = {"code": 500, "message": "broken", "type": "server_error"}
     assert gather_chat([OPENING, {"error": error}]) == {"error": error}

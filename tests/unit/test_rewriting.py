@@ -72,6 +72,22 @@ def test_each_client_has_its_own_way() -> None:
     assert not ways.way(job({**RULES, "content": "Others. " * 50}, USER)).drops_reasoning
 
 
+def test_a_key_is_forgotten_with_what_it_was_told() -> None:
+    ways = Rewritings()
+    reply = said(reasoning_content="A clock.")
+    later = job(RULES, USER, said(), USER)
+    for namespace in ("a", "b"):
+        ways.answered(job(RULES, USER, namespace=namespace), reply)
+    ways.forget("a")
+    ways.answered(later, None)
+    assert ways.way(later) == Rewriting(), "the reply is forgotten"
+    others = job(RULES, USER, said(), USER, namespace="b")
+    ways.answered(others, None)
+    assert ways.way(others).drops_reasoning
+    ways.forget("b")
+    assert ways.way(others) == Rewriting()
+
+
 def test_an_edited_history_teaches_nothing() -> None:
     ways = Rewritings()
     ways.answered(job(RULES, USER), said(reasoning_content="A clock."))

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from keepwarm.errors import SnapshotError
+from keepwarm.store.admin import leave_room
 from keepwarm.store.checks import integrity, prune_root, stores
 from keepwarm.store.index import SCHEMA_VERSION
 from keepwarm.store.lock import OwnerLock, owner_of
+from keepwarm.store.neighbours import hold
 from keepwarm.store.places import is_store
 from keepwarm.store.shelf import Shelf
 from keepwarm.store.snapshots import Snapshots
@@ -325,6 +327,33 @@ def test_gateways_on_one_root_share_its_quota(tmp_path: Path) -> None:
     for i in range(9):
         save(other, run(9000 + 100 * i))
     assert len(all_extents(other)) == 10, "who has left leaves all of it"
+
+
+def test_an_unloaded_models_store_leaves_room_and_stays_whatever_another_saves(
+    tmp_path: Path,
+) -> None:
+    one = of_ten(tmp_path, 10, fingerprint="one", staging=tmp_path / "a")
+    for i in range(10):
+        save(one, run(100 * i))
+    leave_room(one, 2)
+    kept = len(all_extents(one))
+    assert kept == 7, "half of the other's equal part is free"
+    directory = one.shelf.settings.directory
+    one.close()
+    lock = hold(directory, what="a test")
+    assert lock is not None
+    other = of_ten(tmp_path, 10, fingerprint="other", staging=tmp_path / "b")
+    for i in range(9):
+        save(other, run(100 * i))
+    assert len(all_extents(other)) == 3
+    assert len(list(directory.glob("*.rows"))) == kept
+    # One that has less than its equal part loses nothing.
+    leave_room(other, 2)
+    assert len(all_extents(other)) == 3
+    lock.release()
+    again = of_ten(tmp_path, 10, fingerprint="one", staging=tmp_path / "a")
+    assert len(all_extents(again)) == kept
+    assert hold(directory, what="a test") is None, "it is open"
 
 
 def test_a_save_that_cannot_fit_beside_another_gateway_evicts_nothing(tmp_path: Path) -> None:

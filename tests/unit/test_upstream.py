@@ -47,6 +47,9 @@ def said(message: object) -> bytes:
         "[json.exception.type_error.302] type must be string, but is number",
         "'messages' is required",
         "Failed to parse tool call arguments as JSON: [json.exception.parse_error.101]",
+        "image input is not supported - hint: if this is unexpected, you may need an mmproj",
+        "audio input is not supported",
+        "vector::_M_range_check: __n (which is 99999999) >= this->size() (which is 49152)",
     ],
 )
 def test_a_request_that_cant_be_read_is_the_clients_fault(message: str) -> None:

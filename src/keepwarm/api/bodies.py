@@ -18,6 +18,8 @@ from keepwarm.errors import RequestError
 MOST_NESTED = 128
 
 _Text = str | None
+# The engine takes any; tiers have names.
+_Name = str | int | float | None
 _Object = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ class _Tool(msgspec.Struct):
 class _Chat(msgspec.Struct):
     messages: list[_Message]
     tools: list[_Tool] | None = None
-    model: _Text = None
+    model: _Name = None
 
 
 class _NamedTool(msgspec.Struct):
@@ -59,26 +61,26 @@ class _NamedTool(msgspec.Struct):
 
 class _AnyMessage(msgspec.Struct):
     role: str
-    content: str | list[_Object] | None = None
+    content: str | list[_Object | str] | None = None
 
 
 class _Messages(msgspec.Struct):
     messages: list[_AnyMessage]
-    system: str | list[_Object] | None = None
+    system: str | list[_Object | str] | None = None
     tools: list[_NamedTool] | None = None
-    model: _Text = None
     stop_sequences: list[str] | None = None
+    model: _Name = None
 
 
 class _Responses(msgspec.Struct):
     input: str | list[_Object]
     instructions: _Text = None
-    tools: list[_Object] | None = None
-    model: _Text = None
+    tools: list[_Object | None] | None = None
+    model: _Name = None
 
 
 class _Completion(msgspec.Struct):
-    model: _Text = None
+    model: _Name = None
 
 
 _SHAPES: dict[str, type[msgspec.Struct]] = {

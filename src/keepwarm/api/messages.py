@@ -149,6 +149,8 @@ def _chat_messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any
         content = [content]
     if not isinstance(content, list):
         return [{"role": role, "content": content}]
+    if not content:
+        return []  # as the engine does: an assistant's would be gone on from
     turn = _Turn()
     for index, block in enumerate(content):
         _take(turn, block, f"{where}.content[{index}]")
@@ -330,5 +332,5 @@ def _chat_tool(tool: object) -> object:
     function = {"name": tool.get("name")}
     if tool.get("description"):
         function["description"] = tool["description"]
-    function["parameters"] = tool.get("input_schema") or {"type": "object", "properties": {}}
+    function["parameters"] = tool.get("input_schema") or {}
     return {"type": "function", "function": function}

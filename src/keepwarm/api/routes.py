@@ -122,6 +122,8 @@ def _table() -> Iterator[Route]:
     yield from _own("POST", "/keepwarm/store/{extent}/{action}", "change_store", Access.OWN)
     yield from _own("POST", "/keepwarm/store/forget", "forget", Access.OWN)
     yield from _own("POST", "/keepwarm/route", "route", Access.OWN)
+    yield from _own("GET", "/keepwarm/models", "models_now", Access.OWN)
+    yield from _own("POST", "/keepwarm/models/{name}/{action}", "change_model", Access.OWN)
     yield from _own("POST", "/keepwarm/warm-prefix", "warm_prefix", Access.OWN)
     yield Route("HEAD", "/", Way.OWN, Access.SITE, "knock")
     for path in ("/", *_ENGINE_PAGES):

@@ -26,7 +26,7 @@ _TURNS = 6
 # A slot is saved after 0.3 s and the next turn begun behind that; then it is waited for.
 _REST_S, _LOOK_EVERY_S, _LOOKS = 2.0, 0.2, 1500
 # Characters: some 500, 40, 120, 60 and 150 tokens.
-_SYSTEM, _QUESTION, _THOUGHT, _REPLY, _RESULT = 2200, 170, 520, 250, 640
+_SYSTEM, _QUESTION, _THOUGHT, _REPLY, _RESULT = 1700, 110, 350, 170, 440
 
 Message = dict[str, Any]
 

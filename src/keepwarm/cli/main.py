@@ -28,7 +28,7 @@ _COMMANDS = (
         "doctor",
         "simulate",
     ),
-    *("batch", "fleet", "store", "route", "service"),
+    *("batch", "fleet", "models", "store", "route", "service"),
 )
 
 

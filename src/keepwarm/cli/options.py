@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from keepwarm.settings import Places, Settings, load_settings
+from keepwarm.errors import ConfigError
+from keepwarm.settings import Places, Settings, load_settings, model_name_of
 
 ConfigFile = Annotated[
     Path | None,
@@ -92,3 +93,18 @@ def engine_flags(
         "engine.chat_template": chat_template,
         "store.dir": store,
     }
+
+
+def model_flags(files: list[str]) -> dict[str, Any]:
+    """Several models by their files, each named by its file's name.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+    flags = {f"models.{model_name_of(file)}": {"model": file} for file in files}
+    if len(flags) < len(files):
+        raise ConfigError(
+            "Two of the models have the same file name. Give them names of their own in "
+            "keepwarm.toml, in tables [models.NAME]."
+        )
+    return flags

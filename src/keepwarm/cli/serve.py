@@ -19,7 +19,14 @@ def serve(
         typer.Argument(metavar="-- ENGINE_ARGS", help="Passed to the --engine binary unchanged."),
     ] = None,
     config: opt.ConfigFile = None,
-    model: opt.Model = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="FILE",
+            help="GGUF model to serve; several: each is loaded when it is asked for.",
+        ),
+    ] = None,
     engine: opt.Engine = None,
     upstream: opt.Upstream = None,
     slot_dir: opt.SlotDir = None,
@@ -52,10 +59,13 @@ def serve(
 
       keepwarm serve --model m.gguf --engine ~/bin/llama-server -- -ngl 99
 
+      keepwarm serve --model coder.gguf --model chat.gguf
+
       keepwarm serve --upstream http://127.0.0.1:8080 --slot-dir /dev/shm/slots
     """
+    models = model or []
     flags = opt.engine_flags(
-        model=model,
+        model=models[0] if len(models) == 1 else None,
         engine=engine,
         upstream=upstream,
         slot_dir=slot_dir,
@@ -73,6 +83,8 @@ def serve(
         "server.ssl_cert_file": ssl_cert_file,
         "engine.extra": extra or None,
     }
+    if len(models) > 1:
+        flags |= opt.model_flags(models)
     settings, places = opt.settings_from(config, flags)
     set_up_logging(settings.log)
     asyncio.run(_begin_and_run(settings, places))

@@ -51,11 +51,12 @@ class Kept(StrEnum):
     LOADED = "other work runs on the machine"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """A turn of a conversation that has ended: its slot's content, and what renders it.
 
-    `reply` is as its client will send it back; `asked` is the digest of the whole prompt.
+    `reply` is as its client will send it back; `asked` is the digest of the whole prompt, `turns`
+    as the prompt's.
     """
 
     slot: int
@@ -64,6 +65,7 @@ class Turn:
     chat: Mapping[str, Any]
     reply: Mapping[str, Any]
     asked: bytes
+    turns: int
 
 
 def ended_turn(
@@ -86,10 +88,10 @@ def ended_turn(
     if machine.appends and machine.cuttable and returned == message:
         return None
     asked = job.prompt.marks[-1].digest
-    return Turn(slot, content, job.namespace, job.chat, returned, asked)
+    return Turn(slot, content, job.namespace, job.chat, returned, asked, job.prompt.turns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """What was prefilled ahead, behind a turn: the last `tokens` of these ids."""
 

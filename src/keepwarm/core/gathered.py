@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# What the engine says besides (`verbose`); in a stream its content is empty.
+_MORE = "__verbose"
 # As the engine orders them.
 _META = ("created", "model", "system_fingerprint", "object", "usage", "id", "timings")
 
@@ -38,6 +40,10 @@ def gather_chat(events: Iterable[Mapping[str, Any]], *, opening: str = "") -> di
         return None
     meta["object"] = "chat.completion"
     ordered = [choices[index] for index in sorted(choices)]
+    told, first = meta.get(_MORE), ordered[0]["message"]
+    if isinstance(told, Mapping) and len(ordered) == 1 and set(first) == {"role", "content"}:
+        # Nothing was parsed out of it, so this is what the model wrote.
+        meta[_MORE] = {**told, "content": first["content"]}
     for choice in ordered if opening else ():
         choice["message"]["content"] = opening + (choice["message"]["content"] or "")
     whole: dict[str, Any] = {"choices": ordered}

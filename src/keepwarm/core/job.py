@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepwarm.core.plan import Demand, Plan
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.slots import Content
 from keepwarm.core.tree import Tokens
+
+
+class Progress(NamedTuple):
+    """How far a prefill is, as the engine counts: `processed` holds what was in its cache."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
 
 
 @dataclass(slots=True)
@@ -30,7 +39,8 @@ class Job:
     among the tenants' jobs, lower first.
     `reply_tokens` is what each of its `replies` may come to. `agent` names the coding agent and
     its version that ask; empty: somebody else. `ahead_of`: nobody has asked yet; its static part
-    is the history of the next user's turn behind this content (see `ahead`).
+    is the history of the next user's turn behind this content (see `ahead`). `on_fill` is told how
+    far its fill is.
     """
 
     id: str
@@ -65,6 +75,7 @@ class Job:
     reuses: bool = True
     ahead_of: Content | None = None
     agent: str = ""
+    on_fill: Callable[[Progress], None] | None = None
 
     def demand(self) -> Demand:
         """What the plan needs to know of it."""

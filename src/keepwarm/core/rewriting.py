@@ -75,12 +75,20 @@ class Rewriting:
         return way
 
 
+class _Said(NamedTuple):
+    """A reply: whose, and behind how many messages."""
+
+    namespace: str
+    place: int
+    message: Mapping[str, Any]
+
+
 @dataclass(slots=True)
 class Rewritings:
     """The ways of all clients, and the replies from which they are learned."""
 
     _ways: OrderedDict[tuple[str, bytes], Rewriting] = field(default_factory=OrderedDict)
-    _said: OrderedDict[bytes, tuple[int, Mapping[str, Any]]] = field(default_factory=OrderedDict)
+    _said: OrderedDict[bytes, _Said] = field(default_factory=OrderedDict)
 
     def way(self, job: Job) -> Rewriting:
         """What the client of this job is known to do with a reply."""
@@ -98,14 +106,21 @@ class Rewritings:
         for mark in job.prompt.marks[:-1]:
             if (known := self._said.pop(mark.digest, None)) is None:
                 continue
-            place, said = known
-            returned = messages[place] if place < len(messages) else None
+            returned = messages[known.place] if known.place < len(messages) else None
             if isinstance(returned, Mapping) and returned.get("role") == "assistant":
-                self._learn(_client(job), said, returned)
+                self._learn(_client(job), known.message, returned)
         if message is not None:
-            self._said[job.prompt.marks[-1].digest] = len(messages), message
+            said = _Said(job.namespace, len(messages), message)
+            self._said[job.prompt.marks[-1].digest] = said
             if len(self._said) > _REPLIES:
                 self._said.popitem(last=False)
+
+    def forget(self, namespace: str) -> None:
+        """Forget what one key's clients were told, and what they do with it."""
+        for digest in [d for d, said in self._said.items() if said.namespace == namespace]:
+            del self._said[digest]
+        for client in [client for client in self._ways if client[0] == namespace]:
+            del self._ways[client]
 
     def _learn(
         self, client: tuple[str, bytes], said: Mapping[str, Any], returned: Mapping[str, Any]

@@ -40,8 +40,9 @@ log = logging.getLogger("keepwarm")
 
 # How often it is looked whether the machine is idle, while a turn has ended that isn't prepared.
 _LOOK_EVERY_S = 0.1
-# An interrupted one is through with its batch by so many of these looks, or isn't accounted for.
-_LOOKS = 600
+# An interrupted one is through with its batch by so many looks, or isn't accounted for; each comes
+# before the request that goes on from it is answered.
+_LOOKS, _LET_GO_EVERY_S = 12_000, 0.005
 # A fill that can't begin at once isn't begun.
 _BEGINS_WITHIN_S = 1.0
 # Turns whose next one was prepared and hasn't come, and turns of which is known why none was.
@@ -66,7 +67,7 @@ class Ahead:
         self._has_ended = asyncio.Event()
         self._rewritings = Rewritings()
         self._prepared: deque[Prepared] = deque()
-        self._came_of: OrderedDict[bytes, Kept] = OrderedDict()
+        self._came_of: OrderedDict[bytes, tuple[Kept, int]] = OrderedDict()
 
     def start(self) -> None:
         """Begin to look at what has ended; where nothing is to be done, begin nothing."""
@@ -89,11 +90,18 @@ class Ahead:
             self._ended[slot] = turn
             self._has_ended.set()
 
+    def forget(self, namespace: str) -> None:
+        """Forget all that is one key's own; what is being prefilled goes with its slot."""
+        self._rewritings.forget(namespace)
+        self._ended = {s: t for s, t in self._ended.items() if t.namespace != namespace}
+        self._prepared = deque(p for p in self._prepared if p.namespace != namespace)
+
     def came_of(self, job: Job) -> str:
         """What came of the turn that a request goes on from, in words; empty: nothing is known."""
         for mark in reversed(job.prompt.marks[:-1]):
-            if (kept := self._came_of.get(mark.digest)) is not None:
-                return kept.value
+            if (known := self._came_of.get(mark.digest)) is not None:
+                kept, turns = known
+                return kept.value if job.prompt.turns == turns + 1 else ""
         return ""
 
     def _settle(self, job: Job, cached: int) -> None:
@@ -114,22 +122,23 @@ class Ahead:
             is_loaded = nice_seconds() - before_s > nice_s
             for turn in [t for t in self._ended.values() if not self._is_last(t)]:
                 del self._ended[turn.slot]
-                if self._came_of.get(turn.asked) is not Kept.LOADED:
-                    self._remember(turn, Kept.OVERTAKEN)
+                if turn.asked not in self._came_of:
+                    self.remember(turn, Kept.OVERTAKEN)
             if not self._ended:
                 self._has_ended.clear()
             elif self._is_settled():
                 turn = next(iter(self._ended.values()))
                 if is_loaded:
-                    self._remember(turn, Kept.LOADED)
+                    self.remember(turn, Kept.LOADED)
                     await asyncio.sleep(_LOOK_AGAIN_S)
                     continue
-                self._remember(turn, await self._prepare(turn))
+                self.remember(turn, await self._prepare(turn))
                 if self._ended.get(turn.slot) is turn:
                     del self._ended[turn.slot]
 
-    def _remember(self, turn: Turn, kept: Kept) -> None:
-        self._came_of[turn.asked] = kept
+    def remember(self, turn: Turn, kept: Kept) -> None:
+        """Keep what came of looking at a turn."""
+        self._came_of[turn.asked] = kept, turn.turns
         if len(self._came_of) > _LOOKED_AT:
             self._came_of.popitem(last=False)
 
@@ -180,7 +189,7 @@ class Ahead:
             metrics.computed_ahead(job.filled_tokens)
             start = job.plan.reuse_tokens if job.plan else 0
             done = ids if kept is Kept.PREFILLED else ids[: start + job.filled_tokens]
-            self._note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
+            self.note_prepared(Prepared(done, job.filled_tokens, turn.namespace, turn.asked))
         return kept
 
     async def _let_go(self, job: Job) -> None:
@@ -188,9 +197,10 @@ class Ahead:
         for _ in range(_LOOKS):
             if job.id not in self._deployment.dispatcher.scheduler.jobs:
                 return
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_LET_GO_EVERY_S)
 
-    def _note_prepared(self, prepared: Prepared) -> None:
+    def note_prepared(self, prepared: Prepared) -> None:
+        """Wait for the turn that uses it; what waits for longest is wasted."""
         if len(self._prepared) >= _PREPARED:
             self._deployment.metrics.wasted_ahead(self._prepared.popleft().tokens)
         self._prepared.append(prepared)

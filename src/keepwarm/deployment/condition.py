@@ -35,11 +35,22 @@ class Condition:
 
     def __init__(self, on_status: Callable[[str], None] | None) -> None:
         """Start; `on_status` is told each new line."""
-        self.state = State.STARTING
+        self._state = State.STARTING
         self.status = "starting"
         self.failure: KeepwarmError | None = None
         self._on_status = on_status
         self._was_ready = asyncio.Event()
+
+    @property
+    def state(self) -> State:
+        """See the module."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        # An engine that dies, or comes back, while Keepwarm stops must not let requests in again.
+        if self._state is not State.STOPPING:
+            self._state = state
 
     def tell(self, status: str) -> None:
         """Say what is being done, in a line."""
@@ -52,10 +63,6 @@ class Condition:
         self.state = State.READY
         self.failure = None
         self._was_ready.set()
-
-    async def ready(self) -> None:
-        """Wait until it has been ready for the first time."""
-        await self._was_ready.wait()
 
     async def admitted(self, *, timeout_s: float) -> None:
         """Wait until requests are served.

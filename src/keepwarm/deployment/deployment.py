@@ -17,7 +17,6 @@ from typing import Any
 
 from keepwarm.api.steering import SystemPlaces
 from keepwarm.core.plan import Machine
-from keepwarm.core.rates import Rates
 from keepwarm.core.scheduler import Scheduler
 from keepwarm.core.slots import Slot
 from keepwarm.deployment.aging import evict_unused
@@ -27,6 +26,7 @@ from keepwarm.deployment.dispatcher import Dispatcher
 from keepwarm.deployment.engine_run import EngineRun
 from keepwarm.deployment.explaining import begin_explaining
 from keepwarm.deployment.house import House
+from keepwarm.deployment.learned import Learned, nothing_learned
 from keepwarm.deployment.opening import form_of, machine_of, open_store
 from keepwarm.deployment.prefixes import Prefixes, UnprovedError
 from keepwarm.deployment.probe import ProbeResult, probe
@@ -50,8 +50,6 @@ from keepwarm.errors import (
 )
 from keepwarm.settings import Settings
 from keepwarm.store.store import Store
-from keepwarm.tiers.router_files import load_router
-from keepwarm.tiers.routing import TierRouter
 
 log = logging.getLogger("keepwarm")
 
@@ -68,6 +66,7 @@ class Deployment:
         on_status: Callable[[str], None] | None = None,
         on_progress: Progress | None = None,
         leaves: bool = False,
+        learned: Learned | None = None,
     ) -> None:
         """Read the router's rules; nothing is started.
 
@@ -78,6 +77,7 @@ class Deployment:
             on_status: told in a line what is being done.
             on_progress: told how far a prefix is.
             leaves: an attached server is warmed and then left to itself.
+            learned: what the one before it has learned.
 
         Raises:
             ConfigError: the router's rules can't be used.
@@ -89,12 +89,9 @@ class Deployment:
         self._beginning = beginning
         self.tiers = beginning.tiers
         self.prefixes = Prefixes(self, leaves=leaves, on_progress=on_progress)
-        self.router = TierRouter(
-            self.tiers,
-            load_router(tiers_dir=beginning.tiers_dir, own_tools=list(self.tiers)[-1].tools),
-            costs=self.prefixes.costs,
-            untiered=settings.tiers.untiered,
-        )
+        self.learned = learned or nothing_learned(beginning, untiered=settings.tiers.untiered)
+        self.router = self.learned.router
+        self.router.costs = self.prefixes.costs
         # Set once the engine is up and has been asked; see `engine.rendering`.
         self.takes = SystemPlaces()
         self.model_names: tuple[str, ...] = ()
@@ -259,7 +256,7 @@ class Deployment:
         scheduler = Scheduler(
             slots=[Slot(i) for i in range(slots)],
             machine=self.machine,
-            rates=Rates(),
+            rates=self.learned.rates,
             lookup=self.slot_store.lookup,
             knows=self.slot_store.knows,
             queue_limit=self.settings.server.queue,
@@ -282,19 +279,20 @@ class Deployment:
 
     async def halt(self, *, drain: bool = True) -> None:
         """Let requests end, save what is worth it, and break off the rest."""
-        was_ready = self.state is State.READY
+        # Stopping: a halt that was broken off is done again.
+        is_served = self.state in (State.READY, State.STOPPING)
         self._condition.state = State.STOPPING
         self.metrics.warm.set(0)
         self.tell("stopping: saving slots")
+        if self._supervisor:
+            self._supervisor.close()
         if self.is_open:
             self.dispatcher.refuse_waiting(self._condition.why_down())
-        if drain and was_ready:
+        if drain and is_served and self.is_open:
             await self.dispatcher.drain(self.settings.server.drain_timeout_s)
         await self.tasks.absorbed()
         if self.is_open:
             self.dispatcher.close()
-        if self._supervisor:
-            self._supervisor.close()
         if self._run:
             # What still runs has had its time; each client is told.
             self.client.http.abort()
@@ -303,6 +301,7 @@ class Deployment:
         """End its tasks, close the store, end the engine."""
         await self.tasks.end()
         if self.is_open:
+            self.is_open = False
             await self.store.close()
         if self._run:
             self.client.http.close()
@@ -406,10 +405,6 @@ class Deployment:
             self._condition.state = State.FAILED
             self.tell("the engine doesn't come back")
             self.dispatcher.refuse_waiting(self._condition.why_down())
-
-    async def ready(self) -> None:
-        """Wait until it has been ready for the first time."""
-        await self._condition.ready()
 
     async def admitted(self) -> None:
         """Wait until requests are served. Raises: EngineDownError, DeadlineError."""

@@ -494,9 +494,10 @@ class Dispatcher:
             first = job.plan.reuse_tokens + _PIECE_TOKENS
             ends = [*range(first, len(tokens), _PIECE_TOKENS), *ends]
         job.filled_tokens = 0
+        progress = job.on_fill or (lambda _: None)
         for end in ends:
             # In a stream, since only that is ended when the fill is interrupted.
-            counts = await self._client.fill(tokens[:end], slot=step.slot, progress=lambda *_: None)
+            counts = await self._client.fill(tokens[:end], slot=step.slot, progress=progress)
             job.filled_tokens += counts.prefilled
             self.rates.observe_prefill(tokens=counts.prefilled, seconds=counts.prefill_s)
             self.metrics.filled(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepwarm.deployment.deployment import Deployment
@@ -34,6 +35,7 @@ async def forget_key(deployment: Deployment, namespace: str) -> ForgottenKey:
 
     Raises: SnapshotError if not all of it is gone; again is safe.
     """
+    deployment.ahead.forget(namespace)
     until_s = time.monotonic() + _PATIENCE_S
     # What its slots wait for may be a save or a reply, which have no event in common.
     while (  # noqa: ASYNC110
@@ -50,3 +52,17 @@ async def forget_key(deployment: Deployment, namespace: str) -> ForgottenKey:
         *(told.extents, told.size_bytes, len(told.pins), requests),
     )
     return ForgottenKey(told, requests, busy)
+
+
+def forgotten_in_all(parts: Sequence[ForgottenKey]) -> ForgottenKey:
+    """What was removed of a key at several models. They share one history of requests."""
+    told = [part.requests for part in parts]
+    return ForgottenKey(
+        Forgotten(
+            extents=sum(part.store.extents for part in parts),
+            size_bytes=sum(part.store.size_bytes for part in parts),
+            pins=tuple(pin for part in parts for pin in part.store.pins),
+        ),
+        None if None in told else sum(requests or 0 for requests in told),
+        sum(part.busy_slots for part in parts),
+    )

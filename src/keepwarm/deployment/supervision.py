@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,6 +166,10 @@ class Supervisor:
                 unhealthy_since = unhealthy_since or time.monotonic()
                 continue
             unhealthy_since = None
+            if reason and self._is_closed:
+                # Nobody needs another one, but who computes there needn't be waited for.
+                self._life.engine_lost(reason)
+                return
             if reason:
                 await self._recover(reason)
             else:
@@ -238,26 +243,34 @@ class Supervisor:
         log.warning("the engine %s; restarting it", _SAID[reason])
         attempt = 0
         while not await self._try(gave_up=attempt >= _MAX_RESTARTS - 1):
+            if self._is_closed:
+                return
             attempt += 1
             await asyncio.sleep(pause_s(attempt))
         self._is_recovering = False
         log.info("the engine is back and warm")
 
     async def _try(self, *, gave_up: bool) -> bool:
-        try:
-            await self._life.engine_again()
-        except KeepwarmError as error:
-            log.error("the engine didn't come back: %s", error)
-            gave_up = gave_up or isinstance(error, EngineReplacedError)
-            self._life.engine_failed(error, gave_up=gave_up)
-            return False
-        except Exception as error:  # nobody else would bring the engine back
-            log.error("the engine didn't come back", exc_info=error)
-            failure = EngineStartError(f"It can't be started again ({type(error).__name__}).")
-            self._life.engine_failed(failure, gave_up=gave_up)
-            return False
-        self._life.engine_back()
-        return True
+        error = await failure_of(self._life.engine_again())
+        if error is None:
+            self._life.engine_back()
+            return True
+        log.error("the engine didn't come back: %s", error)
+        gave_up = gave_up or isinstance(error, EngineReplacedError)
+        self._life.engine_failed(error, gave_up=gave_up)
+        return False
+
+
+async def failure_of(start: Awaitable[None]) -> KeepwarmError | None:
+    """Why a start failed, whatever it was; None if it didn't."""
+    try:
+        await start
+    except KeepwarmError as error:
+        return error
+    except Exception as error:  # nobody else would try it again
+        log.error("an engine can't be started", exc_info=error)
+        return EngineStartError(f"It can't be started ({type(error).__name__}).")
+    return None
 
 
 def pause_s(attempt: int) -> float:

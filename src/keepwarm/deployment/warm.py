@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+from keepwarm.core.job import Progress as FillProgress
 from keepwarm.core.plan import Machine, Stored
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Rates
@@ -360,10 +361,10 @@ class Warmer:
                 await self._client.restore(slot, file.name)
         return counts.cached >= len(prefix.tokens) - self._machine.slack_tokens
 
-    def _progress_of(self, prefix: KeptPrefix) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
+    def _progress_of(self, prefix: KeptPrefix) -> Callable[[FillProgress], None]:
+        def told(at: FillProgress) -> None:
             if self._progress:
-                self._progress(prefix.name, done, total)
+                self._progress(prefix.name, at.processed, at.total)
 
         return told
 

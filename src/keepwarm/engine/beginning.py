@@ -36,6 +36,12 @@ class Beginning:
     launch: Launch | None = None
     process: EngineProcess | None = None
 
+    def of_model(self, name: str) -> Beginning:
+        """For one of several models: nothing was begun, and its slot files have a place of their
+        own. '' is the only one there is.
+        """
+        return replace(self, staging=self.staging / name, launch=None, process=None)
+
     @property
     def tier_chars(self) -> int:
         """Characters of the largest tier."""
@@ -65,13 +71,18 @@ def prepare(settings: Settings, places: Places) -> Beginning:
 async def begin(settings: Settings, places: Places) -> Beginning:
     """`prepare`, and let an engine of ours begin to load. Who calls it stops it, whatever comes.
 
+    Of several models it is the first one's.
+
     Raises:
         TierError, ConfigError, ModelError, EngineStartError: nothing runs.
     """
     ready = prepare(settings, places)
-    if settings.engine.upstream:
+    first = next(iter(settings.models), "")
+    engine = settings.models[first].engine if first else settings.engine
+    if engine.upstream:
         return ready
-    launch = await plan_own(settings.engine, slot_dir=ready.staging, tier_chars=ready.tier_chars)
+    staging = ready.of_model(first).staging
+    launch = await plan_own(engine, slot_dir=staging, tier_chars=ready.tier_chars)
     return replace(ready, launch=launch, process=await start_process(launch))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from keepwarm.core.job import Progress
 from keepwarm.core.reply import Counts, counts_of, stream_events
 from keepwarm.engine.http import EngineHttp
 from keepwarm.engine.options import EXACT
@@ -110,14 +111,14 @@ class EngineClient:
         tokens: Sequence[int],
         *,
         slot: int,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Counts:
         """Prefill a slot to exactly these tokens, generating nothing.
 
         Args:
             tokens: the whole prefix; what the slot holds of it already isn't computed again.
             slot: the slot's id.
-            progress: called with tokens done and tokens in all, after each batch.
+            progress: called after each batch.
         """
         body = {
             "prompt": list(tokens),
@@ -138,14 +139,14 @@ class EngineClient:
         return counts
 
     async def _fill_streamed(
-        self, body: Mapping[str, Any], progress: Callable[[int, int], None]
+        self, body: Mapping[str, Any], progress: Callable[[Progress], None]
     ) -> dict[str, Any]:
         last: dict[str, Any] = {}
         async for event in self.stream(body):
             last = event
             if (at := event.get("prompt_progress")) and at.get("total"):
-                done = int(at.get("cache", 0)) + int(at.get("processed", 0))
-                progress(min(done, int(at["total"])), int(at["total"]))
+                names = ("total", "cache", "processed", "time_ms")
+                progress(Progress(*(int(at.get(name, 0)) for name in names)))
         return last
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -68,6 +68,15 @@ class Identity:
     cuttable: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A deployment since the wall clock's `at_s`."""
+
+    identity: Identity
+    tiers: Sequence[Remembered]
+    at_s: float
+
+
 class Sink(Protocol):
     """Who is told of each request, on the explaining thread: metrics, traces."""
 
@@ -88,10 +97,11 @@ class Explainer:
         self._left_chars = self._explained_chars = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._history: History | None = None
-        self._identity = Identity("", {}, cuttable=True)
+        self._identity = _Opened(Identity("", {}, cuttable=True), (), 0.0)
+        # By the fingerprint: models take turns, and what has ended is explained later.
+        self._opened: dict[str, _Opened] = {}
         self._recent = Recent()
         self._namespaces: set[str] = set()
-        self._opened_s = 0.0
 
     async def open(self, directory: Path, identity: Identity, tiers: Sequence[Remembered]) -> None:
         """Open the history and begin to explain.
@@ -102,15 +112,15 @@ class Explainer:
             tiers: what everyone's prompts may be compared with.
         """
         self._loop = asyncio.get_running_loop()
-        self._opened_s = time.time()
+        opened = _Opened(identity, tiers, time.time())
 
         def begin() -> None:
             history = self._history or History(
                 directory / FILE_NAME, keeps_text=self._keeps_text, without_text=without_text
             )
-            self._identity = identity
+            self._identity = self._opened[identity.fingerprint] = opened
             history.describe(identity.fingerprint, identity.described)
-            self._recent.share(tiers)
+            self._recent.share([tier for one in self._opened.values() for tier in one.tiers])
             self._history = history
 
         await self._ask(begin)
@@ -216,7 +226,8 @@ class Explainer:
             record = without_text(record)
         if history.is_written:
             self._write_soon(history)
-        history.add(_entry(ended, record, self._identity.fingerprint, opening))
+        fingerprint = self._of(ended).identity.fingerprint
+        history.add(_entry(ended, record, fingerprint, opening))
         log_request(record)
         for sink in self._sinks:
             sink.explained(ended, record)
@@ -276,8 +287,12 @@ class Explainer:
             known=known,
             is_new_namespace=self._is_new(ended.namespace, history),
             failed_restore=ended.failed_restore,
-            cuttable=self._identity.cuttable,
+            cuttable=self._of(ended).identity.cuttable,
         )
+
+    def _of(self, ended: EndedRequest) -> _Opened:
+        """The deployment that answered; the latest where a request doesn't say."""
+        return self._opened.get(ended.fingerprint, self._identity)
 
     def _is_new(self, namespace: str, history: History) -> bool:
         if namespace in self._namespaces:
@@ -302,10 +317,11 @@ class Explainer:
         if last is None:
             return None, None
         fingerprint, at_s = last
-        if fingerprint != self._identity.fingerprint:
-            was, now = history.described(fingerprint), self._identity.described
+        opened = self._of(ended)
+        if fingerprint != opened.identity.fingerprint:
+            was, now = history.described(fingerprint), opened.identity.described
             return tuple(name for name in now if was.get(name) != now[name]), None
-        return None, Cause.ENGINE_RESTARTED if at_s < self._opened_s else Cause.EVICTED
+        return None, Cause.ENGINE_RESTARTED if at_s < opened.at_s else Cause.EVICTED
 
     def _remember(
         self, ended: EndedRequest, parts: Parts, digests: list[bytes], like: Remembered | None

@@ -58,6 +58,7 @@ class EndedRequest:
     engine: int | None
     traceparent: str
     rewrites: Mapping[str, int]
+    fingerprint: str = ""
     ahead: str = ""
 
     @property

@@ -19,6 +19,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from keepwarm.core.hygiene import hygiene_of
 from keepwarm.errors import RequestError
+from keepwarm.fleet.admission import admission_of, is_page
 from keepwarm.fleet.config import fleet_of
 from keepwarm.fleet.replica import Head
 from keepwarm.fleet.status import fleet_metrics, fleet_status
@@ -34,8 +35,6 @@ _GONE = (
     "The node that answered this request went away in the middle of it. The fleet goes on; send "
     "the request again."
 )
-# Load balancers ask for it without a key.
-_OPEN = "/health"
 # Files and batches are a node's own, and the next request may go to another node.
 _OF_ONE_NODE = ("/v1/files", "/v1/batches")
 _NO_BATCHES = (
@@ -54,7 +53,8 @@ class Front:
         config = fleet_of(plain, source="fleet config")
         settings = load_settings(flags=config.node_flags())[0]
         self._max_body_bytes = settings.server.max_body_bytes
-        self._keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        keys = load_keys(settings.server.api_keys, settings.server.api_key_file)
+        self._admission = admission_of(settings.server, keys)
         self._hygiene = hygiene_of(settings.hygiene.rules, settings.hygiene.drop_lines)
         self._html, self._html_headers = load_page("fleet.html")
 
@@ -67,15 +67,13 @@ class Front:
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
+        self._admission.check(request.method, path, request.headers)
         if path == "/keepwarm":
             return RedirectResponse("/keepwarm/", 301)
         if path == "/keepwarm/":
-            # What it shows comes from /keepwarm/fleet, which asks for the key.
+            # Open, as at a node: what it shows comes from /keepwarm/fleet, which asks for the key.
             return Response(self._html, media_type="text/html", headers=self._html_headers)
-        if path != _OPEN and request.method != "OPTIONS":  # a preflight has no key
-            # Before the body: who has no key makes nobody hold one.
-            self._keys.namespace(request.headers)
-        if path in _PAGES:
+        if is_page(request.method, path):
             return _PAGES[path]()
         if path.startswith(_OF_ONE_NODE):
             return _refused(_NO_BATCHES, "invalid_request_error", 501)

@@ -25,6 +25,7 @@ from keepwarm.deployment.condition import State
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.dispatcher import Dispatcher, Grant
 from keepwarm.deployment.life import Life
+from keepwarm.deployment.model import Model
 from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.fleet.costs import NodeCosts
@@ -200,8 +201,8 @@ class NodeLife(Life):
         super().__init__(settings, places, on_status=on_status)
         self.node.shared, self.node.seal = shared, seal
 
-    def _make(self, beginning: Beginning) -> Deployment:
-        return NodeDeployment(self.house, self.settings, beginning, on_status=self._on_status)
+    def _make(self, model: Model, beginning: Beginning) -> Deployment:
+        return NodeDeployment(self.house, model.settings, beginning, on_status=self._on_status)
 
     @property
     def node(self) -> NodeDeployment:

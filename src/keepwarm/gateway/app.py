@@ -14,6 +14,8 @@ from keepwarm.deployment.explaining import observe_deployment
 from keepwarm.deployment.life import Life
 from keepwarm.errors import (
     EngineDownError,
+    ForbiddenError,
+    NotFoundError,
     RequestError,
 )
 from keepwarm.explain.metrics import merged
@@ -21,8 +23,7 @@ from keepwarm.gateway.batch_api import batch_handlers
 from keepwarm.gateway.door import Answer, Door, go_on, let_page_read, namespace_of, read_body
 from keepwarm.gateway.pages import page_handlers
 from keepwarm.gateway.proxy import Proxy
-from keepwarm.gateway.views import status_now
-from keepwarm.tiers.tiering import AUTO
+from keepwarm.gateway.views import listed_models, listed_tiers, models_now, status_now
 
 log = logging.getLogger("keepwarm")
 
@@ -59,6 +60,8 @@ class _Site:
             "metrics": self.metrics,
             "models": self.models,
             "status": self.status,
+            "models_now": self.models_now,
+            "change_model": self.change_model,
             "engine_slots": self.engine_slots,
             "route": self.route,
         }
@@ -104,22 +107,33 @@ class _Site:
     async def models(self, request: web.Request) -> web.StreamResponse:
         """The engine's model and the tiers as virtual ones."""
         life = self._life
-        deployment = await life.admitted()
-        body = await deployment.client.models()
-        created = int(life.started_s)
-        for name in (*deployment.tiers.names, AUTO):
-            tier = deployment.tiers.get(name)
-            text = tier.description if tier else "routed to the smallest tier that can do the task"
-            body.setdefault("data", []).append(
-                {
-                    "id": name,
-                    "object": "model",
-                    "created": created,
-                    "owned_by": "keepwarm",
-                    "description": text,
-                }
-            )
+        if life.models.several:
+            return _json(listed_models(life))
+        with await life.admitted() as deployment:
+            body = await deployment.client.models()
+        body.setdefault("data", []).extend(listed_tiers(life))
         return _json(body)
+
+    async def models_now(self, _: web.Request) -> web.StreamResponse:
+        """All models with their states and sizes."""
+        return _json(models_now(self._life))
+
+    async def change_model(self, request: web.Request) -> web.StreamResponse:
+        """Load, unload, pin or unpin a model; answers when that is done."""
+        life, action = self._life, request.match_info["action"]
+        if not life.keys.sees_all(namespace_of(request)):
+            raise ForbiddenError("Only an operator's key (server.operators) may change models.")
+        model = life.models.named(request.match_info["name"])
+        if action == "load":
+            await life.turns.load(model)
+        elif action == "unload":
+            await life.turns.unload(model)
+        elif action in ("pin", "unpin"):
+            model.is_pinned = action == "pin"
+            life.turns.news()
+        else:
+            raise NotFoundError(f"There is no {action[:40]!r} of a model.")
+        return _json(model.as_dict())
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         """What is warm where."""
@@ -128,19 +142,19 @@ class _Site:
 
     async def route(self, request: web.Request) -> web.StreamResponse:
         """Explain which tier a chat body, or a `{"text": ...}`, would get now."""
-        deployment = await self._life.admitted()
         try:
             body = msgspec.json.decode(await read_body(request), type=dict)
         except msgspec.DecodeError as error:
             raise RequestError(f"The request body isn't a JSON object: {error}.") from error
         if "messages" not in body:
             body = {"messages": [{"role": "user", "content": str(body.get("text", ""))}]}
-        return _json(deployment.router.decide(body, explain=True).to_json())
+        with await self._life.admitted() as deployment:
+            return _json(deployment.router.decide(body, explain=True).to_json())
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
         """The engine's `/slots`; of them only which are at work, where others' are among them."""
-        deployment = await self._life.admitted()
-        slots = await deployment.client.slots()
+        with await self._life.admitted() as deployment:
+            slots = await deployment.client.slots()
         if not self._life.keys.sees_all(namespace_of(request)):
             shown = ("id", "n_ctx", "speculative", "is_processing")
             slots = [{key: slot[key] for key in shown if key in slot} for slot in slots]

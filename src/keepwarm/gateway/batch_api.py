@@ -138,17 +138,8 @@ class _Site:
         if not request.content_type.startswith("multipart/"):
             raise RequestError("Send the file as multipart/form-data, with `purpose` and `file`.")
         part = self.ledger.part()
-        filename: str | None = None
-        purpose: str | None = None
         try:
-            async for field in await request.multipart():
-                if not isinstance(field, BodyPartReader):
-                    continue
-                if field.name == "file":
-                    filename = field.filename or "file"
-                    await self._receive(field, part)
-                elif field.name == "purpose":
-                    purpose = (await field.read_chunk(256)).decode("utf-8", "replace").strip()
+            filename, purpose = await self._form(request, part)
             if filename is None or purpose not in _PURPOSES:
                 raise RequestError(
                     f"Give a `file`, and a `purpose` that is one of {', '.join(_PURPOSES)}."
@@ -160,6 +151,27 @@ class _Site:
         finally:
             self.ledger.drop_part(part)
         return _json(made)
+
+    async def _form(self, request: web.Request, part: Path) -> tuple[str | None, str | None]:
+        """Write a form's file down; its name, and the purpose.
+
+        Raises:
+            RequestError: it breaks off, or is no form.
+        """
+        filename: str | None = None
+        purpose: str | None = None
+        try:
+            async for field in await request.multipart():
+                if not isinstance(field, BodyPartReader):
+                    continue
+                if field.name == "file":
+                    filename = field.filename or "file"
+                    await self._receive(field, part)
+                elif field.name == "purpose":
+                    purpose = (await field.read_chunk(256)).decode("utf-8", "replace").strip()
+        except (ValueError, AssertionError) as error:  # aiohttp's, of a form that breaks off
+            raise RequestError(f"The form can't be read: {error}.") from error
+        return filename, purpose
 
     async def _receive(self, field: BodyPartReader, part: Path) -> None:
         """Write an upload down as it comes, within the bounds."""

@@ -26,7 +26,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,7 +147,7 @@ class GapGate:
         if life.state is not State.READY:
             return False
         now_s = time.monotonic()
-        if any(job.priority == 0 for job in life.deployment.dispatcher.scheduler.jobs.values()):
+        if life.serves_people:
             self._busy_s = now_s
         return now_s - self._busy_s >= self._gap_s and self._hours.is_open(minute_of_day())
 
@@ -171,7 +171,7 @@ class BatchService:
         self._gate = GapGate(life, hours, gap_s=life.settings.batch.gap_s)
         self._news = asyncio.Event()
         self._served: dict[str, int] = {}
-        self._running: tuple[str, Runner, int] | None = None
+        self._running: tuple[str, Runner, dict[str, int]] | None = None
 
     def created(self) -> None:
         """There is a new batch."""
@@ -238,7 +238,7 @@ class BatchService:
         if batch["status"] == "cancelling" and not paths.journal.exists():
             await self._finish(batch_id, "cancelled")
             return
-        parsed = await asyncio.to_thread(self._read, paths.tasks, batch["endpoint"])
+        parsed = await self._whole(batch)
         listed = _errors(parsed.errors[:_MAX_LISTED_ERRORS])
         if not parsed.tasks:
             empty = _errors([LineError(0, "empty_file", "The file holds no task.")])
@@ -246,60 +246,103 @@ class BatchService:
             return
         if batch["status"] == "validating":
             self._ledger.change(batch_id, status="in_progress", errors=listed)
-        job = await asyncio.to_thread(self._job, paths, parsed)
-        try:
-            await self._run_job(batch, job)
-        finally:
-            job.close()
+        bad = len(parsed.errors)
+        counts = {"total": len(parsed.tasks) + bad, "completed": 0, "failed": bad}
+        for part in self._by_model(parsed):
+            job = await asyncio.to_thread(self._job, paths, part)
+            try:
+                ended = await self._run_job(batch, job, counts)
+            finally:
+                job.close()
+            if ended is None:
+                return
+            counts = ended
+        await self._finish(batch_id, "completed", request_counts=counts)
+        log.info("batch %s completed: %s", batch_id, counts)
+
+    def _by_model(self, parsed: Parsed) -> list[Parsed]:
+        """A batch cut by model, so that each is loaded once; the one that is loaded comes first.
+
+        Tasks that wait for others of another model keep it whole.
+        """
+        models = self._life.models
+        if not models.several:
+            return [parsed]
+        parts: dict[str, list[Task]] = {}
+        for task in parsed.tasks:
+            model, _ = models.addressed(task.body.get("model"))
+            parts.setdefault(model.name, []).append(task)
+        for tasks in parts.values():
+            own = {task.custom_id for task in tasks}
+            if not all(own.issuperset((*task.after, *task.depends_on)) for task in tasks):
+                return [parsed]
+        ordered = sorted(parts, key=lambda name: not models.by_name[name].is_open)
+        return [Parsed(tuple(parts[name]), parsed.errors) for name in ordered]
 
     def _read(self, path: Path, endpoint: str) -> Parsed:
         limit = self._life.settings.server.max_body_bytes
         return read_tasks(path, endpoint=endpoint, max_body_bytes=limit)
 
     def _job(self, paths: BatchPaths, parsed: Parsed) -> BatchRun:
-        deployment = self._life.deployment
-        slots = len(deployment.dispatcher.scheduler.slots)
+        model, _ = self._life.models.addressed(parsed.tasks[0].body.get("model"))
+        deployment, learned = model.deployment, model.learned
+        slots = model.settings.engine.slots
+        if deployment is not None and deployment.is_open:
+            slots = len(deployment.dispatcher.scheduler.slots)
+        warmed = deployment.prefixes.warmed if deployment is not None else []
         return BatchRun(
             paths,
             parsed,
-            tier_tokens={
-                w.name.removeprefix("tier:"): w.tokens for w in deployment.prefixes.warmed
-            },
+            tier_tokens={one.name.removeprefix("tier:"): one.tokens for one in warmed},
             lanes=max(int(slots * self._life.settings.batch.share), 1),
-            tokens_per_char=deployment.dispatcher.rates.tokens_per_char.value,
+            tokens_per_char=learned.rates.tokens_per_char.value if learned else None,
         )
 
-    async def _run_job(self, batch: dict[str, Any], job: BatchRun) -> None:
+    async def _run_job(
+        self, batch: dict[str, Any], job: BatchRun, before: dict[str, int]
+    ) -> dict[str, int] | None:
+        """Run one part of a batch; `before` are the counts of those that have ended.
+
+        Returns:
+            The counts, this part's among them; None if the batch has ended, or waits.
+        """
         batch_id = batch["id"]
         sender = LocalSender(self._life, self._proxy, batch["namespace"])
         runner = job.runner(sender, retry=self._retry, gate=self._gate)
-        self._running = (batch_id, runner, len(job.parsed.errors))
+        self._running = (batch_id, runner, before)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(max(batch["expires_at"] - time.time(), 0.0), runner.stop)
         try:
             if self._ledger.status(batch_id) != "cancelling":
                 await runner.run()
-            await self._end(batch, job, runner)
+            counts = _counts(runner.progress, before)
+            if runner.is_complete:
+                return counts
+            await self._end(batch, job, counts)
+            return None
         finally:
             timer.cancel()
             self._running = None
 
-    async def _end(self, batch: dict[str, Any], job: BatchRun, runner: Runner) -> None:
-        counts = _counts(runner.progress, len(job.parsed.errors))
-        if runner.is_complete:
-            status = "completed"
-        elif self._ledger.status(batch["id"]) == "cancelling":
+    async def _end(self, batch: dict[str, Any], job: BatchRun, counts: dict[str, int]) -> None:
+        """End a batch that isn't complete, unless it goes on at the next start."""
+        if self._ledger.status(batch["id"]) == "cancelling":
             status = "cancelled"
         elif time.time() >= batch["expires_at"]:
             status = "expired"
             known = job.journal.ended()
-            left = [t for t in job.parsed.tasks if t.custom_id not in known]
+            tasks = (await self._whole(batch)).tasks
+            left = [task for task in tasks if task.custom_id not in known]
             await asyncio.to_thread(job.journal.end, [expired(task) for task in left])
             counts["failed"] += len(left)
         else:
             return  # Keepwarm is stopping; the batch goes on at the next start.
         await self._finish(batch["id"], status, request_counts=counts)
         log.info("batch %s %s: %s", batch["id"], status, counts)
+
+    async def _whole(self, batch: dict[str, Any]) -> Parsed:
+        path = self._ledger.paths(batch["id"]).tasks
+        return await asyncio.to_thread(self._read, path, batch["endpoint"])
 
     async def _finish(self, batch_id: str, status: str, **changes: Any) -> None:
         def finish() -> None:
@@ -308,11 +351,12 @@ class BatchService:
         await asyncio.to_thread(finish)
 
 
-def _counts(progress: Progress, bad_lines: int) -> dict[str, int]:
+def _counts(progress: Progress, before: Mapping[str, int]) -> dict[str, int]:
+    """A batch's counts, by those of what ended before and how far the part that runs is."""
     return {
-        "total": progress.total + bad_lines,
-        "completed": progress.ended - progress.failed,
-        "failed": progress.failed + bad_lines,
+        "total": before["total"],
+        "completed": before["completed"] + progress.ended - progress.failed,
+        "failed": before["failed"] + progress.failed,
     }
 
 

@@ -49,6 +49,7 @@ def tell_ended(deployment: Deployment, exchange: Exchange) -> None:
             engine=deployment.engine_pid,
             traceparent=exchange.asked.headers.get("traceparent", "")[:64],
             rewrites=exchange.asked.rewrites,
+            fingerprint=deployment.fingerprint,
             ahead=deployment.ahead.came_of(job),
         )
     )

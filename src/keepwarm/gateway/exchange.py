@@ -13,6 +13,9 @@ from keepwarm.deployment.dispatcher import Grant
 from keepwarm.gateway.client_request import ClientRequest
 from keepwarm.tiers.tiering import HEADER, TieredRequest
 
+# A model that is loaded is there within microseconds.
+_LOADED_S = 0.001
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -33,6 +36,8 @@ class Exchange:
     reply: Reply | None = None
     may_escalate: bool = False
     is_left: bool = False
+    loaded_s: float = 0.0
+    """How long it waited until its model was loaded."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -48,7 +53,7 @@ class Exchange:
             out["X-Keepwarm-Plan"] = plan.source.value
             out["X-Keepwarm-Slot"] = str(plan.slot)
         if self.grant:
-            route_s = self.job.arrived_s - self.received_s
+            route_s = self.job.arrived_s - self.received_s - self.loaded_s
             taken = {
                 "route": route_s,
                 "queue": self.grant.queued_s,
@@ -56,6 +61,8 @@ class Exchange:
             }
             if self.job.is_counted:
                 taken["count"] = self.job.counted_s  # a part of what was queued
+            if self.loaded_s >= _LOADED_S:
+                taken["load"] = self.loaded_s
             out["Server-Timing"] = ", ".join(
                 f"{name};dur={seconds * 1e3:.2f}" for name, seconds in taken.items()
             )

@@ -23,6 +23,8 @@ from keepwarm.errors import EngineRefusedError, KeepwarmError
 
 # A refusal that is known by then has its status; what comes later is an event.
 _OPEN_S = 0.9
+# How long progress waits to be told.
+_PROGRESS_S = 0.5
 # A reader that is slower than the model must not hold the engine's slot: this much is buffered for
 # it. A reply of 100,000 tokens as server-sent events is about 20 MB.
 _WRITE_BUFFER_BYTES = 32 << 20
@@ -49,6 +51,7 @@ class Opening:
         self._told: Mapping[str, str] = {}
         self._is_late = self._is_inside = False
         self._written_s = 0.0
+        self._progress = b""
         self._lock = asyncio.Lock()
         self._pinging: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -61,10 +64,15 @@ class Opening:
         if self._pinging:
             self._pinging.cancel()
 
+    def progressed(self, raw: bytes) -> None:
+        """An event that says how far the prompt is; it goes in place of the next ping."""
+        self._progress = raw
+
     async def write(self, raw: bytes) -> None:
         """Send what belongs to the reply, behind the headers if they haven't gone yet."""
         if not raw:
             return
+        self._progress = b""
         response = self._response or await self._open()
         if self._is_late:
             self._is_late = False
@@ -131,11 +139,13 @@ class Opening:
                 self._is_late = True
             while True:
                 silent_s = time.monotonic() - self._written_s
-                if silent_s >= self._ping_s and not self._is_inside and self._response:
+                is_due = silent_s >= self._ping_s or self._progress
+                if is_due and not self._is_inside and self._response:
                     self._written_s = time.monotonic()
-                    await self._response.write(self._dialect.ping())
+                    raw, self._progress = self._progress or self._dialect.ping(), b""
+                    await self._response.write(raw)
                     silent_s = 0.0
-                await asyncio.sleep(max(self._ping_s - silent_s, 0.05))
+                await asyncio.sleep(max(min(self._ping_s - silent_s, _PROGRESS_S), 0.05))
         except ConnectionError:
             pass  # the client has gone, which its handler is told by itself
 

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from keepwarm.deployment.forget import forget_key
+from keepwarm.deployment.deployment import Deployment
+from keepwarm.deployment.forget import forget_key, forgotten_in_all
 from keepwarm.deployment.life import Life
 from keepwarm.errors import (
     ConflictError,
@@ -142,19 +143,24 @@ class _Pages:
         if request.content_type != "application/json":
             # A form on another site can't send this type without being asked first.
             raise RequestError("Send `Content-Type: application/json`.")
-        await self._life.admitted()
-        extent = await self._extent(request.match_info["extent"], namespace)
+        with await self._life.admitted() as deployment:
+            return _json(await self._changed(deployment, request, action, namespace))
+
+    async def _changed(
+        self, deployment: Deployment, request: web.Request, action: str, namespace: str
+    ) -> dict[str, Any]:
+        extent = await self._extent(deployment, request.match_info["extent"], namespace)
         try:
             if action == "pin":
-                return _json(await self._pin(extent, namespace))
+                return await _pin(deployment, extent, namespace)
             if action == "unpin":
-                return _json(await self._unpin(extent))
-            removed = await self._life.deployment.store.evict_extent(extent.extent_id)
+                return await _unpin(deployment, extent)
+            removed = await deployment.store.evict_extent(extent.extent_id)
         except SnapshotError as error:
             if error.reason == "unknown":
                 raise NotFoundError("It is gone already.") from error
             raise ConflictError(f"It can't be done: {error}.") from error
-        return _json({"evicted": list(removed.extents), "bytes": removed.size_bytes})
+        return {"evicted": list(removed.extents), "bytes": removed.size_bytes}
 
     async def forget(self, request: web.Request) -> web.StreamResponse:
         """Forget all that is one key's own: `{"key": NAME}`. For operators, and for that key."""
@@ -170,17 +176,22 @@ class _Pages:
             raise RequestError('Send `{"key": NAME}`: the name of an API key.')
         if name != namespace and not self._life.keys.sees_all(namespace):
             raise ForbiddenError("Only an operator's key (server.operators) may forget another's.")
-        await self._life.admitted()
-        try:
-            told = await forget_key(self._life.deployment, name)
-        except SnapshotError as error:
-            raise ConflictError(f"Not all of it is gone: {error}. Ask again.") from error
-        directory = str(self._life.deployment.store.settings.directory)
-        return _json({"directory": directory, **msgspec.to_builtins(told)})
+        told, directories = [], []
+        for model in self._life.models:
+            # Each is loaded for it: what it has saved is in a store that only its engine opens.
+            with await self._life.admitted(model) as deployment:
+                directories.append(str(deployment.store.settings.directory))
+                try:
+                    told.append(await forget_key(deployment, name))
+                except SnapshotError as error:
+                    raise ConflictError(f"Not all of it is gone: {error}. Ask again.") from error
+        return _json(
+            {"directory": ", ".join(directories), **msgspec.to_builtins(forgotten_in_all(told))}
+        )
 
-    async def _extent(self, number: str, namespace: str) -> Listed:
+    async def _extent(self, deployment: Deployment, number: str, namespace: str) -> Listed:
         """The extent, if this namespace may change it."""
-        listed = await self._life.deployment.store.list_extents()
+        listed = await deployment.store.list_extents()
         for extent in listed:
             if str(extent.extent_id) == number and extent.namespace in (SHARED, namespace):
                 if extent.namespace == SHARED and self._life.keys:
@@ -188,28 +199,30 @@ class _Pages:
                 return extent
         raise NotFoundError("There is no such extent here.")
 
-    async def _pin(self, extent: Listed, namespace: str) -> dict[str, Any]:
-        at_tokens = await self._life.deployment.store.last_end(extent.extent_id)
-        name = f"{HAND}{namespace}:{extent.extent_id}"
-        await self._life.deployment.store.pin(
-            name,
-            extent.extent_id,
-            at_tokens,
-            origin=extent.origin,
-            prefill_s=self._life.deployment.dispatcher.rates.prefill_s(at_tokens),
-        )
-        return {"pinned": extent.extent_id, "tokens": at_tokens}
 
-    async def _unpin(self, extent: Listed) -> dict[str, Any]:
-        """Let go of it; a tier's pin stays as long as there is the tier."""
-        loose = [name for name in extent.pins if not name.startswith("tier:")]
-        if not loose:
-            raise ConflictError(
-                "A tier needs it; it goes with the tier." if extent.pins else "It isn't pinned."
-            )
-        for name in loose:
-            await self._life.deployment.store.unpin(name)
-        return {"unpinned": extent.extent_id}
+async def _pin(deployment: Deployment, extent: Listed, namespace: str) -> dict[str, Any]:
+    at_tokens = await deployment.store.last_end(extent.extent_id)
+    name = f"{HAND}{namespace}:{extent.extent_id}"
+    await deployment.store.pin(
+        name,
+        extent.extent_id,
+        at_tokens,
+        origin=extent.origin,
+        prefill_s=deployment.dispatcher.rates.prefill_s(at_tokens),
+    )
+    return {"pinned": extent.extent_id, "tokens": at_tokens}
+
+
+async def _unpin(deployment: Deployment, extent: Listed) -> dict[str, Any]:
+    """Let go of it; a tier's pin stays as long as there is the tier."""
+    loose = [name for name in extent.pins if not name.startswith("tier:")]
+    if not loose:
+        raise ConflictError(
+            "A tier needs it; it goes with the tier." if extent.pins else "It isn't pinned."
+        )
+    for name in loose:
+        await deployment.store.unpin(name)
+    return {"unpinned": extent.extent_id}
 
 
 def load_page(name: str) -> tuple[bytes, dict[str, str]]:

@@ -13,8 +13,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
+from dataclasses import replace
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from keepwarm.api.bodies import check_body
@@ -28,6 +30,7 @@ from keepwarm.core.prompt import prompt_of
 from keepwarm.core.reply import Reply, read_reply
 from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.life import Life
+from keepwarm.deployment.model import Model
 from keepwarm.engine.http import Response
 from keepwarm.engine.options import EXACT
 from keepwarm.engine.static_end import rendered_from, static_body
@@ -45,6 +48,7 @@ from keepwarm.gateway.exchange import Exchange
 from keepwarm.gateway.first_words import FirstWords, tool_names
 from keepwarm.gateway.fits import bounded, check_prompt, check_text, reply_limit
 from keepwarm.gateway.opening import Opening
+from keepwarm.gateway.progress import tell_fill
 from keepwarm.gateway.upstream import (
     PROGRESS,
     WholeReply,
@@ -102,12 +106,13 @@ class Proxy:
 
     async def _counted(self, asked: ClientRequest, kind: str) -> web.StreamResponse:
         """Count the tokens of a request as it would be sent: with its tier, and cleaned."""
-        deployment = await self._life.admitted()
-        asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
-        tiered = deployment.router.tier(
-            asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
-        )
-        tokens = await deployment.client.count(tiered.chat)
+        model, asked = self._addressed(asked)
+        with await self._life.admitted(model) as deployment:
+            asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
+            tiered = deployment.router.tier(
+                asked.api, asked.body, asked.headers.get(HEADER), asked.namespace
+            )
+            tokens = await deployment.client.count(tiered.chat)
         return web.Response(body=asked.dialect.counted(tokens), content_type="application/json")
 
     async def _opened(
@@ -143,16 +148,41 @@ class Proxy:
         self, asked: ClientRequest, request: web.Request | None, kind: str = ""
     ) -> web.StreamResponse:
         received_s = time.monotonic()
-        deployment = await self._life.admitted()
-        asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
+        model, asked = self._addressed(asked)
+        with await self._life.admitted(model, is_batch=asked.priority > 0) as deployment:
+            loaded_s = time.monotonic() - received_s
+            asked = asked_of(asked, self._life.hygiene, deployment.takes, kind=kind)
+            return await self._answer_at(
+                deployment, asked, request, received_s=received_s, loaded_s=loaded_s
+            )
+
+    def _addressed(self, asked: ClientRequest) -> tuple[Model, ClientRequest]:
+        """The model that a request is for, and the request as that model's deployment is asked."""
+        model, name = self._life.models.addressed(asked.body.get("model"))
+        if name is None:
+            return model, asked
+        return model, replace(asked, body={**asked.body, "model": name})
+
+    async def _answer_at(
+        self,
+        deployment: Deployment,
+        asked: ClientRequest,
+        request: web.Request | None,
+        *,
+        received_s: float,
+        loaded_s: float,
+    ) -> web.StreamResponse:
+        """Answer a request at the deployment of its model, for which it has waited `loaded_s`."""
         api, body, namespace = asked.api, asked.body, asked.namespace
         deployment.metrics.rewritten(asked.rewrites)
         await check_text(deployment, asked)
         tiered = deployment.router.tier(api, body, asked.headers.get(HEADER), namespace)
         while True:
             exchange = self._exchange(deployment, asked, tiered, received_s)
+            exchange.loaded_s = loaded_s
             if request is not None and (opening := request.get(_OPENING)):
                 opening.known = partial(_known, exchange)
+                tell_fill(deployment, exchange, opening)
             try:
                 return await self._serve(request, exchange)
             except KeepwarmError as error:
@@ -216,7 +246,7 @@ class Proxy:
                         raise
                     if deaths == 1 and was_alone is not None:
                         await suspected.enter_async_context(deployment.suspects)
-                        await deployment.admitted()
+                    await deployment.admitted()
                     exchange.grant = await deployment.dispatcher.retry(job)
         raise AssertionError("unreachable")
 
@@ -442,13 +472,31 @@ class Proxy:
 
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
         """Forward a request that touches no slot, body and reply as they are."""
-        deployment = await self._life.admitted()
+        body = await read_body(request) if request.body_exists else None
+        with await self._life.admitted(self._meant(request, body)) as deployment:
+            return await self._passed(request, body, deployment)
+
+    def _meant(self, request: web.Request, body: bytes | None) -> Model | None:
+        """Of several models the one that a request names that is passed on as it is."""
+        if not self._life.models.several:
+            return None
+        name: object = request.query.get("model")
+        if body and not name:
+            try:
+                name = msgspec.json.decode(body, type=dict).get("model")
+            except msgspec.MsgspecError:
+                return None
+        return self._life.models.addressed(name)[0] if name else None
+
+    async def _passed(
+        self, request: web.Request, body: bytes | None, deployment: Deployment
+    ) -> web.StreamResponse:
         query = request.rel_url.raw_query_string
         sent = deployment.client.http.request(
             request.method,
             path_of(request) + (f"?{query}" if query else ""),
             headers=request_headers(request.headers, is_unchanged=True),
-            body=await read_body(request) if request.body_exists else None,
+            body=body,
         )
         with closing(await sent) as upstream:
             if upstream.status >= 400 and upstream.is_json:

@@ -16,12 +16,13 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keepwarm.core.hints import SHARED_HEADER
 from keepwarm.core.job import Job
 from keepwarm.core.prompt import SharedEnd, is_raw, prefix_of, prompt_of, segments_of
+from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.life import Life
 from keepwarm.engine.client import EngineClient
 from keepwarm.engine.static_end import common_length
@@ -65,7 +66,16 @@ async def warm_prefix(life: Life, asked: ClientRequest) -> WarmPrefix:
         EngineError: the engine can't render or prefill it.
     """
     began_s = time.monotonic()
-    deployment = await life.admitted()
+    model, name = life.models.addressed(asked.body.get("model"))
+    if name is not None:
+        asked = replace(asked, body={**asked.body, "model": name})
+    with await life.admitted(model, is_batch=True) as deployment:
+        return await _warm(life, deployment, asked, began_s)
+
+
+async def _warm(
+    life: Life, deployment: Deployment, asked: ClientRequest, began_s: float
+) -> WarmPrefix:
     asked = asked_of(asked, life.hygiene, deployment.takes)
     deployment.metrics.rewritten(asked.rewrites)
     tiered = deployment.router.tier(

@@ -31,6 +31,7 @@ PROGRESS = b'"prompt_progress"'
 _UNREADABLE = re.compile(
     r"\[json\.exception|^Failed to parse (?!input at)|^Missing |is required$|^Unsupported "
     r"|^Expected |^Invalid (?!input batch)|While executing|Jinja|^Unable to generate parser"
+    r"|^(image|audio|video) input is not supported|^vector::_M_range_check"
 )
 
 

@@ -14,8 +14,10 @@ import msgspec
 
 from keepwarm import __version__
 from keepwarm.core.slots import Content, Slot, SlotState
+from keepwarm.deployment.turns import limits_of
 from keepwarm.explain.history import Totals
 from keepwarm.store.types import Listed
+from keepwarm.tiers.tiering import AUTO
 
 if TYPE_CHECKING:
     from keepwarm.deployment.deployment import Deployment
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from keepwarm.keys import Keyring
 
 SHARED = ""
+_AUTO = "routed to the smallest tier that can do the task"
 # A page shows no more rows than this, and a store may hold a hundred thousand.
 _MOST_EXTENTS = 250
 
@@ -33,7 +36,7 @@ async def overview(life: Life, namespace: str) -> dict[str, Any]:
     today, ever = await life.explainer.totals(namespace=namespace)
     out: dict[str, Any] = {
         "version": __version__,
-        "state": life.state.value,
+        "state": _state(life),
         "status": life.status,
         "started": life.started_s,
         "has_keys": bool(life.keys),
@@ -43,6 +46,8 @@ async def overview(life: Life, namespace: str) -> dict[str, Any]:
         "totals": {"today": _totals(today), "ever": _totals(ever)},
         "tiers": [],
     }
+    if life.models.several:
+        out["models"] = models_now(life)["models"]
     if not deployment.is_open:
         return out
     launch, rates = deployment.launch, deployment.dispatcher.rates
@@ -57,6 +62,11 @@ async def overview(life: Life, namespace: str) -> dict[str, Any]:
         "prefill_s_per_token": rates.prefill_s_per_token.value,
         "tiers": _tiers(deployment),
     }
+
+
+def _state(life: Life) -> str:
+    """For those who look: `loading`, too, while models change places."""
+    return "loading" if life.models.is_swapping else life.state.value
 
 
 def _totals(totals: Totals) -> dict[str, float]:
@@ -112,6 +122,8 @@ def status_now(life: Life, namespace: str) -> dict[str, Any]:
             if sees_all or _is_seen(warmed.name, namespace)
         ],
     }
+    if life.takes_turns:
+        out["models"] = models_now(life)["models"]
     if not deployment.is_open:
         return out
     out["slots"] = [
@@ -147,11 +159,11 @@ def slots_now(life: Life, namespace: str) -> dict[str, Any]:
     """The slots and the queue at this moment."""
     deployment = life.deployment
     if not deployment.is_open:
-        return {"state": life.state.value, "slots": [], "queued": 0, "store": ""}
+        return {"state": _state(life), "status": life.status, "slots": [], "queued": 0, "store": ""}
     scheduler = deployment.dispatcher.scheduler
     stats, sees_all = deployment.store.stats(), life.keys.sees_all(namespace)
     return {
-        "state": life.state.value,
+        "state": _state(life),
         "status": life.status,
         "slots": [_slot(deployment, slot, namespace) for slot in scheduler.slots],
         "queued": scheduler.queued if sees_all else scheduler.queued_of(namespace),
@@ -290,3 +302,51 @@ def _slots_by_extent(deployment: Deployment, namespace: str) -> dict[int, list[d
         if hit is not None:
             out.setdefault(hit.extent_id, []).append({"slot": slot.id, "at": hit.at_tokens})
     return out
+
+
+def listed_tiers(life: Life) -> list[dict[str, Any]]:
+    """The tiers as virtual models, for `/v1/models`."""
+    deployment = life.deployment
+    return [
+        _listed(life, name, tier.description if tier else _AUTO)
+        for name in (*deployment.tiers.names, AUTO)
+        for tier in [deployment.tiers.get(name)]
+    ]
+
+
+def listed_models(life: Life) -> dict[str, Any]:
+    """`/v1/models` where there are several: each with its state, its tiers, then the default's."""
+    data = []
+    for model in life.models:
+        tokens = model.settings.engine.context
+        data.append(
+            _listed(life, model.name, f"{model.state.value}; {tokens:,} tokens of context")
+            | {"state": model.state.value, "pinned": model.is_pinned}
+        )
+        data += [
+            {**tier, "id": f"{model.name}:{tier['id']}", "state": model.state.value}
+            for tier in listed_tiers(life)
+        ]
+    return {"object": "list", "data": [*data, *listed_tiers(life)]}
+
+
+def _listed(life: Life, name: str, text: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(life.started_s),
+        "owned_by": "keepwarm",
+        "description": text,
+    }
+
+
+def models_now(life: Life) -> dict[str, Any]:
+    """All models with what was measured of them: `/keepwarm/models`."""
+    limits = limits_of(life.settings.engine)
+    return {
+        "max_models": limits.models,
+        "memory_bytes": limits.memory_bytes,
+        "models": [
+            {**model.as_dict(), "default": model is life.models.default} for model in life.models
+        ],
+    }

@@ -17,6 +17,7 @@ from keepwarm.slotfile.boundary import (
 from keepwarm.slotfile.cells import CellBlock, Cursor, as_view, read_cache
 from keepwarm.slotfile.layout import (
     Buffer,
+    Bytes,
     Ints,
     Layout,
     SlotFileError,
@@ -76,6 +77,11 @@ class SlotFile:
             .data
             for t, data in zip(self.layout.rows.tensors, self._cells.tensors, strict=True)
         ]
+
+    @property
+    def cells(self) -> tuple[Bytes, ...]:
+        """All rows, one array a tensor, in whatever order they lie in the file."""
+        return self._cells.tensors
 
     def boundary(self) -> memoryview | None:
         """What holds only at this file's end, as it lies in the file.

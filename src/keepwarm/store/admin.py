@@ -112,6 +112,22 @@ def forget(snapshots: Snapshots, namespace: str) -> Forgotten:
     return told
 
 
+def leave_room(snapshots: Snapshots, stores: int) -> Removed:
+    """Evict so that `stores` of one root have room: behind this one half an equal part is free.
+
+    A store that is closed evicts nothing for others. So it leaves them that much, unless it has
+    less than an equal part itself.
+
+    Raises: SnapshotError('index', 'no_space') if the index can't be written.
+    """
+    snapshots.revive()
+    shelf = snapshots.shelf
+    quota_bytes = shelf.settings.quota_bytes
+    others_bytes = sum(one.size_bytes for one in shelf.neighbours.look() if one.owner is not None)
+    free_bytes = quota_bytes // (2 * stores)
+    return shelf.evict(max(quota_bytes // stores, quota_bytes - others_bytes - free_bytes))
+
+
 def evict_unused(snapshots: Snapshots, before_s: float) -> Removed:
     """Evict what wasn't used since `before_s`, and unpin what was learned and not used since.
 

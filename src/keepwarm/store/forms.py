@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from keepwarm.core.memory import MemoryKind
@@ -36,7 +36,7 @@ class Taken:
     """A slot file understood: its tokens, the payload of any `[lo, hi)`, and what else is to keep.
 
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
-    context checkpoints). `rows`, and `check_end` of a state in `ends`, raise
+    context checkpoints). `check_end` of such a state, and where pieces are joined `rows`, raise
     SnapshotError('not_finite') for what was computed from NaN or infinity. `is_restorable`: the
     file itself, unchanged, can be given back. `held_tokens`: what the slot held in all, where that
     is more, since pictures follow (0: nothing more).
@@ -108,16 +108,21 @@ class RowsForm:
             raise SnapshotError(f"staged file: {error}", reason=error.reason) from error
         if found.layout != self.layout:
             raise SnapshotError("a slot file of another layout", reason="layout")
+        # All of it, not only what is new: a model of quantised weights makes finite rows, and wrong
+        # ones, behind rows that are none.
+        if not rows_are_finite(self.layout.rows.tensors, found.cells):
+            raise SnapshotError("rows that aren't finite", reason="not_finite")
         boundary = found.boundary()
         ends: list[tuple[int, Buffer]] = []
         if boundary is not None:
+            self._check_end(boundary)
             ends.append((found.tokens.size, boundary))
         ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
         if found.is_cut:
             return self._taken_before_media(found, ends)
         # A window's file, as saved, is short of what the engine takes; assembling adds it.
         is_restorable = kind is not MemoryKind.SLIDING_WINDOW
-        return self._taken(found.tokens, found.rows, ends, is_restorable=is_restorable)
+        return Taken(found.tokens, found.rows, ends, is_restorable, self._check_end)
 
     def _taken_before_media(self, found: SlotFile, ends: Sequence[tuple[int, Buffer]]) -> Taken:
         """What can be restored of a slot with pictures: text, up to the first of them."""
@@ -126,8 +131,8 @@ class RowsForm:
             count = max((at for at, _ in ends), default=0)
             if not count:
                 raise SnapshotError("no state from before the first picture", reason="media")
-        taken = self._taken(found.tokens[:count], found.rows, ends, is_restorable=False)
-        return replace(taken, held_tokens=found.held_tokens)
+        tokens = found.tokens[:count]
+        return Taken(tokens, found.rows, ends, False, self._check_end, found.held_tokens)
 
     def join(
         self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]
@@ -140,30 +145,17 @@ class RowsForm:
 
         def rows(lo: int, hi: int) -> Sequence[Buffer]:
             with _assembling():
-                return rows_of(self.layout.rows, parts, lo, hi)
-
-        return self._taken(tokens, rows, ends, is_restorable=False)
-
-    def _taken(
-        self,
-        tokens: Tokens,
-        rows: Callable[[int, int], Sequence[Buffer]],
-        ends: Sequence[tuple[int, Buffer]],
-        *,
-        is_restorable: bool,
-    ) -> Taken:
-        def finite_rows(lo: int, hi: int) -> Sequence[Buffer]:
-            buffers = rows(lo, hi)
+                buffers = rows_of(self.layout.rows, parts, lo, hi)
             if not rows_are_finite(self.layout.rows.tensors, buffers):
                 raise SnapshotError(f"tokens {lo}-{hi} aren't finite", reason="not_finite")
             return buffers
 
-        def check_end(state: Buffer) -> None:
-            held = boundary_tensors(self.layout, state)
-            if not rows_are_finite([tensor for tensor, _ in held], [data for _, data in held]):
-                raise SnapshotError("a boundary state isn't finite", reason="not_finite")
+        return Taken(tokens, rows, ends, False, self._check_end)
 
-        return Taken(tokens, finite_rows, ends, is_restorable, check_end)
+    def _check_end(self, state: Buffer) -> None:
+        held = boundary_tensors(self.layout, state)
+        if not rows_are_finite([tensor for tensor, _ in held], [data for _, data in held]):
+            raise SnapshotError("a boundary state isn't finite", reason="not_finite")
 
     def give(
         self,

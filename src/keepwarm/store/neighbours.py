@@ -96,6 +96,20 @@ def lock_of(directory: Path) -> Path:
     return directory.with_name(directory.name.partition(".")[0] + LOCK_SUFFIX)
 
 
+def hold(directory: Path, *, what: str) -> OwnerLock | None:
+    """Own a store that nobody has open, so that no other removes it for room of its own.
+
+    None if that can't be: it is open elsewhere, or gone. Who opens it releases this first.
+    """
+    try:
+        lock = OwnerLock(lock_of(directory), what=what)
+        lock.tell(sum(file.size_bytes for file in own_files(directory)))
+    except (ConfigError, OSError) as error:
+        log.warning("the store %s can't be held: %s", directory, error)
+        return None
+    return lock
+
+
 def remove_unowned(directory: Path, *, disk: Disk) -> int:
     """Remove a store unless a process has it open; returns the bytes freed, and says what went."""
     freed = 0

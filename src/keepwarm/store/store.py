@@ -347,6 +347,10 @@ class Store:
         """Evict what wasn't used for so long; `pins` of the answer are no longer kept."""
         return await self._run(admin.evict_unused, self._snapshots, self._clock() - max_age_s)
 
+    async def leave_room(self, stores: int) -> Removed:
+        """Before it is closed: evict so that the others of so many under one root have room."""
+        return await self._run(admin.leave_room, self._snapshots, stores)
+
     async def forget(self, namespace: str) -> Forgotten:
         """Remove all that is one API key's own. Raises: SnapshotError; again is safe."""
         return await self._run(admin.forget, self._snapshots, namespace)

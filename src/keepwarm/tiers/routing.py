@@ -41,20 +41,20 @@ _REMEMBERED = 10_000
 class TierRouter:
     """Decides tiers for one deployment, and learns how long replies are.
 
-    `costs` tells what each tier would cost now; `router` has the deployment's rules.
+    `router` has the deployment's rules; `costs` tells what each tier would cost now.
     """
+
+    costs: Callable[[], Sequence[TierCost]]
 
     def __init__(
         self,
         tiers: TierSet,
         router: Router,
         *,
-        costs: Callable[[], Sequence[TierCost]],
         untiered: str,
     ) -> None:
         self.tiers = tiers
         self._router = router
-        self._costs = costs
         self._untiered = untiered
         self._conversations: OrderedDict[bytes, str] = OrderedDict()
         self._lengths = ReplyLengths()
@@ -104,7 +104,7 @@ class TierRouter:
         """The router's decision for a request in chat's terms; with `explain`, what moved it."""
         request = route_request(chat, tier_so_far=tier_so_far)
         return self._router.route(
-            request, self._costs(), reply_tokens=self._lengths.expected(), explain=explain
+            request, self.costs(), reply_tokens=self._lengths.expected(), explain=explain
         )
 
     def note(self, tiered: TieredRequest, reply: Reply | None) -> None:
