@@ -35,6 +35,7 @@ from slotfile_bytes import (
     FileSpec,
     checkpoints,
     hybrid_file,
+    parted,
     plain_file,
     recurrent_state,
     sliding_file,
@@ -149,6 +150,56 @@ class TestMedia:
             found = read(bytes(raw))
             assert found.tokens.min(initial=0) >= 0
             found.rows(0, len(found.tokens))
+
+
+class TestPartedPositions:
+    """M-RoPE: cells say more of themselves."""
+
+    @pytest.mark.parametrize(("slot", "streams"), [(0, 1), (1, 3)])
+    def test_a_file_is_taken_apart_and_put_together_again(self, slot: int, streams: int) -> None:
+        spec = parted(plain_file(6, slot=slot, streams=streams))
+        found = read(spec.to_bytes())
+        assert (found.layout.rows.cell_words, found.slot) == (3, slot)
+        assert round_trip_ok(spec.to_bytes(), PLAIN)
+        short = replace(spec, tokens=spec.tokens[:4], rows=spec.rows.cut(0, 4))
+        assert written(found, part(found, 0, 4)) == short.to_bytes()
+        assert Layout.from_json(found.layout.to_json()) == found.layout
+        assert found.layout != read(plain_file(6).to_bytes()).layout
+
+    def test_a_hybrids_too(self) -> None:
+        assert round_trip_ok(parted(hybrid_file(6)).to_bytes(), HYBRID)
+
+    @pytest.mark.parametrize("wrong", [(3, 2, 0), (2, 3, 0), (2, 2, -5)])
+    def test_cells_that_say_otherwise_than_the_tokens_are_refused(
+        self, wrong: tuple[int, ...]
+    ) -> None:
+        spec = parted(plain_file(6))
+        words = list(spec.rows.words or ())
+        words[2] = wrong[0], wrong[1], wrong[2] or words[2][2]
+        assert refused(replace(spec, rows=replace(spec.rows, words=words)).to_bytes()) == "position"
+
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_a_picture_whose_cells_share_a_position_is_no_hindrance(self, hybrid: bool) -> None:
+        # Tokens 5 to 7 are a picture of two rows: they take two positions, and so what follows.
+        plain = parted(hybrid_file(10) if hybrid else plain_file(10))
+        words = [*(plain.rows.words or ())[:5], (5, 5, -1), (6, 5, -1), (5, 6, -1)]
+        words += [(at, at, token) for at, token in zip((7, 8), plain.tokens[8:], strict=True)]
+        positions = [0, 1, 2, 3, 4, 5, 5, 5, 7, 8]
+        spec = with_media(plain, 5, 8)
+        spec = replace(spec, rows=replace(spec.rows, words=words, positions=positions))
+        if hybrid:
+            # The checkpoint behind the picture is at nine tokens and eight positions.
+            states = checkpoints((4, 0, recurrent_state(4)), (8, 0, recurrent_state(8)))
+            at = states.rindex(struct.pack("<qii", 8, 0, 7))
+            states = states[:at] + struct.pack("<q", 9) + states[at + 8 :]
+            spec = replace(spec, recurrent=recurrent_state(9), appendix=states)
+        found = read(spec.to_bytes(), HYBRID if hybrid else PLAIN)
+        assert found.tokens.tolist() == plain.tokens[:5]
+        assert [c.end_tokens for c in found.checkpoints] == ([4] if hybrid else [])
+        whole = read(plain.to_bytes(), HYBRID if hybrid else PLAIN)
+        assert found.rows(0, 5) == whole.rows(0, 5)
+        moved = replace(spec, rows=replace(spec.rows, positions=[0, 1, 2, 3, 4, 4, 5, 5, 7, 8]))
+        assert refused(moved.to_bytes(), HYBRID if hybrid else PLAIN) == "position"
 
 
 class TestParse:

@@ -112,12 +112,15 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     """
     cursor = Cursor(as_view(buffer))
     tokens, held = _read_tokens(cursor, max_tokens=max_tokens)
-    cache = read_cache(cursor)
-    order = _rows_order(cache.block, tokens=held)
+    is_cut = len(tokens) < held
+    cache = read_cache(cursor, may_be_parted=kind is not MemoryKind.SLIDING_WINDOW)
+    order = _rows_order(cache.block, tokens=tokens, held=held)
+    # There a picture's tokens share positions, so that what lies behind it is counted otherwise.
+    is_parted = is_cut and cache.block.layout.cell_words > 0
     end: Boundary | None = None
     if kind is not MemoryKind.PLAIN:
         end = read_boundary(cursor, kind)
-        if end.end_tokens != held:
+        if end.end_tokens != held and not is_parted:
             raise SlotFileError(
                 f"boundary state of {end.end_tokens} tokens, not {held}", reason="position"
             )
@@ -133,10 +136,12 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     start = cursor.at
     checkpoints: tuple[Checkpoint, ...] = ()
     if end is not None and cursor.starts_with(APPENDIX_MAGIC):
-        checkpoints = tuple(_checked(found, end) for found in read_checkpoints(cursor, kind))
+        checkpoints = tuple(
+            _checked(found, end, tokens=at, is_parted=is_parted)
+            for at, found in read_checkpoints(cursor, kind)
+        )
     if cursor.left:
         raise SlotFileError(f"{cursor.left} bytes after the end", reason="trailing")
-    is_cut = len(tokens) < held
     if is_cut:
         checkpoints = tuple(c for c in checkpoints if c.end_tokens <= len(tokens))
     return SlotFile(
@@ -196,25 +201,36 @@ def _read_tokens(cursor: Cursor, *, max_tokens: int) -> tuple[Ints, int]:
     return tokens[:first], found
 
 
-def _rows_order(cells: CellBlock, *, tokens: int) -> NDArray[np.intp] | None:
+def _rows_order(cells: CellBlock, *, tokens: Ints, held: int) -> NDArray[np.intp] | None:
     """Where each position's cell lies in the file; None when they lie in order.
 
-    A unified cache gives a slot whatever cells are free, so they may come in any order.
+    A unified cache gives a slot whatever cells are free, so they may come in any order. With M-RoPE
+    each cell says its position in three parts, and its token: of text they are all the same. What
+    a picture's cells say isn't looked at, but that they lie behind the text.
     """
-    if len(cells.positions) != tokens:
-        raise SlotFileError(f"{len(cells.positions)} cells for {tokens} tokens", reason="tokens")
-    expected = np.arange(tokens, dtype=np.int32)
-    if np.array_equal(cells.positions, expected):
-        return None
+    count = len(tokens)
+    if len(cells.positions) != held:
+        raise SlotFileError(f"{len(cells.positions)} cells for {held} tokens", reason="tokens")
     order = np.argsort(cells.positions, kind="stable")
-    if not np.array_equal(cells.positions[order], expected):
+    positions, words = cells.positions[order], cells.words[order[:count]]
+    expected = np.arange(held, dtype=np.int32)
+    if cells.layout.cell_words:
+        is_right = np.array_equal(positions[:count], expected[:count])
+        is_right &= bool((positions[count:] >= count).all())
+        is_right &= bool((words[:, :2] == expected[:count, None]).all())
+        is_right &= np.array_equal(words[:, 2], tokens)
+    else:
+        is_right = np.array_equal(positions, expected)
+    if not is_right:
         raise SlotFileError("positions aren't those of the tokens", reason="position")
-    return order
+    return None if np.array_equal(order[:count], expected[:count]) else order
 
 
-def _checked(found: Boundary, end: Boundary) -> Checkpoint:
+def _checked(found: Boundary, end: Boundary, *, tokens: int, is_parted: bool) -> Checkpoint:
     if (found.window, found.recurrent) != (end.window, end.recurrent):
         raise SlotFileError("a checkpoint of another layout", reason="checkpoints")
+    if tokens != found.end_tokens and not is_parted:
+        raise SlotFileError("a checkpoint holds another state", reason="checkpoints")
     if found.end_tokens > end.end_tokens:
         raise SlotFileError("a checkpoint from after the end", reason="checkpoints")
-    return Checkpoint(found.end_tokens, found.raw)
+    return Checkpoint(tokens, found.raw)
