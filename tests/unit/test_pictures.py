@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from keepwarm.core.contents import after_count, after_reply, while_unsure
+from keepwarm.core.effects import EraseSlot
 from keepwarm.core.job import Job
 from keepwarm.core.plan import Demand, Machine, Source, Stored, choose, doubt_tokens
 from keepwarm.core.prompt import Prompt, prompt_of
 from keepwarm.core.rates import Rates
 from keepwarm.core.reply import Counts
 from keepwarm.core.returns import first_turn
-from keepwarm.core.slots import Content, Position, Slot, loss
+from keepwarm.core.scheduler import Scheduler
+from keepwarm.core.slots import Content, Position, Slot, SlotState, loss
 from keepwarm.core.tree import as_tokens
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.slotfile import Layout
@@ -150,6 +152,17 @@ class TestSlots:
         assert not lost(pictured)[1]
         behind_s = Rates().prefill_s(ALL_TOKENS - TEXT_TOKENS)
         assert lost(pictured)[0] >= behind_s > lost(text)[0]
+
+    def test_a_shared_pool_isnt_thinned_out_by_what_no_save_brings_back(self) -> None:
+        machine = replace(MACHINE, pool_tokens=20_000)
+        content = replied(job_of(PROMPT, text_ids=TEXT))
+        content.saved_tokens = content.tokens
+        slots = [Slot(0, content=content, held_tokens=ALL_TOKENS), Slot(1)]
+        slots[1].state, slots[1].job = SlotState.SERVING, "other"
+        scheduler = Scheduler(slots, machine, Rates(), lambda *_: None)
+        assert scheduler.tick(100.0) == []
+        slots[0].content = replace(content, media_at=None)
+        assert [type(effect) for effect in scheduler.tick(101.0)] == [EraseSlot]
 
 
 class TestPlans:
