@@ -181,11 +181,13 @@ class PromptCounter:
 
         Raises: as `count`.
         """
-        if isinstance(chat, str) or not self._media_marker:
+        if isinstance(chat, str):
             return None
+        # Without a projector the engine refuses it here, before it costs a restore.
         text = await self.client.render(_without_pictures(chat))
-        before, marker, _ = text.partition(self._media_marker)
-        return await self.count(before) if marker else None
+        if not self._media_marker or self._media_marker not in text:
+            return None
+        return await self.count(text.partition(self._media_marker)[0])
 
     async def _tokenized(self, text: str) -> Tokens:
         place, head = self._known_head(text)
