@@ -23,7 +23,7 @@ class CacheSpec:
     """An attention cache of `tokens` cells: K and V rows of each layer, [tokens, bytes].
 
     `element_bytes` of V is written transposed when `v_trans`. `positions` are what the cells say,
-    in the order they lie in.
+    in the order they lie in. `words` are what each cell says besides, as with M-RoPE.
     """
 
     keys: Sequence[Bytes]
@@ -33,6 +33,7 @@ class CacheSpec:
     types: tuple[int, int] = (1, 1)
     rotation: tuple[int, int] = (0, 0)
     positions: Sequence[int] | None = None
+    words: Sequence[tuple[int, ...]] | None = None
 
     @classmethod
     def random(
@@ -52,6 +53,7 @@ class CacheSpec:
             keys=[k[lo:hi] for k in self.keys],
             values=[v[lo:hi] for v in self.values],
             positions=None if self.positions is None else self.positions[lo:hi],
+            words=None if self.words is None else self.words[lo:hi],
         )
 
     def block(self, slot: int) -> bytes:
@@ -59,7 +61,11 @@ class CacheSpec:
         count = len(self.keys[0])
         positions = range(count) if self.positions is None else self.positions
         out = [struct.pack("<I", count)]
-        out += [struct.pack("<iIi", position, 1, slot) for position in positions]
+        words = self.words or [()] * count
+        out += [
+            struct.pack(f"<iI{len(more)}ii", position, 1, *more, slot)
+            for position, more in zip(positions, words, strict=True)
+        ]
         out.append(struct.pack("<4I", self.v_trans, len(self.keys), *self.rotation))
         for key in self.keys:
             out.append(struct.pack("<iQ", self.types[0], key.shape[1]) + key.tobytes())
@@ -132,6 +138,12 @@ def plain_file(
     tokens = [int(t) for t in np.random.default_rng(seed).integers(0, 50_000, count)]
     rows = CacheSpec.random(seed, tokens=count, v_trans=v_trans)
     return FileSpec(tokens, rows, slot=slot, streams=streams)
+
+
+def parted(spec: FileSpec) -> FileSpec:
+    """The same of a model with M-RoPE: cells say their position in three parts, and their token."""
+    words = [(at, at, token) for at, token in enumerate(spec.tokens)]
+    return replace(spec, rows=replace(spec.rows, words=words))
 
 
 def window_spec(end: int, *, size: int, seed: int = 9, v_trans: bool = False) -> CacheSpec:

@@ -28,6 +28,7 @@ from keepwarm.store.intake import Why
 from keepwarm.store.shelf import StoreSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import KeptMark, Origin, Saved
+from slotfile_bytes import MAGIC, VERSION, checkpoints
 
 WINDOW_TOKENS = 8
 FINGERPRINT = "model a, engine b"
@@ -111,6 +112,27 @@ def slot_file(
     return b"".join(bytes(piece) for piece in made)
 
 
+def pictured_file(
+    tokens: Sequence[int],
+    layout: Layout = PLAIN,
+    *,
+    picture: tuple[int, int],
+    ends: Sequence[int] = (),
+) -> bytes:
+    """What the engine would save where `tokens[slice(*picture)]` are a picture's.
+
+    It has a checkpoint at each of the `ends`.
+    """
+    start, end = picture
+    raw = slot_file(tokens, layout)
+    words = [-1, 1, len(tokens), *tokens[:start], *[-1] * (end - start), *tokens[end:], 1, start, 0]
+    head = struct.pack(f"<3I{len(words)}i", MAGIC, VERSION, len(words), *words)
+    states = [(at, _boundary(layout, _prefix_hashes(tokens[:at]))) for at in ends]
+    streams = struct.pack("<I", 1) if layout.kind is MemoryKind.SLIDING_WINDOW else b""
+    held = [(at, 0, streams + state) for at, state in states if state]
+    return head + raw[12 + 4 * (len(tokens) + 4) :] + (checkpoints(*held) if held else b"")
+
+
 def digest_of(tokens: Sequence[int]) -> bytes:
     """Stands for a canonical request's digest: 16 bytes that tell these tokens."""
     return struct.pack("<IIq", int(_prefix_hashes(tokens)[-1]), len(tokens), 0)
@@ -144,9 +166,13 @@ def save(
     marks: Sequence[KeptMark] | None = None,
     prefill_s: float = 1.0,
     now_s: float = 0.0,
+    file: bytes = b"",
 ) -> Saved:
-    """Let the engine save these tokens, and the store absorb them; marked with their digest."""
-    file = slot_file(tokens, snapshots.shelf.settings.layout)
+    """Let the engine save these tokens, and the store absorb them; marked with their digest.
+
+    `file`: what the engine would write instead.
+    """
+    file = file or slot_file(tokens, snapshots.shelf.settings.layout)
     name = snapshots.staging.expect(len(file))
     snapshots.staging.path(name).write_bytes(file)
     if marks is None:

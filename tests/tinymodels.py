@@ -65,6 +65,26 @@ def write_tiny_qwen3(
     made.finish()
 
 
+def write_tiny_qwen3vl(path: Path, source_gguf: Path, *, seed: int = SEED) -> None:
+    """As `write_tiny_qwen3`, with positions of several parts (M-RoPE), as models of pictures have.
+
+    `source_gguf` gives the tokenizer. The same bytes each time, and other weights for another seed.
+    """
+    made = _Model(path, "qwen3vl", source_gguf, seed)
+    writer = made.writer
+    writer.add_key_length(HEAD_ELEMENTS)
+    writer.add_value_length(HEAD_ELEMENTS)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_sections([4, 6, 6, 0])
+    made.norm("output_norm.weight")
+    for layer in range(TINY_LAYERS):
+        made.norm(f"blk.{layer}.attn_norm.weight")
+        made.norm(f"blk.{layer}.ffn_norm.weight")
+        made.attention(layer)
+        made.feed_forward(layer)
+    made.finish()
+
+
 def write_tiny_gemma3(
     path: Path,
     source_gguf: Path,

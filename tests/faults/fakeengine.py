@@ -48,6 +48,7 @@ class Fault(Enum):
 
 REFUSAL = {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}
 INABILITY = {"error": {"code": 501, "message": "no infill", "type": "not_supported_error"}}
+NO_SLOTS = {"error": {"code": 501, "message": "This feature is not supported by multimodal"}}
 FAILURE = {"error": {"code": 500, "message": "compute error", "type": "server_error"}}
 STRANGER = {"error": {"code": 401, "message": "Invalid API Key", "type": "authentication_error"}}
 LOADING = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
@@ -100,6 +101,8 @@ class FakeEngine:
         # How many of the next restores are refused; of files that only try it, all or none.
         self.refused_restores = 0
         self.refuses_probes = False
+        # It is an older one with a projector: 501 to whatever is asked of a slot.
+        self.is_multimodal = False
         # Of the files that it saves; None: what is its own.
         self.file_mode: int | None = None
         self.file_version: int | None = None
@@ -199,6 +202,8 @@ class FakeEngine:
     async def _slot(self, slot: int, action: str, body: dict[str, Any]) -> web.Response:
         assert slot not in self.busy, f"{action} of a busy slot was asked for"
         out: dict[str, Any] = {"id_slot": slot}
+        if self.is_multimodal:
+            return web.json_response(NO_SLOTS, status=501)
         if action == "erase":
             self.slots[slot] = []
             self.poisoned.discard(slot)

@@ -75,6 +75,16 @@ async def test_a_restore_that_is_refused_once_is_asked_for_again_from_an_empty_s
     assert all(warmed.proved for warmed in deployment.prefixes.warmed)
 
 
+async def test_an_older_engine_with_a_projector_is_served_and_nothing_of_it_kept(
+    engine: FakeEngine, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.is_multimodal = True
+    deployment = await start()
+    assert deployment.state is State.READY
+    assert not deployment.machine.can_save
+    assert "can't be saved and restored (beside a projector" in caplog.text
+
+
 async def test_an_engine_that_restores_nothing_is_served_cold(
     engine: FakeEngine, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,8 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keepwarm.core.memory import MemoryKind
 from keepwarm.slotfile import (
@@ -33,6 +35,7 @@ from slotfile_bytes import (
     FileSpec,
     checkpoints,
     hybrid_file,
+    parted,
     plain_file,
     recurrent_state,
     sliding_file,
@@ -81,6 +84,122 @@ def refusal(work: Callable[[], object]) -> str:
 
 def refused(data: bytes, kind: MemoryKind = PLAIN) -> str:
     return refusal(lambda: read(data, kind))
+
+
+def with_media(spec: FileSpec, *spans: int) -> FileSpec:
+    """A file whose tokens in [spans[0], spans[1]), [spans[2], ...) are a picture's."""
+    tokens = list(spec.tokens)
+    starts, ends = spans[::2], spans[1::2]
+    for start, end in zip(starts, ends, strict=True):
+        tokens[start:end] = [-1] * (end - start)
+    chunks = [word for start in starts for word in (8, start, 77)]
+    return replace(spec, tokens=tokens, tail=(len(starts), *reversed(starts), *chunks, 0))
+
+
+class TestMedia:
+    """A slot with pictures is what it was before the first of them."""
+
+    def test_rows_and_tokens_before_the_first_picture_are_those_of_the_text_alone(self) -> None:
+        spec = plain_file(12)
+        found, text = read(with_media(spec, 5, 8, 9, 11).to_bytes()), read(spec.to_bytes())
+        assert found.tokens.tolist() == spec.tokens[:5]
+        assert (found.held_tokens, found.is_cut, text.is_cut) == (12, True, False)
+        assert found.layout == text.layout
+        assert found.rows(1, 5) == text.rows(1, 5)
+        with pytest.raises(IndexError):
+            found.rows(0, 6)
+
+    def test_what_is_made_of_them_is_a_file_of_text(self) -> None:
+        spec = plain_file(12, v_trans=True)
+        found = read(with_media(spec, 5, 8).to_bytes())
+        short = replace(spec, tokens=spec.tokens[:5], rows=spec.rows.cut(0, 5))
+        assert written(found, part(found, 0, 5)) == short.to_bytes()
+
+    def test_a_hybrid_or_a_window_has_the_checkpoints_before_the_picture_and_no_end(self) -> None:
+        states = [(end, 0, recurrent_state(end, seed=end)) for end in (9, 3, 5)]
+        spec = replace(with_media(hybrid_file(12), 5, 8), appendix=checkpoints(*states))
+        found = read(spec.to_bytes(), HYBRID)
+        assert found.boundary() is None
+        assert [c.end_tokens for c in found.checkpoints] == [3, 5]
+        assert bytes(found.checkpoints[0].boundary) == states[1][2]
+        windows = [(4, 0, window_spec(4, size=3).cache(slot=0, streams=1))]
+        spec = replace(with_media(sliding_file(12), 5, 8), appendix=checkpoints(*windows))
+        found = read(spec.to_bytes(), SLIDING)
+        assert (found.boundary(), [c.end_tokens for c in found.checkpoints]) == (None, [4])
+
+    @given(
+        count=st.integers(2, 40),
+        spans=st.lists(st.tuples(st.integers(1, 39), st.integers(1, 9)), min_size=1, max_size=4),
+        damage=st.tuples(st.integers(0, 1 << 30), st.integers(1, 255)),
+    )
+    def test_no_row_of_a_picture_is_ever_given(
+        self, count: int, spans: list[tuple[int, int]], damage: tuple[int, int]
+    ) -> None:
+        taken: list[int] = []
+        for start, size in sorted(spans):
+            if start < count and start >= max(taken, default=0):
+                taken += [start, min(start + size, count)]
+        spec = with_media(plain_file(count), *taken)
+        raw = bytearray(spec.to_bytes())
+        if taken:
+            found = read(bytes(raw))
+            assert found.tokens.tolist() == plain_file(count).tokens[: taken[0]]
+        at, by = damage
+        raw[at % len(raw)] ^= by
+        with suppress(SlotFileError):
+            found = read(bytes(raw))
+            assert found.tokens.min(initial=0) >= 0
+            found.rows(0, len(found.tokens))
+
+
+class TestPartedPositions:
+    """M-RoPE: cells say more of themselves."""
+
+    @pytest.mark.parametrize(("slot", "streams"), [(0, 1), (1, 3)])
+    def test_a_file_is_taken_apart_and_put_together_again(self, slot: int, streams: int) -> None:
+        spec = parted(plain_file(6, slot=slot, streams=streams))
+        found = read(spec.to_bytes())
+        assert (found.layout.rows.cell_words, found.slot) == (3, slot)
+        assert round_trip_ok(spec.to_bytes(), PLAIN)
+        short = replace(spec, tokens=spec.tokens[:4], rows=spec.rows.cut(0, 4))
+        assert written(found, part(found, 0, 4)) == short.to_bytes()
+        assert Layout.from_json(found.layout.to_json()) == found.layout
+        assert found.layout != read(plain_file(6).to_bytes()).layout
+
+    def test_a_hybrids_too(self) -> None:
+        assert round_trip_ok(parted(hybrid_file(6)).to_bytes(), HYBRID)
+
+    @pytest.mark.parametrize("wrong", [(3, 2, 0), (2, 3, 0), (2, 2, -5)])
+    def test_cells_that_say_otherwise_than_the_tokens_are_refused(
+        self, wrong: tuple[int, ...]
+    ) -> None:
+        spec = parted(plain_file(6))
+        words = list(spec.rows.words or ())
+        words[2] = wrong[0], wrong[1], wrong[2] or words[2][2]
+        assert refused(replace(spec, rows=replace(spec.rows, words=words)).to_bytes()) == "position"
+
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_a_picture_whose_cells_share_a_position_is_no_hindrance(self, hybrid: bool) -> None:
+        # Tokens 5 to 7 are a picture of two rows: they take two positions, and so what follows.
+        plain = parted(hybrid_file(10) if hybrid else plain_file(10))
+        words = [*(plain.rows.words or ())[:5], (5, 5, -1), (6, 5, -1), (5, 6, -1)]
+        words += [(at, at, token) for at, token in zip((7, 8), plain.tokens[8:], strict=True)]
+        positions = [0, 1, 2, 3, 4, 5, 5, 5, 7, 8]
+        spec = with_media(plain, 5, 8)
+        spec = replace(spec, rows=replace(spec.rows, words=words, positions=positions))
+        if hybrid:
+            # The checkpoint behind the picture is at nine tokens and eight positions.
+            states = checkpoints((4, 0, recurrent_state(4)), (8, 0, recurrent_state(8)))
+            at = states.rindex(struct.pack("<qii", 8, 0, 7))
+            states = states[:at] + struct.pack("<q", 9) + states[at + 8 :]
+            spec = replace(spec, recurrent=recurrent_state(9), appendix=states)
+        found = read(spec.to_bytes(), HYBRID if hybrid else PLAIN)
+        assert found.tokens.tolist() == plain.tokens[:5]
+        assert [c.end_tokens for c in found.checkpoints] == ([4] if hybrid else [])
+        whole = read(plain.to_bytes(), HYBRID if hybrid else PLAIN)
+        assert found.rows(0, 5) == whole.rows(0, 5)
+        moved = replace(spec, rows=replace(spec.rows, positions=[0, 1, 2, 3, 4, 4, 5, 5, 7, 8]))
+        assert refused(moved.to_bytes(), HYBRID if hybrid else PLAIN) == "position"
 
 
 class TestParse:
@@ -140,12 +259,19 @@ class TestParse:
         assert refused(data[:12] + struct.pack("<i", 0) + data[16:]) == "tokens"
         assert refused(b"") == "truncated"
 
-    def test_a_prompt_with_media_is_refused(self) -> None:
+    def test_a_whole_snapshot_of_a_prompt_with_media_is_refused(self) -> None:
+        for spec in (with_media(plain_file(9), 3, 5), replace(plain_file(3), tail=(1,))):
+            assert refusal(lambda spec=spec: file_tokens(spec.to_bytes())) == "media"  # type: ignore[misc]
+
+    def test_media_that_dont_begin_where_a_token_says_so_are_refused(self) -> None:
         spec = plain_file(3)
         assert refused(replace(spec, tail=(1, 7, 7)).to_bytes()) == "media"
         assert refused(replace(spec, tail=(1,)).to_bytes()) == "media"
-        assert refused(replace(spec, tokens=[5, -1, 6]).to_bytes()) == "media"
-        assert refusal(lambda: file_tokens(replace(spec, tail=(1,)).to_bytes())) == "media"
+        for tail in ((0,), (1,), (1, 2, 4, 0), (-1, 1)):
+            assert refused(replace(spec, tokens=[5, -1, 6], tail=tail).to_bytes()) == "media"
+
+    def test_nothing_comes_before_media_at_the_very_beginning(self) -> None:
+        assert refused(with_media(plain_file(6), 0, 2).to_bytes()) == "media"
 
     def test_more_tokens_than_fit_are_refused(self) -> None:
         data = plain_file(6).to_bytes()

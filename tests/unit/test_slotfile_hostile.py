@@ -25,6 +25,7 @@ from slotfile_bytes import (
     FileSpec,
     checkpoints,
     hybrid_file,
+    parted,
     plain_file,
     recurrent_state,
     sliding_file,
@@ -39,6 +40,7 @@ FILES: list[tuple[MemoryKind, bytes]] = [
     (MemoryKind.SLIDING_WINDOW, sliding_file(3, v_trans=True).to_bytes()),
     (MemoryKind.SLIDING_WINDOW, sliding_file(4, size=1).to_bytes()),
     (MemoryKind.HYBRID, hybrid_file(4).to_bytes()),
+    (MemoryKind.PLAIN, parted(plain_file(5, slot=1, streams=2)).to_bytes()),
     (
         MemoryKind.HYBRID,
         replace(hybrid_file(6), appendix=checkpoints((3, 2, recurrent_state(3)))).to_bytes(),

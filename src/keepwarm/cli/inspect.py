@@ -38,18 +38,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _slot_file(buffer: Any, path: Path) -> dict[str, Any]:
-    try:
-        tokens = file_tokens(buffer)
-    except SlotFileError as error:
-        raise ConfigError(
-            f"{path} is not a slot file that Keepwarm knows ({error.reason}): {error}."
-        ) from error
     refused: dict[str, str] = {}
     for kind in MemoryKind:
         try:
             return _understood(parse(buffer, kind=kind, max_tokens=_MOST_TOKENS))
         except SlotFileError as error:
             refused[kind.value] = error.reason
+    try:
+        tokens = file_tokens(buffer)
+    except SlotFileError as error:
+        raise ConfigError(
+            f"{path} is not a slot file that Keepwarm knows ({error.reason}): {error}."
+        ) from error
     return {"tokens": len(tokens), "memory": f"not understood {refused}: a whole snapshot only"}
 
 
@@ -62,6 +62,7 @@ def _understood(file: SlotFile) -> dict[str, Any]:
         "version": layout.version,
         "memory": layout.kind.value,
         "tokens": len(file.tokens),
+        "tokens_from_the_first_picture_on": file.held_tokens - len(file.tokens),
         "first_tokens": [int(t) for t in file.tokens[:8]],
         "layers": len(layout.rows.keys),
         "value_rows": "transposed" if layout.rows.v_trans else "token after token",

@@ -101,13 +101,32 @@ def after_reply(
         *(job.namespace, marks, total, saved, prompt.turns, returns, job.is_final),
         is_savable=job.is_savable,
     )
-    content.ids = job.ids if job.ids is not None else _kept(before, counts.cached)
-    content.chat = job.chat
+    content.ids = job.known_ids if job.known_ids is not None else _kept(before, counts.cached)
+    content.media_at = _media_at(job, before, marks, cached=counts.cached)
+    if not prompt.has_media:
+        content.chat = job.chat
+    elif before is not None and before.media_at is not None:
+        # An engine that saves no pictures won't save them in the next turn.
+        content.save_failed = before.save_failed
     content.end = (said or prompt.marks[-1]).digest
     content.states = _states(job, before, marks, cached=counts.cached, prompt_tokens=counts.prompt)
     content.states = (*content.states, Position(total, exact=True))
     content.held_from = _held_from(before, counts.cached, total, window_tokens)
     return content
+
+
+def _media_at(
+    job: Job, before: Content | None, marks: dict[bytes, Position], *, cached: int
+) -> int | None:
+    """Where a prompt's first picture is in its slot."""
+    prompt = job.prompt
+    if not prompt.has_media:
+        return None
+    if job.text_ids is not None:
+        return int(job.text_ids.size)
+    if before is not None and before.media_at is not None and before.media_at < cached:
+        return before.media_at
+    return marks[prompt.marks[prompt.text_index].digest].tokens
 
 
 def _kept(before: Content | None, cached: int) -> Tokens | None:
@@ -166,10 +185,13 @@ def while_unsure(job: Job, before: Content | None) -> Content | None:
         digest: Position(position.tokens, exact=False)
         for digest, position in positions(prompt.marks, known=known, total_tokens=whole).items()
     }
-    content = Content(job.namespace, marks, whole, is_savable=True, chat=job.chat)
+    content = Content(job.namespace, marks, whole, is_savable=True)
     content.turns = prompt.turns
-    content.ids = job.ids if job.ids is not None else job.static_ids
+    content.ids = job.known_ids if job.known_ids is not None else job.static_ids
     reused = job.plan.reuse_tokens if job.plan else 0
+    content.media_at = _media_at(job, before, marks, cached=reused)
+    if not prompt.has_media:
+        content.chat = job.chat
     content.saved_tokens = min(before.saved_tokens, reused) if before else 0
     content.states = _states(job, before, marks, cached=reused, prompt_tokens=whole)
     if job.ahead_of is not None:
@@ -191,11 +213,19 @@ def after_look(content: Content, tokens: int) -> Content | None:
 
 
 def after_count(content: Content, ids: Tokens, states: tuple[int, ...] | None) -> None:
-    """Take over a count of what a slot holds: one scale, the last one wins."""
+    """Take over a count of what a slot holds: one scale, the last one wins.
+
+    With `states` it is a slot file's: of a slot with pictures it ends before the first one.
+    """
     if content.ids is not None and content.counted_tokens > ids.size:
         common = common_tokens(content.ids, ids)
         if common == ids.size:
             return  # known already, and more
     content.ids = ids
-    if states is not None:
-        content.states = tuple(Position(at, exact=True) for at in states)
+    if states is None:
+        return
+    behind: tuple[Position, ...] = ()
+    if content.media_at is not None:
+        content.media_at = int(ids.size)
+        behind = tuple(at for at in content.states if at.tokens > ids.size)
+    content.states = (*(Position(at, exact=True) for at in states), *behind)

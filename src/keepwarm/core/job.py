@@ -32,7 +32,8 @@ class Job:
     computes several replies to it at once (`n`), in other slots of its own choice, so that those
     must be idle, and what they hold is lost. `is_savable`: its state is the model's
     own, so that the store may have it. `chat` is what the engine renders it from (None: it can't be
-    counted), `ids` its tokens once they were counted, which took `counted_s`; `is_refused`: the
+    counted), `ids` its tokens once they were counted, which took `counted_s`; of a prompt with
+    pictures only `text_ids`, those before the first one, can be; `is_refused`: the
     engine wouldn't render it, so it is forwarded to be refused and costs no prefill. `reuses`:
     False if its client wants nothing reused (`cache_prompt: false`). `turn` is its place
     among the tenants' jobs, lower first.
@@ -66,6 +67,7 @@ class Job:
     chat: Mapping[str, Any] | str | None = None
     ids: Tokens | None = None
     static_ids: Tokens | None = None
+    text_ids: Tokens | None = None
     is_counting: bool = False
     is_counted: bool = False
     is_refused: bool = False
@@ -90,4 +92,10 @@ class Job:
             self.reuses,
             self.is_refused,
             self.replies,
+            self.text_ids,
         )
+
+    @property
+    def known_ids(self) -> Tokens | None:
+        """Its first tokens, as far as they were counted."""
+        return self.ids if self.ids is not None else self.text_ids

@@ -148,8 +148,8 @@ class Demand:
     """What one request asks for. `static_tokens` is known once its static part was tokenized.
 
     `is_alone`: every other slot must be idle, and is emptied; `ids`, `static_ids`: its tokens and
-    its static part's where they are known; `reuses`, `is_refused`: see `Job`. `replies` are
-    computed at once.
+    its static part's where they are known; `reuses`, `is_refused`, `text_ids`: see `Job`. `replies`
+    are computed at once.
     """
 
     prompt: Prompt
@@ -164,6 +164,12 @@ class Demand:
     reuses: bool = True
     is_refused: bool = False
     replies: int = 1
+    text_ids: Tokens | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its tokens are known, or all before its first picture."""
+        return self.ids is not None or self.text_ids is not None
 
 
 def prompt_tokens(demand: Demand, rates: Rates) -> int:
@@ -174,6 +180,9 @@ def prompt_tokens(demand: Demand, rates: Rates) -> int:
         return int(demand.ids.size)
     if prompt.marks[-1].tokens is not None:
         return prompt.marks[-1].tokens
+    if demand.text_ids is not None:
+        rest = prompt.chars - prompt.marks[prompt.text_index].chars
+        return int(demand.text_ids.size) + int(rest * per_char) + _TURN_TOKENS
     if demand.static_tokens is not None and prompt.static is not None:
         rest = prompt.chars - prompt.static.chars
         return demand.static_tokens + int(rest * per_char) + _TURN_TOKENS
@@ -199,7 +208,7 @@ def doubt_tokens(
     otherwise once a user asks anew, or a client does (what was computed ahead tells), the marks say
     nothing of a slot that was asked before that.
     """
-    if demand.ids is not None or not demand.reuses or demand.is_refused:
+    if demand.is_counted or not demand.reuses or demand.is_refused:
         return 0
     prompt = demand.prompt
     contents = [s.content for s in slots if s.content and not s.is_foreign(demand.namespace)]
@@ -237,7 +246,7 @@ def choose(
 ) -> Plan | None:
     """The best plan over the idle slots, or None if none is idle or the pool has no room."""
     idle = [(slot, _reuse(demand, slot, machine)) for slot in slots if slot.state == "idle"]
-    if not machine.appends and demand.ids is None:
+    if not machine.appends and not demand.is_counted:
         # Marks can't tell a history that is written otherwise now from one that isn't.
         newer = [slot.id for slot, reuse in idle if reuse.mark_index > demand.prompt.asked_index]
         if newer:
@@ -301,7 +310,7 @@ def _lacking_tokens(demand: Demand, option: Option, rates: Rates) -> int:
     """Tokens of the static part that a fill would bring."""
     if not demand.can_fill or not demand.reuses or demand.is_refused:
         return 0
-    if demand.ids is None and option.mark_index >= demand.prompt.static_index:
+    if not demand.is_counted and option.mark_index >= demand.prompt.static_index:
         return 0
     return static_tokens(demand, rates) - option.reuse_tokens
 
@@ -311,7 +320,7 @@ def _reuse(demand: Demand, slot: Slot, machine: Machine) -> Reuse:
     if slot.content is None or slot.is_foreign(demand.namespace) or not demand.reuses:
         return NOTHING
     is_whole = demand.ids is not None
-    ids = demand.ids if is_whole else demand.static_ids
+    ids = next((i for i in (demand.ids, demand.text_ids, demand.static_ids) if i is not None), None)
     return slot.content.reuse(
         demand.prompt,
         ids,
@@ -374,9 +383,9 @@ def _options(
         source = Source.AHEAD
     ttft = rates.prefill_s(total - kept)
     option = Option(source, slot.id, kept, ttft, lost.seconds, reuse.mark_index)
-    certain = 0 if machine.tells_time and demand.ids is None else min(reuse.certain, kept)
+    certain = 0 if machine.tells_time and not demand.is_counted else min(reuse.certain, kept)
     out.append((option, lost, certain))
-    if stored and stored.tokens > kept and not (goes_on and kept and demand.ids is None):
+    if stored and stored.tokens > kept and not (goes_on and kept and not demand.is_counted):
         restored = min(stored.tokens, total - 1)
         ttft = rates.restore_s(stored.size_bytes, ready=stored.ready)
         ttft += rates.prefill_s(total - restored)

@@ -78,7 +78,8 @@ class Mark:
 class Segment:
     """One message in canonical form; `extra` is what a template may render besides the text.
 
-    `media` counts its pictures and sounds, of which `extra` has the digests.
+    `media` counts its pictures and sounds, of which `extra` has the digests; `text` is what stands
+    before the first of them, and `extra` also has what follows it.
     """
 
     role: str
@@ -112,7 +113,8 @@ class Prompt:
     the model is asked in it: by a user, or by a tool's result; `is_static_shared`: the static part
     is a tier's and nothing else. `asked_index` is the mark before its last user message,
     `answered_index` the one behind the last message of the model's (-1: there is none); `ids` are
-    the tokens of a prompt given as such.
+    the tokens of a prompt given as such. `text_index` is the last mark before its first picture or
+    sound (-1: there are none).
     """
 
     is_raw: bool
@@ -120,10 +122,15 @@ class Prompt:
     static_index: int
     turns: int
     is_static_shared: bool = False
-    has_media: bool = False
+    text_index: int = -1
     asked_index: int = -1
     answered_index: int = -1
     ids: Tokens | None = None
+
+    @property
+    def has_media(self) -> bool:
+        """Whether there are pictures or sounds in it."""
+        return self.text_index >= 0
 
     @property
     def asked(self) -> Mark | None:
@@ -177,7 +184,9 @@ def prompt_of(
     segments = segments_of(body)
     statics = _leading(segments, shared_segments)
     has_static = bool(statics or head.get("tools")) and _asks_at(segments, statics)
-    static_index = asked_index = answered_index = -1
+    # Tokens alone don't tell pictures, and a static part is known by its tokens.
+    has_static = has_static and not any(s.media for s in segments[:statics])
+    static_index = text_index = asked_index = answered_index = -1
     asked = max((i for i, s in enumerate(segments) if s.role == "user"), default=-1)
     for count in range(len(segments) + 1):
         if has_static and count == statics:
@@ -192,12 +201,14 @@ def prompt_of(
             before = Mark(_digest(before.digest, own), before.chars)
         cuts = [e.chars for e in ends if e.segment == count]
         marks += _segment_marks(before, segments[count], cuts)
+        if segments[count].media and text_index < 0:
+            text_index = len(marks) - 2
         if segments[count].role in ANSWER_ROLES:
             answered_index = len(marks) - 1
     static_shared = has_static and 0 < statics == shared_segments
     return Prompt(
         *(False, tuple(marks), static_index, _turns(segments), static_shared),
-        has_media=any(segment.media for segment in segments),
+        text_index=text_index,
         asked_index=asked_index,
         answered_index=answered_index,
     )
@@ -281,21 +292,27 @@ def segment_of(message: Mapping[str, Any]) -> Segment:
 
 
 def _text(content: object) -> tuple[str, str, int]:
-    """Text of a content field, a canonical form of its other parts, and how many are media."""
+    """Text of a content field, a canonical form of its other parts, and how many are media.
+
+    Text behind a picture belongs to those: what stands before it must be the same for all who
+    share a mark in it.
+    """
     if content is None:
         return "", "", 0
     if isinstance(content, str):
         return content, "", 0
     texts: list[str] = []
     extra: list[str] = []
+    media = 0
     for part in content if isinstance(content, list) else [content]:
         if not isinstance(part, Mapping):
-            texts.append(str(part))
+            (extra if media else texts).append(str(part))
         elif part.get("type") in ("text", "input_text", "output_text"):
-            texts.append(str(part.get("text", "")))
+            (extra if media else texts).append(str(part.get("text", "")))
         elif part.get("type") not in ("thinking", "redacted_thinking", "reasoning"):
             extra.append(_dump(_shortened(part)))
-    return "\n".join(texts), "".join(extra), len(extra)
+            media += 1
+    return "\n".join(texts), "\n".join(extra), media
 
 
 def _shortened(value: object) -> object:

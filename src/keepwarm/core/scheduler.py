@@ -246,7 +246,7 @@ class Scheduler:
         if job is None:
             return self._dispatch(now_s)
         job.is_counting, job.is_counted = False, True
-        if job.ids is not None:
+        if job.known_ids is not None:
             self.rates.observe_count(chars=job.prompt.chars, seconds=job.counted_s)
         return self._dispatch(now_s)
 
@@ -507,9 +507,9 @@ class Scheduler:
 
     def _stored(self, job: Job) -> Stored | None:
         """The longest of what the store holds and what is on its way into it."""
-        if self.machine.tells_time and job.ids is None:
+        if self.machine.tells_time and job.known_ids is None:
             return None
-        stored = self.lookup(job.prompt, job.namespace, job.ids)
+        stored = self.lookup(job.prompt, job.namespace, job.known_ids)
         if not self._fresh:
             return stored
         marks = job.prompt.marks
@@ -772,6 +772,8 @@ class Scheduler:
             content = slot.content
             if slot.state is not SlotState.IDLE or content is None or slot.held_tokens == 0:
                 continue
+            if content.media_at is not None:
+                continue  # no save brings its pictures back
             if any(content is absorbing for absorbing in self._absorbing.values()):
                 continue
             is_kept = content.saved_tokens >= content.tokens and self.machine.cuttable

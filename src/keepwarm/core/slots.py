@@ -76,6 +76,8 @@ class Content:
     isn't tried again unchanged; `is_savable`: as its job's. `end` is the mark of its end: a prompt
     that has it goes on from here. `chat`: what its last prompt is rendered from, to be counted.
     `ahead_from`: behind this place it was computed before anybody asked (None: nothing was).
+    `media_at` is the place of its first picture or sound, estimated until a slot file has told it
+    (None: there is none): the store keeps what comes before.
     """
 
     namespace: str
@@ -93,6 +95,12 @@ class Content:
     end: bytes | None = None
     chat: Mapping[str, Any] | str | None = None
     ahead_from: int | None = None
+    media_at: int | None = None
+
+    @property
+    def savable_tokens(self) -> int:
+        """How much of it the store could hold."""
+        return self.tokens if self.media_at is None else min(self.media_at, self.tokens)
 
     @property
     def counted_tokens(self) -> int:
@@ -233,11 +241,15 @@ def loss(
     size_bytes = content.tokens * row_bytes
     can_save = can_save and content.is_savable and not content.save_failed
     restore_s = rates.restore_s(size_bytes, ready=False)
+    savable = content.savable_tokens
+    gone = content.tokens - max(savable, kept_tokens)  # behind a picture: no restore brings it
+    if gone > 0:
+        restore_s += rates.prefill_s(gone)
     tail_s = returns * min(restore_s, rates.prefill_s(content.tokens - kept_tokens))
-    unsaved = content.tokens - max(content.saved_tokens, kept_tokens)
+    unsaved = savable - max(content.saved_tokens, kept_tokens)
     if unsaved <= 0:
         return Loss(tail_s, save=False)
-    lost_s = returns * rates.prefill_s(unsaved)
+    lost_s = returns * rates.prefill_s(unsaved + max(gone, 0))
     save_s = rates.save_s(size_bytes)
     if can_save and save_s + tail_s < lost_s:
         return Loss(save_s + tail_s, save=True)

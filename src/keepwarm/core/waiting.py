@@ -111,5 +111,9 @@ def _reusable(job: Job, content: Content, machine: Machine) -> int:
     if content.namespace not in ("", job.namespace):
         return 0
     return content.reuse(
-        job.prompt, job.ids, cuttable=machine.cuttable, window_tokens=machine.window_tokens
+        job.prompt,
+        job.known_ids,
+        is_whole=job.ids is not None,
+        cuttable=machine.cuttable,
+        window_tokens=machine.window_tokens,
     ).tokens

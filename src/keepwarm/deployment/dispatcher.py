@@ -364,7 +364,11 @@ class Dispatcher:
         """Count a prompt before it is submitted; what fails is left to the marks."""
         assert job.chat is not None
         try:
-            job.ids, job.counted_s = await self._counter.timed(job.chat)
+            ids, job.counted_s = await self._counter.timed(job.chat, has_media=job.prompt.has_media)
+            if job.prompt.has_media:
+                job.text_ids = ids
+            else:
+                job.ids = ids
         except EngineRefusedError:
             job.is_refused = True
         except EngineError as error:
@@ -397,6 +401,8 @@ class Dispatcher:
             info = await self._client.save(step.slot, name)
         except EngineError:
             await self._snapshots.discard(name)
+            if content is not None and content.media_at is not None:
+                self.metrics.miss("media")  # before llama.cpp PR #26640 (August 2026)
             raise
         # The engine's own time: a call also waits for the batch that the engine is working on, but
         # so would a prefill, and it has nothing to do with the file's size.

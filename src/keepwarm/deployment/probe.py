@@ -21,6 +21,8 @@ from keepwarm.slotfile import Layout, SlotFileError, file_tokens, parse, round_t
 
 _TEXT = "Keepwarm looks at one small slot file before it trusts the format."
 _PRIVATE = 0o600
+# What engines before llama.cpp PR #25076 (July 2026) say of every slot where there is a projector.
+_BESIDE_PROJECTOR = "not supported by multimodal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,8 @@ async def probe(
         is_ours: whether Keepwarm started it: what it can't do isn't a mistake in how it was set up.
 
     Raises:
-        EngineStartError: a server that was set up by others can't save slots, saves them elsewhere,
-            or so that they can't be read; or the engine is gone.
+        EngineStartError: a server that was set up by others can't save slots, but for its projector
+            (`mmproj`), saves them elsewhere, or so that they can't be read; or the engine is gone.
     """
     await client.notice_drafts()
     tokens = await client.tokenize(_TEXT)
@@ -78,6 +80,8 @@ async def probe(
     except EngineDownError as error:
         raise EngineStartError(f"The engine can't save a slot: {error}") from error
     except EngineError as error:
+        if _BESIDE_PROJECTOR in str(error):
+            return replace(cold, reason="beside a projector a newer llama.cpp saves slots")
         if is_ours:
             return replace(cold, reason="it saves no slots")
         # Without a directory it answers 501, in older builds 400.

@@ -55,7 +55,7 @@ class SlotStore:
             return None
         if ids is not None:
             # The last token is evaluated again, which a state that can't be cut can't do.
-            wanted = ids if self.cuttable else ids[:-1]
+            wanted = ids if self.cuttable or prompt.has_media else ids[:-1]
             hit = self.store.match_now(wanted, namespace=namespace)
             if hit is not None and hit.at_tokens < LEAST_TOKENS:
                 return None

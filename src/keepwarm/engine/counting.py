@@ -62,6 +62,7 @@ _HISTORY: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Noon.", "reasoning_content": "The same."},
     {"role": "user", "content": "And in Cairo?"},
 ]
+_NO_PICTURE = "data:image/png;base64,AA=="
 # What may follow an end of turn: line breaks, spaces, letters, digits, another special token.
 _FOLLOWING = ("\n", " and on", "word", "42", "\n\n  x", "é", "\t")
 
@@ -83,6 +84,7 @@ class PromptCounter:
         self.tells_time = "strftime_now" in template
         """Whether the template prints the date or the time: what was rendered once may be past."""
         self._cut: _Cut | None = None
+        self._media_marker = ""
         self._known: OrderedDict[str, Tokens] = OrderedDict()
         self._chars = 0
         self.appends = False
@@ -92,6 +94,7 @@ class PromptCounter:
 
     async def prepare(self) -> None:
         """Find out where texts may be cut, and what becomes of them. Raises: EngineDownError."""
+        self._media_marker = str((await self._props()).get("media_marker") or "")
         self.appends = await self._does_append()
         try:
             text = await self.client.render(_CONVERSATION)
@@ -103,6 +106,14 @@ class PromptCounter:
             raise
         except EngineError:
             return  # a template that refuses such a conversation: whole texts, then
+
+    async def _props(self) -> dict[str, Any]:
+        try:
+            return await self.client.props()
+        except EngineDownError:
+            raise
+        except EngineError:
+            return {}  # a server that keeps that page to itself
 
     async def _does_append(self) -> bool:
         """Whether what was rendered stays as it was when a user asks anew."""
@@ -154,11 +165,29 @@ class PromptCounter:
             self._known.move_to_end(text)
         return known
 
-    async def timed(self, chat: Mapping[str, Any] | str) -> tuple[Tokens, float]:
-        """As `count`, and the seconds it took."""
+    async def timed(
+        self, chat: Mapping[str, Any] | str, *, has_media: bool = False
+    ) -> tuple[Tokens | None, float]:
+        """As `count`, or `count_text` where the prompt `has_media`, and the seconds it took."""
         began_s = time.monotonic()
-        tokens = await self.count(chat)
+        tokens = await (self.count_text(chat) if has_media else self.count(chat))
         return tokens, time.monotonic() - began_s
+
+    async def count_text(self, chat: Mapping[str, Any] | str) -> Tokens | None:
+        """The tokens before a prompt's first picture or sound.
+
+        The engine tokenises texts between media apart, so this is exact. None where its rendering
+        doesn't show where media are.
+
+        Raises: as `count`.
+        """
+        if isinstance(chat, str):
+            return None
+        # Without a projector the engine refuses it here, before it costs a restore.
+        text = await self.client.render(_without_pictures(chat))
+        if not self._media_marker or self._media_marker not in text:
+            return None
+        return await self.count(text.partition(self._media_marker)[0])
 
     async def _tokenized(self, text: str) -> Tokens:
         place, head = self._known_head(text)
@@ -195,6 +224,20 @@ class PromptCounter:
         while len(self._known) > 1 and (len(self._known) > _TEXTS or self._chars > _TEXT_CHARS):
             gone, _ = self._known.popitem(last=False)
             self._chars -= len(gone)
+
+
+def _without_pictures(chat: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat body that renders the same, without the bytes that pictures bring or point to."""
+
+    def part(one: Any) -> Any:
+        is_picture = isinstance(one, Mapping) and one.get("type") == "image_url"
+        return {**one, "image_url": {"url": _NO_PICTURE}} if is_picture else one
+
+    def message(one: Any) -> Any:
+        content = one.get("content") if isinstance(one, Mapping) else None
+        return {**one, "content": list(map(part, content))} if isinstance(content, list) else one
+
+    return {**chat, "messages": list(map(message, chat["messages"]))}
 
 
 async def count_all(

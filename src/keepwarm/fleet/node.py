@@ -67,11 +67,15 @@ class _FetchingDispatcher(Dispatcher):
 
     def _local_tokens(self, job: Job) -> int:
         """How much of a prompt a slot or the node's own store holds."""
-        stored = self.scheduler.lookup(job.prompt, job.namespace, job.ids)
+        stored = self.scheduler.lookup(job.prompt, job.namespace, job.known_ids)
+        is_whole = job.ids is not None
         best = stored.tokens if stored is not None else 0
         for slot in self.scheduler.slots:
             if slot.content is not None and not slot.is_foreign(job.namespace):
-                best = max(best, slot.content.reuse(job.prompt, job.ids, cuttable=True).tokens)
+                reuse = slot.content.reuse(
+                    job.prompt, job.known_ids, is_whole=is_whole, cuttable=True
+                )
+                best = max(best, reuse.tokens)
         return best
 
 

@@ -86,6 +86,9 @@ async def _warm(
         raise RequestError(
             f"{SHARED_HEADER} must say where the shared prefix ends, as `segment:characters`."
         )
+    segments = segments_of(tiered.chat)
+    if any(segment.media for segment in segments[: ends[-1].segment]):
+        raise RequestError("A shared prefix ends before the first picture.")
     tokens = await prefix_tokens(deployment.client, tiered.chat, ends[-1])
     if not tokens:
         raise RequestError("Nothing of this request comes before the place that is named.")
@@ -96,7 +99,7 @@ async def _warm(
         shared_segments=tiered.shared_segments,
         ends=ends,
     )
-    part = prefix_of(prompt, segments_of(tiered.chat), ends[-1])
+    part = prefix_of(prompt, segments, ends[-1])
     job = Job(
         id=uuid.uuid4().hex[:16],
         namespace=asked.namespace,

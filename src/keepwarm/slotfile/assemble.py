@@ -81,7 +81,7 @@ def assemble(
     out: list[memoryview | bytes] = [_header(tokens), before]
     out += _block(
         layout.rows,
-        _cells(np.arange(count, dtype=np.int32), slot=slot),
+        _cells(np.arange(count, dtype=np.int32), slot=slot, layout=layout.rows, tokens=tokens),
         list(zip(*blocks, strict=True)),
     )
     out.append(after)
@@ -146,11 +146,14 @@ def _other_streams(streams: int, slot: int) -> tuple[bytes, bytes]:
     return struct.pack(f"<{1 + at}I", streams, *[0] * at), bytes(4 * (streams - at - 1))
 
 
-def _cells(positions: Ints, *, slot: int) -> bytes:
-    """The count of cells, and whose they are."""
-    meta = np.empty((len(positions), 3), "<i4")
-    meta[:, 0] = positions
-    meta[:, 1:] = 1, slot
+def _cells(
+    positions: Ints, *, slot: int, layout: CacheLayout | None = None, tokens: Ints | None = None
+) -> bytes:
+    """The count of cells, and whose they are; `tokens` where the cells' layout has them, too."""
+    meta = np.empty((len(positions), 3 + (layout.cell_words if layout else 0)), "<i4")
+    meta[:, 0], meta[:, 1], meta[:, -1] = positions, 1, slot
+    if layout and layout.cell_words:
+        meta[:, 2:4], meta[:, 4] = positions[:, None], tokens
     return struct.pack("<I", len(positions)) + meta.tobytes()
 
 

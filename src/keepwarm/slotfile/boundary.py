@@ -64,8 +64,12 @@ def read_boundary(cursor: Cursor, kind: MemoryKind) -> Boundary:
     return Boundary(end_tokens, cursor.view[start : cursor.at], recurrent=recurrent)
 
 
-def read_checkpoints(cursor: Cursor, kind: MemoryKind) -> Iterator[Boundary]:
-    """What the appendix holds, in its order. The cursor stands at its magic."""
+def read_checkpoints(cursor: Cursor, kind: MemoryKind) -> Iterator[tuple[int, Boundary]]:
+    """What the appendix holds, in its order, each with its count of tokens.
+
+    That is the end its state is of, but for M-RoPE behind a picture, whose tokens share positions.
+    The cursor stands at the appendix's magic.
+    """
     cursor.take(len(APPENDIX_MAGIC))
     version, count = cursor.u32s(2)
     if version != APPENDIX_VERSION or count > MAX_CHECKPOINTS:
@@ -81,9 +85,9 @@ def read_checkpoints(cursor: Cursor, kind: MemoryKind) -> Iterator[Boundary]:
             raise SlotFileError("a checkpoint begins in an unknown way", reason="checkpoints")
         state.number("i")  # the sequence it was made in
         found = read_boundary(state, kind)
-        if state.left or not 0 <= first <= last or not tokens == found.end_tokens == last + 1:
+        if state.left or not 0 <= first <= last or not tokens >= found.end_tokens == last + 1:
             raise SlotFileError("a checkpoint holds another state", reason="checkpoints")
-        yield found
+        yield tokens, found
 
 
 def window_range(layout: Layout, boundary: Buffer) -> tuple[int, int]:

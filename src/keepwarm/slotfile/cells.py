@@ -24,6 +24,9 @@ from keepwarm.slotfile.layout import (
 MAX_STREAMS = 256  # LLAMA_MAX_SEQ; also bounds sequence ids
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_TYPE = 255  # ggml's types are far fewer, its numbers small
+# What a cell says beside its position and sequence where positions have several parts (M-RoPE): two
+# of those parts and the token (xllamacpp 2026.10.11549).
+PARTED_CELL_WORDS = 3
 
 
 def as_view(buffer: Buffer) -> memoryview:
@@ -80,14 +83,16 @@ class Cursor:
 class CellBlock:
     """The cells of one stream of one attention cache, as views of the file.
 
-    `positions` are in the file's order. `tensors` follow `layout.tensors`: arrays
-    [cells, row_bytes] or, transposed, [width, cells, element_bytes].
+    `positions` are in the file's order, and so are the `words` of each cell,
+    [cells, layout.cell_words]. `tensors` follow `layout.tensors`: arrays [cells, row_bytes] or,
+    transposed, [width, cells, element_bytes].
     """
 
     layout: CacheLayout
     positions: Ints
     sequence: int
     tensors: tuple[Bytes, ...]
+    words: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,11 @@ class Cache:
     raw: memoryview
 
 
-def read_cache(cursor: Cursor) -> Cache:
-    """The next attention cache. Exactly one stream must have cells: the saved slot's own."""
+def read_cache(cursor: Cursor, *, may_be_parted: bool = False) -> Cache:
+    """The next attention cache. Exactly one stream must have cells: the saved slot's own.
+
+    `may_be_parted`: its cells may have `PARTED_CELL_WORDS`; the file doesn't say it otherwise.
+    """
     streams = cursor.number("I")
     if not 0 < streams <= MAX_STREAMS:
         raise SlotFileError(f"{streams} streams", reason="streams")
@@ -116,7 +124,7 @@ def read_cache(cursor: Cursor) -> Cache:
             continue
         if found is not None:
             raise SlotFileError("two streams have cells", reason="streams")
-        block = _read_cells(cursor, count)
+        block = _read_cells(cursor, count, may_be_parted=may_be_parted)
         found = Cache(streams, stream, block, cursor.view[start : cursor.at])
     if found is None:
         raise SlotFileError("no stream has cells", reason="empty")
@@ -158,14 +166,28 @@ def _read_transposed(cursor: Cursor, count: int) -> tuple[TensorLayout, Bytes]:
     return layout, data.reshape(width, count, element_bytes)
 
 
-def _read_cells(cursor: Cursor, count: int) -> CellBlock:
-    """The `count` cells of a stream: whose they are, then the tensors."""
-    meta = np.frombuffer(cursor.take(12 * count), "<i4").reshape(count, 3)
+def _read_meta(cursor: Cursor, count: int, *, cell_words: int) -> tuple[Ints, int]:
+    """What the next `count` cells say, [cells, 3 + cell_words], and the sequence they are of."""
+    width = 3 + cell_words
+    meta = np.frombuffer(cursor.take(4 * width * count), "<i4").reshape(count, width)
     if not count or (meta[:, 1] != 1).any():
         raise SlotFileError("a cell that isn't of one sequence", reason="sequence")
-    sequence = int(meta[0, 2])
-    if not 0 <= sequence < MAX_STREAMS or (meta[:, 2] != sequence).any():
+    sequence = int(meta[0, -1])
+    if not 0 <= sequence < MAX_STREAMS or (meta[:, -1] != sequence).any():
         raise SlotFileError("cells of several sequences", reason="sequence")
+    return meta, sequence
+
+
+def _read_cells(cursor: Cursor, count: int, *, may_be_parted: bool = False) -> CellBlock:
+    """The `count` cells of a stream: whose they are, then the tensors."""
+    start = cursor.at
+    try:
+        meta, sequence = _read_meta(cursor, count, cell_words=0)
+    except SlotFileError as error:
+        if not may_be_parted or error.reason != "sequence":
+            raise
+        cursor.at = start
+        meta, sequence = _read_meta(cursor, count, cell_words=PARTED_CELL_WORDS)
     v_trans, layers, *rotation = cursor.u32s(4)
     if v_trans > 1 or not 0 < layers <= MAX_LAYERS:
         raise SlotFileError(f"{layers} layers, V transposed {v_trans}", reason="layout")
@@ -179,8 +201,10 @@ def _read_cells(cursor: Cursor, count: int) -> CellBlock:
             (rotation[0], rotation[1]),
             tuple(layouts[:layers]),
             tuple(layouts[layers:]),
+            meta.shape[1] - 3,
         ),
         meta[:, 0],
         sequence,
         tuple(data for _, data in found),
+        meta[:, 2:-1],
     )

@@ -70,13 +70,15 @@ class CacheLayout:
     """One attention cache: K of each layer, then V of each layer.
 
     `v_trans` is whether V is transposed (flash attention off), `rotation` the two words the file
-    has for K's and V's rotation, kept as they are.
+    has for K's and V's rotation, kept as they are. `cell_words` are what a cell has beside its
+    position and its sequence: 0, or where positions have several parts (M-RoPE) 3.
     """
 
     v_trans: bool
     rotation: tuple[int, int]
     keys: tuple[TensorLayout, ...]
     values: tuple[TensorLayout, ...]
+    cell_words: int = 0
 
     @property
     def tensors(self) -> tuple[TensorLayout, ...]:
@@ -149,7 +151,8 @@ class Layout:
 
 
 def _cache_to_json(cache: CacheLayout) -> dict[str, Any]:
-    return {
+    more = {"cell_words": cache.cell_words} if cache.cell_words else {}
+    return more | {
         "v_trans": cache.v_trans,
         "rotation": list(cache.rotation),
         "keys": _listed(cache.keys),
@@ -170,7 +173,8 @@ def _cache_from_json(found: Any) -> CacheLayout:
     values = _tensors(found["values"], transposed=v_trans)
     if not keys or len(keys) != len(values):
         raise ValueError("K and V of different layers")
-    return CacheLayout(v_trans, (_natural(first), _natural(second)), keys, values)
+    cell_words = _natural(found.get("cell_words", 0))
+    return CacheLayout(v_trans, (_natural(first), _natural(second)), keys, values, cell_words)
 
 
 def _tensors(

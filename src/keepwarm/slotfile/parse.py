@@ -43,9 +43,13 @@ class SlotFile:
     `streams` is how many streams the file has (1 with a unified KV cache, else one a slot), `slot`
     the engine's slot it was saved from. `checkpoints` hold boundary state of earlier ends, in the
     file's order; `appendix` is the part of the file they are in (empty where there is none).
+
+    Of a slot with pictures or sounds, `tokens`, rows and checkpoints are those before the first of
+    them, and there is no boundary state; `held_tokens` counts all that the slot held.
     """
 
     tokens: Ints
+    held_tokens: int
     layout: Layout
     streams: int
     slot: int
@@ -80,8 +84,16 @@ class SlotFile:
         return self._cells.tensors
 
     def boundary(self) -> memoryview | None:
-        """What holds only at this file's end, as it lies in the file; None for plain attention."""
+        """What holds only at this file's end, as it lies in the file.
+
+        None for plain attention, and where the end lies behind a picture.
+        """
         return self._boundary
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the slot held more than this: pictures or sounds, and what followed them."""
+        return len(self.tokens) < self.held_tokens
 
     @property
     def is_in_order(self) -> bool:
@@ -93,21 +105,24 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     """Take a whole slot file apart, copying nothing.
 
     `kind` is what the model's header says: a file doesn't name it. `max_tokens` is the context that
-    a restore must fit into.
+    a restore must fit into. All of a file is checked, also what lies behind a picture.
 
     Raises:
         SlotFileError: anything that isn't exactly such a file.
     """
     cursor = Cursor(as_view(buffer))
-    tokens = _read_tokens(cursor, max_tokens=max_tokens)
-    cache = read_cache(cursor)
-    order = _rows_order(cache.block, tokens=len(tokens))
+    tokens, held = _read_tokens(cursor, max_tokens=max_tokens)
+    is_cut = len(tokens) < held
+    cache = read_cache(cursor, may_be_parted=kind is not MemoryKind.SLIDING_WINDOW)
+    order = _rows_order(cache.block, tokens=tokens, held=held)
+    # There a picture's tokens share positions, so that what lies behind it is counted otherwise.
+    is_parted = is_cut and cache.block.layout.cell_words > 0
     end: Boundary | None = None
     if kind is not MemoryKind.PLAIN:
         end = read_boundary(cursor, kind)
-        if end.end_tokens != len(tokens):
+        if end.end_tokens != held and not is_parted:
             raise SlotFileError(
-                f"boundary state of {end.end_tokens} tokens, not {len(tokens)}", reason="position"
+                f"boundary state of {end.end_tokens} tokens, not {held}", reason="position"
             )
         if end.sequence not in (None, cache.block.sequence):
             raise SlotFileError("rows and window are of two slots", reason="sequence")
@@ -121,11 +136,17 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     start = cursor.at
     checkpoints: tuple[Checkpoint, ...] = ()
     if end is not None and cursor.starts_with(APPENDIX_MAGIC):
-        checkpoints = tuple(_checked(found, end) for found in read_checkpoints(cursor, kind))
+        checkpoints = tuple(
+            _checked(found, end, tokens=at, is_parted=is_parted)
+            for at, found in read_checkpoints(cursor, kind)
+        )
     if cursor.left:
         raise SlotFileError(f"{cursor.left} bytes after the end", reason="trailing")
+    if is_cut:
+        checkpoints = tuple(c for c in checkpoints if c.end_tokens <= len(tokens))
     return SlotFile(
         tokens=tokens,
+        held_tokens=held,
         layout=layout,
         streams=cache.streams,
         slot=cache.block.sequence,
@@ -133,7 +154,7 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
         appendix=cursor.view[start:],
         _cells=cache.block,
         _order=order,
-        _boundary=None if end is None else end.raw,
+        _boundary=None if end is None or is_cut else end.raw,
     )
 
 
@@ -143,10 +164,14 @@ def file_tokens(buffer: Buffer) -> Ints:
     Raises:
         SlotFileError: the header isn't one of a text prompt in version 4.
     """
-    return _read_tokens(Cursor(as_view(buffer)), max_tokens=MAX_POSITION)
+    tokens, held = _read_tokens(Cursor(as_view(buffer)), max_tokens=MAX_POSITION)
+    if len(tokens) < held:
+        raise SlotFileError("the prompt holds more than text", reason="media")
+    return tokens
 
 
-def _read_tokens(cursor: Cursor, *, max_tokens: int) -> Ints:
+def _read_tokens(cursor: Cursor, *, max_tokens: int) -> tuple[Ints, int]:
+    """The tokens before the first picture or sound, and how many there are in all."""
     magic, version = cursor.u32s(2)
     if magic != MAGIC:
         raise SlotFileError(f"magic {magic:#x}", reason="magic")
@@ -159,36 +184,53 @@ def _read_tokens(cursor: Cursor, *, max_tokens: int) -> Ints:
     found = int(words[2])
     if not 0 <= found <= count - 4:
         raise SlotFileError(f"{found} tokens in {count} words", reason="tokens")
-    tokens = words[3 : 3 + found]
-    if found != count - 4 or words[-1] != 0:
-        raise SlotFileError("the prompt holds more than text", reason="media")
     if found > max_tokens:
         raise SlotFileError(f"{found} tokens, at most {max_tokens} fit", reason="tokens")
-    if found and int(tokens.min()) < 0:
-        # Placeholders of media are negative, so such a prompt isn't told by its token ids.
-        raise SlotFileError("the prompt holds a token that isn't text", reason="media")
-    return tokens
+    tokens, media = words[3 : 3 + found], words[3 + found :]
+    # Placeholders of media are negative, so what follows the first isn't told by its token ids.
+    placeholders = np.flatnonzero(tokens < 0)
+    if not placeholders.size:
+        if media.size != 1 or media[0] != 0:
+            raise SlotFileError("the prompt holds more than text", reason="media")
+        return tokens, found
+    first, starts = int(placeholders[0]), media[1 : 1 + max(int(media[0]), 0)]
+    if not starts.size or int(starts.min()) != first:
+        raise SlotFileError("media don't begin where a token says so", reason="media")
+    if not first:
+        raise SlotFileError("the prompt begins with media", reason="media")
+    return tokens[:first], found
 
 
-def _rows_order(cells: CellBlock, *, tokens: int) -> NDArray[np.intp] | None:
+def _rows_order(cells: CellBlock, *, tokens: Ints, held: int) -> NDArray[np.intp] | None:
     """Where each position's cell lies in the file; None when they lie in order.
 
-    A unified cache gives a slot whatever cells are free, so they may come in any order.
+    A unified cache gives a slot whatever cells are free, so they may come in any order. With M-RoPE
+    each cell says its position in three parts, and its token: of text they are all the same. What
+    a picture's cells say isn't looked at, but that they lie behind the text.
     """
-    if len(cells.positions) != tokens:
-        raise SlotFileError(f"{len(cells.positions)} cells for {tokens} tokens", reason="tokens")
-    expected = np.arange(tokens, dtype=np.int32)
-    if np.array_equal(cells.positions, expected):
-        return None
+    count = len(tokens)
+    if len(cells.positions) != held:
+        raise SlotFileError(f"{len(cells.positions)} cells for {held} tokens", reason="tokens")
     order = np.argsort(cells.positions, kind="stable")
-    if not np.array_equal(cells.positions[order], expected):
+    positions, words = cells.positions[order], cells.words[order[:count]]
+    expected = np.arange(held, dtype=np.int32)
+    if cells.layout.cell_words:
+        is_right = np.array_equal(positions[:count], expected[:count])
+        is_right &= bool((positions[count:] >= count).all())
+        is_right &= bool((words[:, :2] == expected[:count, None]).all())
+        is_right &= np.array_equal(words[:, 2], tokens)
+    else:
+        is_right = np.array_equal(positions, expected)
+    if not is_right:
         raise SlotFileError("positions aren't those of the tokens", reason="position")
-    return order
+    return None if np.array_equal(order[:count], expected[:count]) else order
 
 
-def _checked(found: Boundary, end: Boundary) -> Checkpoint:
+def _checked(found: Boundary, end: Boundary, *, tokens: int, is_parted: bool) -> Checkpoint:
     if (found.window, found.recurrent) != (end.window, end.recurrent):
         raise SlotFileError("a checkpoint of another layout", reason="checkpoints")
+    if tokens != found.end_tokens and not is_parted:
+        raise SlotFileError("a checkpoint holds another state", reason="checkpoints")
     if found.end_tokens > end.end_tokens:
         raise SlotFileError("a checkpoint from after the end", reason="checkpoints")
-    return Checkpoint(found.end_tokens, found.raw)
+    return Checkpoint(tokens, found.raw)

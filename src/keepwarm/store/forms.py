@@ -19,6 +19,7 @@ from keepwarm.slotfile import (
     Buffer,
     Layout,
     RowsPart,
+    SlotFile,
     SlotFileError,
     assemble,
     boundary_end,
@@ -37,7 +38,8 @@ class Taken:
     `ends` has the boundary state of its end, then of earlier ends that the engine had kept (its
     context checkpoints). `check_end` of such a state, and where pieces are joined `rows`, raise
     SnapshotError('not_finite') for what was computed from NaN or infinity. `is_restorable`: the
-    file itself, unchanged, can be given back.
+    file itself, unchanged, can be given back. `held_tokens`: what the slot held in all, where that
+    is more, since pictures follow (0: nothing more).
     """
 
     tokens: Tokens
@@ -45,6 +47,7 @@ class Taken:
     ends: Sequence[tuple[int, Buffer]]
     is_restorable: bool
     check_end: Callable[[Buffer], None] = lambda _state: None
+    held_tokens: int = 0
 
 
 class Form(Protocol):
@@ -114,11 +117,22 @@ class RowsForm:
         if boundary is not None:
             self._check_end(boundary)
             ends.append((found.tokens.size, boundary))
-            ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
+        ends += [(c.end_tokens, c.boundary) for c in found.checkpoints]
+        if found.is_cut:
+            return self._taken_before_media(found, ends)
         # A window's file, as saved, is short of what the engine takes; assembling adds it.
         is_restorable = kind is not MemoryKind.SLIDING_WINDOW
-
         return Taken(found.tokens, found.rows, ends, is_restorable, self._check_end)
+
+    def _taken_before_media(self, found: SlotFile, ends: Sequence[tuple[int, Buffer]]) -> Taken:
+        """What can be restored of a slot with pictures: text, up to the first of them."""
+        count = found.tokens.size
+        if self.needs_boundary:
+            count = max((at for at, _ in ends), default=0)
+            if not count:
+                raise SnapshotError("no state from before the first picture", reason="media")
+        tokens = found.tokens[:count]
+        return Taken(tokens, found.rows, ends, False, self._check_end, found.held_tokens)
 
     def join(
         self, tokens: Tokens, parts: Sequence[RowsPart], ends: Sequence[tuple[int, Buffer]]

@@ -12,7 +12,7 @@ against shared ones, so what is shared never depends on what is private.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,8 @@ class Intake:
         Raises: SnapshotError('mark', 'quota', 'no_space', 'io', 'index'); nothing is half-written.
         """
         count = taken.tokens.size
+        if taken.held_tokens > count:
+            why = _before_media(why, kept=count, held=taken.held_tokens)
         _check_marks(why.marks, at_most=count)
         plan = self._plan(taken, why, file_bytes=file_bytes, now_s=now_s)
         need = sum(end.size_bytes for end, _ in plan.ends)
@@ -226,6 +228,12 @@ def _worth_keeping(ends: Sequence[tuple[int, Buffer]], why: Why, count: int) -> 
             kept.add(at)
             later = at
     return kept
+
+
+def _before_media(why: Why, *, kept: int, held: int) -> Why:
+    """What is known of the part of a save that comes before its first picture."""
+    marks = [mark for mark in why.marks if mark.at_tokens <= kept]
+    return replace(why, marks=marks, prefill_s=why.prefill_s * kept / held)
 
 
 def _check_marks(marks: Sequence[KeptMark], *, at_most: int) -> None:
