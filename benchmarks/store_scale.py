@@ -37,7 +37,7 @@ from keepwarm.core.tree import Tokens
 from keepwarm.slotfile import CacheLayout, Layout, RowsPart, TensorLayout, assemble
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
-from keepwarm.store.shelf import Shelf, StoreSettings
+from keepwarm.store.shelf import Shelf, ShelfSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.store import Store
 from keepwarm.store.types import KeptMark, Origin
@@ -152,9 +152,9 @@ class Workload:
         return timed(lambda: snapshots.absorb(name, why, expected_tokens=None, now_s=time.time()))
 
 
-def settings_in(base: Path, staging: Path, layout: Layout) -> StoreSettings:
+def settings_in(base: Path, staging: Path, layout: Layout) -> ShelfSettings:
     """A store that evicts nothing by itself."""
-    return StoreSettings(
+    return ShelfSettings(
         root=base / "store",
         fingerprint="store_scale",
         layout=layout,

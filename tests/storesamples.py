@@ -25,7 +25,7 @@ from keepwarm.slotfile import (
 )
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import KeptMark, Origin, Saved
 from slotfile_bytes import MAGIC, VERSION, checkpoints
@@ -138,7 +138,7 @@ def digest_of(tokens: Sequence[int]) -> bytes:
     return struct.pack("<IIq", int(_prefix_hashes(tokens)[-1]), len(tokens), 0)
 
 
-def settings_in(base: Path, layout: Layout | None = PLAIN, **changed: Any) -> StoreSettings:
+def settings_in(base: Path, layout: Layout | None = PLAIN, **changed: Any) -> ShelfSettings:
     """A small store below `base`."""
     given: dict[str, Any] = {
         "root": base / "store",
@@ -150,10 +150,10 @@ def settings_in(base: Path, layout: Layout | None = PLAIN, **changed: Any) -> St
         "streams": 1,
         "max_tokens": 100_000,
     }
-    return StoreSettings(**(given | changed))
+    return ShelfSettings(**(given | changed))
 
 
-def opened(settings: StoreSettings, disk: Disk | None = None, now_s: float = 0.0) -> Snapshots:
+def opened(settings: ShelfSettings, disk: Disk | None = None, now_s: float = 0.0) -> Snapshots:
     """The synchronous part of a store, as its thread would use it."""
     return Snapshots(settings, disk=disk or Disk(), now_s=now_s)
 

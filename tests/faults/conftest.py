@@ -13,7 +13,7 @@ from rig import Keepwarm
 
 from keepwarm.deployment.life import Life
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.listening import Runner
+from keepwarm.gateway.listening import HttpRunner
 from keepwarm.settings import (
     EngineSettings,
     Places,
@@ -61,7 +61,7 @@ async def keepwarm(
     engine: FakeEngine, settings: Settings, places: Places
 ) -> AsyncIterator[Keepwarm]:
     life = Life(settings, places)
-    runner = Runner(make_app(life))
+    runner = HttpRunner(make_app(life))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -21,7 +21,7 @@ from rig import Keepwarm
 from keepwarm.engine.client import EngineClient
 from keepwarm.errors import ConfigError
 from keepwarm.gateway import door, listening
-from keepwarm.gateway.listening import Runner, listen
+from keepwarm.gateway.listening import HttpRunner, listen
 from keepwarm.operate.gateway_client import Gateway
 from keepwarm.settings import ServerSettings
 
@@ -37,7 +37,7 @@ async def listening_at(settings: ServerSettings) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/", hello)
     app.router.add_get("/keepwarm/status", hello)
-    runner = Runner(app)
+    runner = HttpRunner(app)
     await runner.setup()
     try:
         yield await listen(runner, settings)

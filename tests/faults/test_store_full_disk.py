@@ -17,7 +17,7 @@ import pytest
 from keepwarm.errors import SnapshotError
 from keepwarm.store import KeptMark, Origin, Store
 from keepwarm.store.checks import prune_root
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from storesamples import PLAIN, allowing, digest_of, opened, restored, save, settings_in, slot_file
 
 TOKENS = list(range(4000))
@@ -53,7 +53,7 @@ def fill(disk: Path, *, but_bytes: int = 0) -> Path:
     return ballast
 
 
-def settings_on(disk: Path, tmp_path: Path) -> StoreSettings:
+def settings_on(disk: Path, tmp_path: Path) -> ShelfSettings:
     return settings_in(disk, staging=tmp_path / "staging", staging_bytes=4_000_000)
 
 
@@ -129,13 +129,13 @@ def test_a_first_start_on_a_full_disk_keeps_prefixes_for_its_life(
     assert ballast.exists()
 
 
-def _half(store: StoreSettings) -> int:
+def _half(store: ShelfSettings) -> int:
     return PLAIN.rows_bytes(1000)
 
 
 @pytest.mark.parametrize("bound", [lambda _: 0, _half])
 def test_pruning_helps_on_a_full_disk(
-    small_disk: Path, tmp_path: Path, bound: Callable[[StoreSettings], int]
+    small_disk: Path, tmp_path: Path, bound: Callable[[ShelfSettings], int]
 ) -> None:
     settings = settings_on(small_disk, tmp_path)
     store = opened(settings)

@@ -13,7 +13,7 @@ import pytest
 from batchsamples import document, line
 from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.journal import DiskFullError, Entry
-from keepwarm.batch.progress import Progress
+from keepwarm.batch.progress import BatchProgress
 from keepwarm.batch.runner import RetryRule
 from keepwarm.batch.senders import Answer, UnreachableError
 from keepwarm.batch.tasks import Task
@@ -227,7 +227,7 @@ async def test_stopping_lets_running_tasks_end_and_begins_none(tmp_path: Path) -
     sender = Script()
     job = desk.job(lanes=2)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: BatchProgress) -> None:
         if progress.ended >= 3:
             runner.stop()
 

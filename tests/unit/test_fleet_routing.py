@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, Origin, best_way
+from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, PrefixOrigin, best_way
 from keepwarm.fleet.routing import (
     FORGET_S,
     PATIENCE_S,
@@ -56,7 +56,7 @@ def test_costs_of_a_token_are_those_of_the_single_node_plan() -> None:
         rates, row_bytes=23_000, fetch_s_per_byte=1e-8, fetch_call_s=0.1, can_fetch=True
     )
     way = best_way(costs, total_tokens=2000, local_tokens=1500, shared_tokens=0, wait_s=0.25)
-    assert way.origin is Origin.LOCAL
+    assert way.origin is PrefixOrigin.LOCAL
     expected = 0.25 + rates.restore_s(1500 * 23_000, ready=True) + rates.prefill_s(500)
     assert way.ttft_s == pytest.approx(expected)
     moved = best_way(costs, total_tokens=2000, local_tokens=0, shared_tokens=1500, wait_s=0.0)
@@ -67,13 +67,13 @@ def test_rows_are_moved_while_the_request_waits_its_turn() -> None:
     args = {"total_tokens": 10_000, "local_tokens": 0, "shared_tokens": 8_000}
     idle = best_way(COSTS, wait_s=0.0, **args)
     busy = best_way(COSTS, wait_s=0.5, **args)
-    assert idle.origin is busy.origin is Origin.MOVED
+    assert idle.origin is busy.origin is PrefixOrigin.MOVED
     assert busy.ttft_s < idle.ttft_s + 0.5
 
 
 def test_only_the_rows_that_a_node_lacks_are_moved() -> None:
     way = best_way(COSTS, total_tokens=10_000, local_tokens=6_000, shared_tokens=8_000, wait_s=0)
-    assert (way.origin, way.reuse_tokens, way.moved_tokens) == (Origin.MOVED, 8_000, 2_000)
+    assert (way.origin, way.reuse_tokens, way.moved_tokens) == (PrefixOrigin.MOVED, 8_000, 2_000)
 
 
 def test_a_slow_or_absent_shared_store_is_left_alone() -> None:
@@ -81,7 +81,7 @@ def test_a_slow_or_absent_shared_store_is_left_alone() -> None:
     absent = NodeCosts(1e-3, 1e-5, 0.0, 1e-4, 0.01, False)
     for costs in (slow, absent):
         way = best_way(costs, total_tokens=9000, local_tokens=0, shared_tokens=8000, wait_s=0)
-        assert (way.origin, way.moved_tokens) == (Origin.COLD, 0)
+        assert (way.origin, way.moved_tokens) == (PrefixOrigin.COLD, 0)
 
 
 @given(
@@ -97,7 +97,7 @@ def test_a_way_never_reuses_the_whole_prompt_nor_loses_to_a_cold_prefill(
     assert 0 <= way.moved_tokens <= way.reuse_tokens <= max(total - 1, 0)
     assert way.ttft_s <= wait + total * COSTS.prefill_s + 1e-9
     assert way.ttft_s >= wait + way.work_s - 1e-9
-    assert way.origin is not Origin.MOVED or way.moved_tokens >= MOVE_MIN_TOKENS
+    assert way.origin is not PrefixOrigin.MOVED or way.moved_tokens >= MOVE_MIN_TOKENS
 
 
 def test_the_node_with_the_longest_warm_prefix_is_chosen() -> None:
@@ -120,7 +120,7 @@ def test_a_busy_node_s_rows_are_moved_to_an_idle_one_when_that_is_faster() -> No
     made = fleet("warm", "idle")
     tell(made, "warm", added=[1, 2, 3, 4], backlog_s=5.0, stored=[1, 2, 3, 4])
     best = made.rank(want(1, 2, 3, 4), now_s=0.0)[0]
-    assert (best.node, best.way.origin) == ("idle", Origin.MOVED)
+    assert (best.node, best.way.origin) == ("idle", PrefixOrigin.MOVED)
 
 
 def test_between_reports_a_router_counts_what_it_gave() -> None:
@@ -179,7 +179,7 @@ def test_a_silent_node_keeps_its_requests_but_not_its_warmth() -> None:
     tell(made, "b", now_s=STALE_S + 1)
     ranked = made.rank(want(1, 2, 3, 4), now_s=STALE_S + 1)
     assert {c.node for c in ranked} == {"a", "b"}
-    assert all(c.way.origin is Origin.COLD for c in ranked)
+    assert all(c.way.origin is PrefixOrigin.COLD for c in ranked)
     assert made.age(now_s=FORGET_S + 1) == ("a",)
     assert made.nodes == ("b",)
 

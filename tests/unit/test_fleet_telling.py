@@ -22,7 +22,7 @@ from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.ledger import WarmthLedger
 from keepwarm.fleet.node import node_directory
 from keepwarm.fleet.routing import Fleet
-from keepwarm.fleet.wire import Ask, Told, ask_of, bounded, packed, unpacked
+from keepwarm.fleet.wire import Ask, NodeNote, ask_of, bounded, packed, unpacked
 
 COSTS = NodeCosts(0.001, 1e-5, 0.002, 1e-4, 0.02, True)
 JSON = [("content-type", "application/json")]
@@ -117,7 +117,7 @@ def test_numbers_travel_as_bytes(numbers: list[int]) -> None:
 
 def test_a_report_travels_and_is_believed() -> None:
     ask = asked(chat("be terse " * 200, "hello"))
-    told = Told(
+    told = NodeNote(
         taken_s=5.0,
         backlog_s=0.0,
         costs=COSTS,
@@ -127,7 +127,7 @@ def test_a_report_travels_and_is_believed() -> None:
         state="ready",
         about={"node": "node-0"},
     )
-    back = msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=Told)
+    back = msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=NodeNote)
     assert back == told
     made = Fleet()
     made.join("other", COSTS, now_s=5.0)
@@ -251,14 +251,14 @@ class Router:
 
     def __init__(self) -> None:
         self.fleet = Fleet()
-        self.told: dict[str, Told] = {}
+        self.told: dict[str, NodeNote] = {}
         self.heard_s: dict[str, float] = {}
 
 
 def test_the_page_and_the_metrics_show_what_the_routers_know() -> None:
     router = Router()
     about = {"node": "node-0", "queued": 1, "busy_slots": 2, "asked": 9, "store_bytes": 50}
-    told = Told(
+    told = NodeNote(
         taken_s=0.0,
         backlog_s=0.0,
         costs=COSTS,

@@ -17,7 +17,7 @@ from keepwarm.cli.main import app
 from keepwarm.core.memory import MemoryKind
 from keepwarm.engine.gguf_header import ModelHeader, read_model
 from keepwarm.errors import ConfigError
-from keepwarm.operate.machine import FoundModel, Gpu, Hardware, find_models, look, parse_nvidia
+from keepwarm.operate.machine import FoundModel, Gpu, ThisMachine, find_models, look, parse_nvidia
 from keepwarm.operate.propose import ALL_LAYERS, best_model, propose
 from keepwarm.settings import load_settings
 
@@ -41,12 +41,12 @@ def header(size_gb: float = 5.0, **more: Any) -> ModelHeader:
     )
 
 
-def machine(memory_gb: float, *gpus: Gpu, cores: int = 8, models: Any = ()) -> Hardware:
+def machine(memory_gb: float, *gpus: Gpu, cores: int = 8, models: Any = ()) -> ThisMachine:
     free = int((memory_gb - 1) * GB)
-    return Hardware(cores, int(memory_gb * GB), free, gpus, tuple(models))
+    return ThisMachine(cores, int(memory_gb * GB), free, gpus, tuple(models))
 
 
-def proposal(there: Hardware, model: ModelHeader, **options: Any) -> dict[str, Any]:
+def proposal(there: ThisMachine, model: ModelHeader, **options: Any) -> dict[str, Any]:
     proposed = propose(there, model, **options)
     assert all(one.reason for one in proposed)
     return {one.key: one.value for one in proposed}

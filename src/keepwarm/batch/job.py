@@ -15,7 +15,7 @@ from keepwarm.batch.journal import Journal
 from keepwarm.batch.outcome import changed_tasks
 from keepwarm.batch.picture import night_svg
 from keepwarm.batch.planner import BatchPlan, plan
-from keepwarm.batch.progress import Progress
+from keepwarm.batch.progress import BatchProgress
 from keepwarm.batch.report import build_report
 from keepwarm.batch.runner import Gate, RetryRule, Runner
 from keepwarm.batch.senders import Sender
@@ -127,7 +127,7 @@ class BatchRun:
         *,
         retry: RetryRule | None = None,
         gate: Gate | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[BatchProgress], None] | None = None,
     ) -> Runner:
         """A runner for what is left; see `Runner`."""
         return Runner(

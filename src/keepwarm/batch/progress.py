@@ -10,7 +10,7 @@ from keepwarm.batch.tree import PrefixTree
 
 
 @dataclass(slots=True)
-class Progress:
+class BatchProgress:
     """How far a night is. Tokens are those of this run; tasks count earlier runs too."""
 
     total: int

@@ -36,7 +36,7 @@ from keepwarm.batch.journal import Entry, Journal, UnwritableError
 from keepwarm.batch.night import FillBranch, Night, RunTask
 from keepwarm.batch.outcome import failure, lost, row_of, success, unusable
 from keepwarm.batch.planner import BatchPlan
-from keepwarm.batch.progress import Progress, work_seconds
+from keepwarm.batch.progress import BatchProgress, work_seconds
 from keepwarm.batch.senders import Answer, Sender, UnreachableError
 from keepwarm.batch.tasks import LineError, Task
 from keepwarm.batch.tree import PrefixTree
@@ -100,7 +100,7 @@ class Runner:
         lanes: int,
         retry: RetryRule | None = None,
         gate: Gate | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[BatchProgress], None] | None = None,
         errors: Sequence[LineError] = (),
     ) -> None:
         """Prepare a run; nothing is sent yet.
@@ -134,7 +134,7 @@ class Runner:
         self._thread = ThreadPoolExecutor(1, "journal")
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
-        self.progress = Progress(
+        self.progress = BatchProgress(
             total=len(tree.tasks),
             ended=len(ended),
             failed=sum(not ok for ok in ended.values()),

@@ -14,7 +14,7 @@ from rich.tree import Tree as RichTree
 
 from keepwarm.batch.job import BatchPaths
 from keepwarm.batch.planner import BatchPlan
-from keepwarm.batch.progress import Progress
+from keepwarm.batch.progress import BatchProgress
 from keepwarm.batch.tasks import Parsed
 from keepwarm.batch.tree import PrefixTree
 from keepwarm.cli.output import err, out
@@ -143,7 +143,7 @@ class NightBar:
         """Remove the bar."""
         self._bars.stop()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: BatchProgress) -> None:
         """How far it is."""
         assert self._task is not None
         detail = _detail(progress)
@@ -154,7 +154,7 @@ class NightBar:
             err.print(f"{self._title}: {detail}")
 
 
-def _detail(progress: Progress) -> str:
+def _detail(progress: BatchProgress) -> str:
     parts = [f"{progress.ended} of {progress.total}"]
     if progress.failed:
         parts.append(f"{progress.failed} failed")

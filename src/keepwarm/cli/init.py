@@ -11,7 +11,7 @@ from keepwarm.cli import options as opt
 from keepwarm.cli.output import err, out, print_json
 from keepwarm.engine.gguf_header import read_model
 from keepwarm.errors import ConfigError
-from keepwarm.operate.machine import Hardware, look
+from keepwarm.operate.machine import ThisMachine, look
 from keepwarm.operate.propose import Proposed, best_model, propose
 from keepwarm.operate.settings_file import toml_value
 from keepwarm.settings import user_environment
@@ -73,7 +73,7 @@ def toml_of(proposed: list[Proposed]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _show(machine: Hardware) -> None:
+def _show(machine: ThisMachine) -> None:
     gpus = ", ".join(gpu.name for gpu in machine.gpus) or "none seen"
     err.print(
         f"cores {machine.cores}, memory {machine.memory_bytes / 1e9:.1f} GB "
@@ -88,7 +88,7 @@ def _show(machine: Hardware) -> None:
         )
 
 
-def _told(machine: Hardware) -> dict[str, object]:
+def _told(machine: ThisMachine) -> dict[str, object]:
     models = [
         {"path": str(m.path), "name": m.name, "source": m.source, "size_bytes": m.size_bytes}
         for m in machine.models

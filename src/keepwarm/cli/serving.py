@@ -14,7 +14,7 @@ from keepwarm.deployment.life import Life
 from keepwarm.engine.beginning import Beginning
 from keepwarm.errors import ConfigError
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.listening import Runner, is_unix, listen
+from keepwarm.gateway.listening import HttpRunner, is_unix, listen
 from keepwarm.keys import is_loopback
 from keepwarm.sdnotify import Notifier
 from keepwarm.service.presence import Presence, stop_timeout_s
@@ -49,7 +49,7 @@ async def run(settings: Settings, places: Places, beginning: Beginning) -> None:
         )
         _refuse_open_door(settings, has_keys=bool(life.keys))
         app = make_app(life)
-        runner = Runner(app)
+        runner = HttpRunner(app)
         await runner.setup()
         try:
             address = await listen(runner, settings.server)

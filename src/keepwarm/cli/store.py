@@ -26,7 +26,7 @@ from keepwarm.explain.history import FILE_NAME, forget_requests
 from keepwarm.slotfile import Layout
 from keepwarm.store import checks
 from keepwarm.store.container import read_container
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.store import Store
 from keepwarm.store.types import Listed
 
@@ -353,7 +353,7 @@ def _with_store(
     async def run() -> Any:
         with _refusals(), tempfile.TemporaryDirectory(prefix="keepwarm-") as scratch:
             opened = await Store.open(
-                StoreSettings(
+                ShelfSettings(
                     root=root,
                     fingerprint=fingerprint,
                     layout=layout,

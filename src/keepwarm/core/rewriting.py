@@ -20,7 +20,7 @@ from keepwarm.core.job import Job
 _CLIENTS, _REPLIES = 256, 64
 
 
-class Form(NamedTuple):
+class RewrittenForm(NamedTuple):
     """How a call's arguments are printed again."""
 
     separators: tuple[str, str]
@@ -36,7 +36,11 @@ class Form(NamedTuple):
 
 
 # JavaScript's `JSON.stringify`, Python's `json.dumps`, and what many Python clients make of that.
-_FORMS = (Form((",", ":"), False), Form((", ", ": "), True), Form((", ", ": "), False))
+_FORMS = (
+    RewrittenForm((",", ":"), False),
+    RewrittenForm((", ", ": "), True),
+    RewrittenForm((", ", ": "), False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Rewriting:
 
     drops_reasoning: bool = False
     trims: bool = False
-    form: Form | None = None
+    form: RewrittenForm | None = None
 
     def applied(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A reply as the client will send it back."""
@@ -154,7 +158,7 @@ def _arguments(message: Mapping[str, Any]) -> list[str]:
     return [arguments for arguments in found if isinstance(arguments, str)]
 
 
-def _reprinted(call: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _reprinted(call: Mapping[str, Any], form: RewrittenForm) -> dict[str, Any]:
     function = dict(call["function"])
     function["arguments"] = form.printed(function["arguments"])
     return {**call, "function": function}

@@ -19,7 +19,7 @@ from keepwarm.deployment.deployment import Deployment
 from keepwarm.deployment.house import open_house
 from keepwarm.deployment.model import Model, Models, ModelState, Stay
 from keepwarm.deployment.tasks import Tasks, end_tasks
-from keepwarm.deployment.turns import Turns
+from keepwarm.deployment.turns import ModelTurns
 from keepwarm.deployment.warm import Progress
 from keepwarm.engine.beginning import Beginning, prepare
 from keepwarm.errors import KeepwarmError
@@ -68,7 +68,7 @@ class Life:
         self._line = "starting"
         self.models = Models(settings)
         self.models.check_tiers(self._begun.tiers.names)
-        self.turns = Turns(
+        self.turns = ModelTurns(
             self.models,
             settings.engine,
             make=self._next,
@@ -219,7 +219,7 @@ class Life:
         Raises:
             EngineDownError: the circuit is open, or Keepwarm is stopping.
             DeadlineError: it took too long.
-            ModelFailedError, ConflictError: see `Turns.wait`.
+            ModelFailedError, ConflictError: see `ModelTurns.wait`.
         """
         if model is None:
             model = next((one for one in self.models if one.is_open), self.models.default)

@@ -12,7 +12,7 @@ from keepwarm.deployment.probe import ProbeResult
 from keepwarm.engine.counting import PromptCounter
 from keepwarm.engine.launch import Launch
 from keepwarm.settings import Settings
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.store import Store
 
 log = logging.getLogger("keepwarm")
@@ -39,7 +39,7 @@ async def open_store(
             "the engine's slot files aren't understood (%s): whole snapshots only", probed.reason
         )
     store = await Store.open(
-        StoreSettings(
+        ShelfSettings(
             root=root,
             fingerprint=fingerprint,
             layout=probed.layout,

@@ -17,7 +17,7 @@ from keepwarm.store.types import Hit, KeptMark, Origin, Saved
 
 
 @dataclass(frozen=True, slots=True)
-class SlotFile:
+class HandedFile:
     """A complete slot file in the engine's slot directory."""
 
     name: str
@@ -132,16 +132,16 @@ class SlotStore:
         )
 
     @asynccontextmanager
-    async def ready(self, stored: Stored) -> AsyncIterator[SlotFile]:
+    async def ready(self, stored: Stored) -> AsyncIterator[HandedFile]:
         """A slot file for a restore, held while the context lasts."""
         if stored.staged_name is not None:
-            yield SlotFile(stored.staged_name, stored.tokens)
+            yield HandedFile(stored.staged_name, stored.tokens)
             return
         assert stored.extent_id is not None
         file = await self.store.materialize(stored.extent_id, stored.tokens)
         is_read = False
         try:
-            yield SlotFile(file.name, file.at_tokens)
+            yield HandedFile(file.name, file.at_tokens)
             is_read = True
         finally:
             # Cancelled or failed, the engine may not be through with it.

@@ -56,7 +56,7 @@ def limits_of(settings: EngineSettings) -> Limits:
     return Limits(models, settings.memory_bytes, settings.swap_wait_s)
 
 
-class Turns:
+class ModelTurns:
     """See the module. `make` makes a model's next deployment; `tell` is told what is being done."""
 
     def __init__(

@@ -20,7 +20,7 @@ from keepwarm.settings import EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class EngineOption:
     """One option.
 
     `key` is the setting's in [engine]. `flag` is llama-server's; of a switch that is on by default,
@@ -37,43 +37,45 @@ class Option:
 
 
 OPTIONS = (
-    Option("gpu_layers", "--gpu-layers", "n_gpu_layers", short=("-ngl", "--n-gpu-layers")),
-    Option("main_gpu", "--main-gpu", "main_gpu", short=("-mg",)),
-    Option("split_mode", "--split-mode", "split_mode", short=("-sm",)),
-    Option("tensor_split", "--tensor-split", "tensor_split", short=("-ts",)),
-    Option("device", "--device", "", short=("-dev",)),
-    Option("cpu_moe_layers", "--n-cpu-moe", "", short=("-ncmoe",)),
-    Option("kv_offload", "--no-kv-offload", "no_kv_offload", short=("-nkvo",)),
-    Option("batch", "--batch-size", "n_batch", short=("-b",)),
-    Option("ubatch", "--ubatch-size", "n_ubatch", short=("-ub",)),
-    Option("threads_batch", "--threads-batch", "cpuparams_batch.n_threads", short=("-tb",)),
-    Option("mmproj", "--mmproj", "mmproj.path", short=("-mm",), is_file=True),
-    Option(
+    EngineOption("gpu_layers", "--gpu-layers", "n_gpu_layers", short=("-ngl", "--n-gpu-layers")),
+    EngineOption("main_gpu", "--main-gpu", "main_gpu", short=("-mg",)),
+    EngineOption("split_mode", "--split-mode", "split_mode", short=("-sm",)),
+    EngineOption("tensor_split", "--tensor-split", "tensor_split", short=("-ts",)),
+    EngineOption("device", "--device", "", short=("-dev",)),
+    EngineOption("cpu_moe_layers", "--n-cpu-moe", "", short=("-ncmoe",)),
+    EngineOption("kv_offload", "--no-kv-offload", "no_kv_offload", short=("-nkvo",)),
+    EngineOption("batch", "--batch-size", "n_batch", short=("-b",)),
+    EngineOption("ubatch", "--ubatch-size", "n_ubatch", short=("-ub",)),
+    EngineOption("threads_batch", "--threads-batch", "cpuparams_batch.n_threads", short=("-tb",)),
+    EngineOption("mmproj", "--mmproj", "mmproj.path", short=("-mm",), is_file=True),
+    EngineOption(
         "draft_model",
         "--model-draft",
         "speculative.draft.mparams.path",
         short=("-md", "--spec-draft-model"),
         is_file=True,
     ),
-    Option("draft_max", "--draft-max", "speculative.draft.n_max", short=("--draft", "--draft-n")),
-    Option(
+    EngineOption(
+        "draft_max", "--draft-max", "speculative.draft.n_max", short=("--draft", "--draft-n")
+    ),
+    EngineOption(
         "draft_gpu_layers",
         "--gpu-layers-draft",
         "speculative.draft.n_gpu_layers",
         short=("-ngld", "--n-gpu-layers-draft"),
     ),
-    Option("lora", "--lora", "lora_adapters", in_rows=True, short=("--lora-scaled",)),
-    Option("rope_scaling", "--rope-scaling", "rope_scaling_type", in_rows=True),
-    Option("rope_freq_base", "--rope-freq-base", "rope_freq_base", in_rows=True),
-    Option("rope_freq_scale", "--rope-freq-scale", "rope_freq_scale", in_rows=True),
-    Option("yarn_orig_context", "--yarn-orig-ctx", "yarn_orig_ctx", in_rows=True),
-    Option("yarn_ext_factor", "--yarn-ext-factor", "yarn_ext_factor", in_rows=True),
-    Option("yarn_attn_factor", "--yarn-attn-factor", "yarn_attn_factor", in_rows=True),
-    Option("yarn_beta_slow", "--yarn-beta-slow", "yarn_beta_slow", in_rows=True),
-    Option("yarn_beta_fast", "--yarn-beta-fast", "yarn_beta_fast", in_rows=True),
-    Option("mlock", "--mlock", "load_mode"),
-    Option("mmap", "--no-mmap", "load_mode"),
-    Option("numa", "--numa", "numa"),
+    EngineOption("lora", "--lora", "lora_adapters", in_rows=True, short=("--lora-scaled",)),
+    EngineOption("rope_scaling", "--rope-scaling", "rope_scaling_type", in_rows=True),
+    EngineOption("rope_freq_base", "--rope-freq-base", "rope_freq_base", in_rows=True),
+    EngineOption("rope_freq_scale", "--rope-freq-scale", "rope_freq_scale", in_rows=True),
+    EngineOption("yarn_orig_context", "--yarn-orig-ctx", "yarn_orig_ctx", in_rows=True),
+    EngineOption("yarn_ext_factor", "--yarn-ext-factor", "yarn_ext_factor", in_rows=True),
+    EngineOption("yarn_attn_factor", "--yarn-attn-factor", "yarn_attn_factor", in_rows=True),
+    EngineOption("yarn_beta_slow", "--yarn-beta-slow", "yarn_beta_slow", in_rows=True),
+    EngineOption("yarn_beta_fast", "--yarn-beta-fast", "yarn_beta_fast", in_rows=True),
+    EngineOption("mlock", "--mlock", "load_mode"),
+    EngineOption("mmap", "--no-mmap", "load_mode"),
+    EngineOption("numa", "--numa", "numa"),
 )
 # Switches have no value behind their flag.
 _SWITCHES = frozenset(("kv_offload", "mlock", "mmap"))
@@ -162,7 +164,7 @@ def refuse_tuned(settings: EngineSettings) -> None:
         )
 
 
-def _set(settings: EngineSettings) -> list[Option]:
+def _set(settings: EngineSettings) -> list[EngineOption]:
     defaults = {field.name: field.default for field in msgspec.structs.fields(EngineSettings)}
     return [option for option in OPTIONS if getattr(settings, option.key) != defaults[option.key]]
 

@@ -19,7 +19,7 @@ from keepwarm.core.rates import Rates
 MOVE_MIN_TOKENS = 64
 
 
-class Origin(StrEnum):
+class PrefixOrigin(StrEnum):
     """Where the first tokens of a request come from, as seen from the node that serves it."""
 
     LOCAL = "local"
@@ -75,14 +75,14 @@ class NodeCosts:
         )
 
 
-class Way(NamedTuple):
+class ServingWay(NamedTuple):
     """One way of serving a request on one node.
 
     `reuse_tokens` are not prefilled, `moved_tokens` of them come through the network. `work_s` is
     how long the engine is busy with the prompt, `ttft_s` what the client waits, queueing included.
     """
 
-    origin: Origin
+    origin: PrefixOrigin
     reuse_tokens: int
     moved_tokens: int
     work_s: float
@@ -91,7 +91,7 @@ class Way(NamedTuple):
 
 def best_way(
     costs: NodeCosts, *, total_tokens: int, local_tokens: int, shared_tokens: int, wait_s: float
-) -> Way:
+) -> ServingWay:
     """The fastest way for a prompt of `total_tokens` on a node.
 
     Args:
@@ -105,12 +105,12 @@ def best_way(
     most = total_tokens - 1  # one token is always evaluated again
     local = min(most, local_tokens)
     work = total_tokens * costs.prefill_s
-    best = Way(Origin.COLD, 0, 0, work, wait_s + work)
+    best = ServingWay(PrefixOrigin.COLD, 0, 0, work, wait_s + work)
     if local > 0:
         work = costs.restore_call_s + local * costs.restore_s
         work += (total_tokens - local) * costs.prefill_s
         if wait_s + work < best.ttft_s:
-            best = Way(Origin.LOCAL, local, 0, work, wait_s + work)
+            best = ServingWay(PrefixOrigin.LOCAL, local, 0, work, wait_s + work)
     shared = min(most, shared_tokens)
     lacking = shared - local if local > 0 else shared
     if costs.can_fetch and lacking >= MOVE_MIN_TOKENS:
@@ -119,5 +119,5 @@ def best_way(
         fetch = costs.fetch_call_s + lacking * costs.fetch_s
         ttft = max(fetch, wait_s) + work
         if ttft < best.ttft_s:
-            best = Way(Origin.MOVED, shared, lacking, work, ttft)
+            best = ServingWay(PrefixOrigin.MOVED, shared, lacking, work, ttft)
     return best

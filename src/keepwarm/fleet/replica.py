@@ -30,9 +30,9 @@ from keepwarm.fleet.node import NodeLife, backlog_s, node_directory
 from keepwarm.fleet.objects import read_seal
 from keepwarm.fleet.scaling import WAIT
 from keepwarm.fleet.shared import open_shared
-from keepwarm.fleet.wire import Ask, Told, packed
+from keepwarm.fleet.wire import Ask, NodeNote, packed
 from keepwarm.gateway.app import make_app
-from keepwarm.gateway.listening import Runner
+from keepwarm.gateway.listening import HttpRunner
 from keepwarm.logs import set_up_logging
 from keepwarm.settings import load_settings
 
@@ -89,7 +89,7 @@ class Node:
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - self._began_s)
 
     async def _listen(self) -> None:
-        self._runner = Runner(make_app(self._life))
+        self._runner = HttpRunner(make_app(self._life))
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -134,7 +134,7 @@ class Node:
         written_s = float("-inf")
         if second is not None and not second.pending:
             written_s = time.monotonic() - _WRITTEN_AFTER_S
-        told = Told(
+        told = NodeNote(
             taken_s=time.time(),
             backlog_s=backlog_s(node.dispatcher),
             costs=node.costs,

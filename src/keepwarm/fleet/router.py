@@ -17,7 +17,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from keepwarm.fleet import status
 from keepwarm.fleet.costs import NodeCosts
 from keepwarm.fleet.routing import Choice, Fleet, Want, preferring
-from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, Told
+from keepwarm.fleet.wire import TOKENS_PER_CHAR, Ask, NodeNote
 
 log = logging.getLogger("keepwarm.fleet")
 
@@ -38,7 +38,7 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
     def initialize_state(self, **_: Any) -> None:
         """Begin with nothing."""
         self.fleet = Fleet()
-        self.told: dict[str, Told] = {}
+        self.told: dict[str, NodeNote] = {}
         self.heard_s: dict[str, float] = {}
         self._reports: dict[str, bytes] = {}
         self._tokens_per_char = TOKENS_PER_CHAR
@@ -61,7 +61,7 @@ class WarmRouter(RequestRouter):  # type: ignore[misc] # Ray isn't typed
 
     def _hear(self, name: str, report: bytes, now_s: float) -> None:
         try:
-            told = msgspec.msgpack.decode(report, type=Told)
+            told = msgspec.msgpack.decode(report, type=NodeNote)
             self.fleet.report(name, told.report(), now_s=now_s)
         except (msgspec.MsgspecError, ValueError) as error:
             log.warning("a node's report can't be read: %s", error)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import NamedTuple
 
-from keepwarm.fleet.costs import NodeCosts, Way, best_way
+from keepwarm.fleet.costs import NodeCosts, ServingWay, best_way
 from keepwarm.fleet.warmth import KNOWN_LIMIT, Warmth
 
 STALE_S = 15.0
@@ -79,7 +79,7 @@ class Choice(NamedTuple):
     score_s: float
     order: int
     node: str
-    way: Way
+    way: ServingWay
     wait_s: float
 
 

@@ -32,7 +32,7 @@ from keepwarm.core.prompt import BLOCK_CHARS, Mark, Prompt
 from keepwarm.core.rates import Mean, Rates
 from keepwarm.core.tree import SHARED
 from keepwarm.errors import SnapshotError
-from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, Origin, best_way
+from keepwarm.fleet.costs import MOVE_MIN_TOKENS, NodeCosts, PrefixOrigin, best_way
 from keepwarm.fleet.objects import (
     Seal,
     mark_name,
@@ -248,7 +248,7 @@ class SecondLevel:
                 shared_tokens=path.tokens.size,
                 wait_s=wait_s,
             )
-            if way.origin is not Origin.MOVED:
+            if way.origin is not PrefixOrigin.MOVED:
                 return None
             return await self._single(namespace, mark.digest, is_exact, path)
         except SnapshotError as error:

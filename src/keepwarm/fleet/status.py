@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from keepwarm.fleet.routing import Fleet
-from keepwarm.fleet.wire import Told
+from keepwarm.fleet.wire import NodeNote
 
 
 class RouterView(Protocol):
     """What is shown of a router. `heard_s` and `told` are by the router's name of a node."""
 
     fleet: Fleet
-    told: dict[str, Told]
+    told: dict[str, NodeNote]
     heard_s: dict[str, float]
 
 

@@ -54,7 +54,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         return Want(self.prefixes, ends, ends[-1] if ends else 1)
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
+class NodeNote(msgspec.Struct, frozen=True, kw_only=True):
     """A node's report, and what it says of itself for people."""
 
     taken_s: float

@@ -37,7 +37,7 @@ from keepwarm.batch.job import BatchPaths, BatchRun, read_tasks
 from keepwarm.batch.journal import UnwritableError
 from keepwarm.batch.ledger import Ledger
 from keepwarm.batch.outcome import expired
-from keepwarm.batch.progress import Progress
+from keepwarm.batch.progress import BatchProgress
 from keepwarm.batch.runner import RetryRule, Runner
 from keepwarm.batch.senders import Answer, UnreachableError, batch_headers
 from keepwarm.batch.tasks import LineError, Parsed, Task
@@ -351,7 +351,7 @@ class BatchService:
         await asyncio.to_thread(finish)
 
 
-def _counts(progress: Progress, before: Mapping[str, int]) -> dict[str, int]:
+def _counts(progress: BatchProgress, before: Mapping[str, int]) -> dict[str, int]:
     """A batch's counts, by those of what ended before and how far the part that runs is."""
     return {
         "total": before["total"],

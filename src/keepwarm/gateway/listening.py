@@ -27,7 +27,7 @@ def is_unix(host: str) -> bool:
     return host.endswith(".sock")
 
 
-class Runner(web.AppRunner):
+class HttpRunner(web.AppRunner):
     """Serves an application; what isn't HTTP is refused in JSON, too."""
 
     def __init__(self, app: web.Application) -> None:

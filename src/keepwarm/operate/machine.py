@@ -42,7 +42,7 @@ class FoundModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
+class ThisMachine:
     """What there is. `free_bytes` is memory that a program may take without swapping."""
 
     cores: int
@@ -54,7 +54,7 @@ class Hardware:
 
 def look(
     home: Path, environment: Mapping[str, str], *, root: Path = Path("/"), cores: int | None = None
-) -> Hardware:
+) -> ThisMachine:
     """Look at this machine, or at one that lies below `root`.
 
     Args:
@@ -66,7 +66,7 @@ def look(
     total, free = _memory(root)
     if cores is None:
         cores = usable_cores(root / "proc", root / "sys/fs/cgroup")
-    return Hardware(cores, total, free, _gpus(root), find_models(home, environment))
+    return ThisMachine(cores, total, free, _gpus(root), find_models(home, environment))
 
 
 def find_models(home: Path, environment: Mapping[str, str]) -> tuple[FoundModel, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from keepwarm.engine.gguf_header import ModelHeader
 from keepwarm.errors import ModelError
-from keepwarm.operate.machine import FoundModel, Gpu, Hardware
+from keepwarm.operate.machine import FoundModel, Gpu, ThisMachine
 
 _GIB = 1 << 30
 # For the system and other programs, and for what an engine computes with.
@@ -43,7 +43,7 @@ class Proposed:
 
 
 def best_model(
-    machine: Hardware, read: Callable[[Path], ModelHeader]
+    machine: ThisMachine, read: Callable[[Path], ModelHeader]
 ) -> tuple[FoundModel, ModelHeader] | None:
     """The largest model that leaves room for an agent's context; None: there is none."""
     for model in machine.models:
@@ -57,7 +57,7 @@ def best_model(
 
 
 def propose(
-    machine: Hardware, header: ModelHeader, *, tools_template: Path | None = None
+    machine: ThisMachine, header: ModelHeader, *, tools_template: Path | None = None
 ) -> list[Proposed]:
     """Settings for a model on a machine.
 
@@ -102,7 +102,7 @@ def propose(
     return out
 
 
-def _room(machine: Hardware, header: ModelHeader) -> int:
+def _room(machine: ThisMachine, header: ModelHeader) -> int:
     """Bytes for the context behind the model: a GPU's, where it holds both, else the machine's."""
     dedicated = sum(gpu.memory_bytes for gpu in machine.gpus)
     whole = header.size_bytes + _RESERVE_BYTES + _AGENT_TOKENS * header.row_bytes

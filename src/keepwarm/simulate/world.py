@@ -26,7 +26,7 @@ from enum import Enum
 from typing import Literal, get_args
 
 from keepwarm.core.rates import Mean, Rates
-from keepwarm.fleet.costs import NodeCosts, Origin, Way, best_way
+from keepwarm.fleet.costs import NodeCosts, PrefixOrigin, ServingWay, best_way
 from keepwarm.fleet.routing import WORK_WEIGHT, Fleet, NodeReport, Want
 from keepwarm.simulate.report import Outcome, Spread
 from keepwarm.simulate.stores import BlockStore
@@ -182,7 +182,7 @@ class _World:
             shared_tokens=_tokens(request, self.shared.match(request.blocks)),
             wait_s=node.wait_s(now),
         )
-        if way.origin is Origin.MOVED:
+        if way.origin is PrefixOrigin.MOVED:
             ready = self._move(node, way, now_s=now)
             self.shared.touch(request.blocks[: _blocks(request, way.reuse_tokens)], now_s=now)
             node.moving_work_s += way.work_s
@@ -201,7 +201,7 @@ class _World:
             return self.nodes[int(best.node)]
         return min(self.nodes, key=lambda n: (n.wait_s(now) + n.moving_work_s, n.busy_s))
 
-    def _move(self, node: _Node, way: Way, *, now_s: float) -> float:
+    def _move(self, node: _Node, way: ServingWay, *, now_s: float) -> float:
         """Occupy the node's link and the shared store's; returns when the rows are here."""
         size = way.moved_tokens * self.hardware.row_bytes
         begin = max(now_s, node.link_free_s)
@@ -211,14 +211,14 @@ class _World:
         self.moved_bytes += size
         return done + self.hardware.fetch_call_s
 
-    def _start(self, request: Request, node: _Node, way: Way, *, now_s: float) -> None:
+    def _start(self, request: Request, node: _Node, way: ServingWay, *, now_s: float) -> None:
         """A request whose rows are here takes its turn at the engine."""
-        if way.origin is Origin.MOVED:
+        if way.origin is PrefixOrigin.MOVED:
             node.moving_work_s = max(node.moving_work_s - way.work_s, 0.0)
         # What requests before it have prefilled meanwhile is there when its turn comes.
         local = _tokens(request, node.store.match(request.blocks))
         reuse, moved = way.reuse_tokens, way.moved_tokens
-        if local > reuse or way.origin is not Origin.MOVED:
+        if local > reuse or way.origin is not PrefixOrigin.MOVED:
             again = best_way(
                 self.costs,
                 total_tokens=request.prompt_tokens,

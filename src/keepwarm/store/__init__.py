@@ -9,10 +9,9 @@ from keepwarm.store.checks import (
     stores,
     verify_files,
 )
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.store import Store
 from keepwarm.store.types import (
-    Finding,
     Hit,
     Imported,
     KeptMark,
@@ -23,12 +22,12 @@ from keepwarm.store.types import (
     Ready,
     Removed,
     Saved,
+    StoreFinding,
     StoreStats,
     Verified,
 )
 
 __all__ = [
-    "Finding",
     "Hit",
     "Imported",
     "KeptMark",
@@ -40,9 +39,10 @@ __all__ = [
     "Ready",
     "Removed",
     "Saved",
+    "ShelfSettings",
     "Store",
+    "StoreFinding",
     "StoreListed",
-    "StoreSettings",
     "StoreStats",
     "Verified",
     "list_extents",

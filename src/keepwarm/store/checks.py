@@ -22,9 +22,9 @@ from keepwarm.store.index import BoundaryRow, ExtentRow, read_only
 from keepwarm.store.lock import owner_of
 from keepwarm.store.neighbours import Neighbours, remove_unowned
 from keepwarm.store.places import INDEX_SUFFIX, LOCK_SUFFIX, is_own_name
-from keepwarm.store.shelf import Shelf, StoreSettings
+from keepwarm.store.shelf import Shelf, ShelfSettings
 from keepwarm.store.snapshots import Snapshots
-from keepwarm.store.types import Finding, Forgotten, Listed, Origin, Pin, Removed, Verified
+from keepwarm.store.types import Forgotten, Listed, Origin, Pin, Removed, StoreFinding, Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class StoreListed:
     owner: str | None
 
 
-def verify_extent(snapshots: Snapshots, extent_id: int) -> tuple[int, list[Finding]]:
+def verify_extent(snapshots: Snapshots, extent_id: int) -> tuple[int, list[StoreFinding]]:
     """Read one extent's files again; quarantine what differs. Returns bytes read, and findings."""
     shelf = snapshots.shelf
     catalog = shelf.catalog
@@ -53,14 +53,14 @@ def verify_extent(snapshots: Snapshots, extent_id: int) -> tuple[int, list[Findi
     row = catalog.row(extent_id)
     ends = [catalog.end(extent_id, at) for at in catalog.tree[extent_id].boundaries]
     read_bytes = 0
-    findings: list[Finding] = []
+    findings: list[StoreFinding] = []
     parts: list[ExtentRow | BoundaryRow] = [row, *ends]
     for part in parts:
         read_bytes += part.size_bytes
         try:
             shelf.files.check_again(part)
         except SnapshotError as error:
-            findings.append(Finding(error.reason, key_of(part).name))
+            findings.append(StoreFinding(error.reason, key_of(part).name))
             if error.reason not in UNTRUSTED:
                 continue
             if isinstance(part, ExtentRow):
@@ -70,15 +70,15 @@ def verify_extent(snapshots: Snapshots, extent_id: int) -> tuple[int, list[Findi
     return read_bytes, findings
 
 
-def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
+def integrity(snapshots: Snapshots) -> tuple[StoreFinding, ...]:
     """Compare index, directory and memory without reading payloads."""
     shelf = snapshots.shelf
     catalog = shelf.catalog
-    findings: list[Finding] = []
+    findings: list[StoreFinding] = []
     with disk_errors("checking the index"):
         damage = shelf.index.damage()
         if damage is not None:
-            findings.append(Finding("index_damaged", damage))
+            findings.append(StoreFinding("index_damaged", damage))
         rows: list[ExtentRow | BoundaryRow] = [*shelf.index.extents(), *shelf.index.boundaries()]
     refuse = shelf.refuse_keys()
     indexed = {key_of(row): row.size_bytes for row in rows if key_of(row) not in refuse}
@@ -86,24 +86,26 @@ def integrity(snapshots: Snapshots) -> tuple[Finding, ...]:
     for extent in catalog.tree:
         known |= {FileKey(extent.id, at): size for at, size in extent.boundaries.items()}
     findings += [
-        Finding("only_in_index", key.name) for key in sorted(indexed.keys() - known.keys(), key=str)
+        StoreFinding("only_in_index", key.name)
+        for key in sorted(indexed.keys() - known.keys(), key=str)
     ]
     findings += [
-        Finding("not_in_index", key.name) for key in sorted(known.keys() - indexed.keys(), key=str)
+        StoreFinding("not_in_index", key.name)
+        for key in sorted(known.keys() - indexed.keys(), key=str)
     ]
     # Those that opening found are known and go when room is needed.
     strays = shelf.files.present() - {key.name for key in known} - shelf.files.strays()
-    findings += [Finding("stray", name) for name in sorted(strays) if is_own_name(name)]
+    findings += [StoreFinding("stray", name) for name in sorted(strays) if is_own_name(name)]
     for key, size in known.items():
         try:
             found = shelf.files.path(key).stat().st_size
         except OSError:
-            findings.append(Finding("missing", key.name))
+            findings.append(StoreFinding("missing", key.name))
         else:
             if found != size:
-                findings.append(Finding("truncated", key.name))
+                findings.append(StoreFinding("truncated", key.name))
     if catalog.used_bytes != sum(known.values()):
-        findings.append(Finding("miscounted", f"{catalog.used_bytes} bytes"))
+        findings.append(StoreFinding("miscounted", f"{catalog.used_bytes} bytes"))
     return tuple(findings)
 
 
@@ -180,7 +182,7 @@ def verify_files(
     with _reading(root / f"{name}{INDEX_SUFFIX}") as db:
         extents = [ExtentRow._make(row) for row in db.execute("SELECT * FROM extents ORDER BY id")]
         ends = [BoundaryRow._make(row) for row in db.execute("SELECT * FROM boundaries")]
-        findings: list[Finding] = []
+        findings: list[StoreFinding] = []
         rows: list[ExtentRow | BoundaryRow] = [*extents, *ends]
         for done, row in enumerate(rows, 1):
             key = key_of(row)
@@ -188,7 +190,7 @@ def verify_files(
                 check_file(root / name / key.name, row)
             except SnapshotError as error:
                 if error.reason != "missing" or _is_indexed(db, key):
-                    findings.append(Finding(error.reason, key.name))
+                    findings.append(StoreFinding(error.reason, key.name))
             if progress is not None:
                 progress(done, len(rows))
     read_bytes = sum(row.size_bytes for row in rows)
@@ -322,7 +324,7 @@ def _open_shelf(directory: Path, *, disk: Disk) -> Shelf:
     with _reading(directory.with_name(directory.name + INDEX_SUFFIX)) as db:
         meta = dict(db.execute("SELECT key, value FROM meta"))
     layout = None if meta["layout"] == "whole" else Layout.from_json(meta["layout"])
-    settings = StoreSettings(
+    settings = ShelfSettings(
         root=directory.parent,
         fingerprint=meta["fingerprint"],
         layout=layout,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from keepwarm.errors import ConfigError
 
 
-class Told(NamedTuple):
+class HolderNote(NamedTuple):
     """What a holder says of itself. `used_bytes` None: it doesn't say."""
 
     owner: str
@@ -103,7 +103,7 @@ def _try_lock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def told_by(path: Path) -> Told | None:
+def told_by(path: Path) -> HolderNote | None:
     """What the holder of the lock at `path` says; None if nobody holds it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -125,11 +125,11 @@ def owner_of(path: Path) -> str | None:
     return None if told is None else told.owner
 
 
-def _told(fd: int) -> Told:
+def _told(fd: int) -> HolderNote:
     try:
         told = json.loads(os.pread(fd, 1024, 0))
         used = told.get("used_bytes")
         owner = f"process {int(told['pid'])} ({told['what']})"
-        return Told(owner, used if isinstance(used, int) else None)
+        return HolderNote(owner, used if isinstance(used, int) else None)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return Told("another process", None)
+        return HolderNote("another process", None)

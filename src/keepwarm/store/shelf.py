@@ -55,7 +55,7 @@ MAX_QUARANTINE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSettings:
+class ShelfSettings:
     """What a store is opened with.
 
     `fingerprint` is opaque: equal, or the snapshots aren't looked at. `layout` None means the whole
@@ -97,7 +97,7 @@ class StoreSettings:
 
 
 @dataclass(slots=True)
-class Counts:
+class ShelfCounts:
     """What happened since the store was opened."""
 
     saves: int = 0
@@ -141,7 +141,7 @@ def _without_collecting() -> Iterator[None]:
 class Shelf:
     """See the module. Lives on one thread."""
 
-    def __init__(self, settings: StoreSettings, *, disk: Disk) -> None:
+    def __init__(self, settings: ShelfSettings, *, disk: Disk) -> None:
         """Open it, or begin it.
 
         Raises: ConfigError if another process has it or the root can be no directory;
@@ -149,7 +149,7 @@ class Shelf:
         """
         self.settings = settings
         self.disk = disk
-        self.counts = Counts()
+        self.counts = ShelfCounts()
         self.next_id = 1
         self.report = OpenReport()
         self.neighbours = Neighbours(

@@ -27,7 +27,7 @@ from keepwarm.store.disk import Disk, disk_errors, map_file
 from keepwarm.store.files import UNTRUSTED
 from keepwarm.store.forms import Form, RowsForm, Taken, WholeForm
 from keepwarm.store.intake import Intake, Why
-from keepwarm.store.shelf import Shelf, StoreSettings
+from keepwarm.store.shelf import Shelf, ShelfSettings
 from keepwarm.store.staging import Staging
 from keepwarm.store.types import (
     Hit,
@@ -48,7 +48,7 @@ FLUSH_USES_AFTER_S = 60.0
 class Snapshots:
     """See the module. Lives on one thread; `lookup` and `find` alone may be called anywhere."""
 
-    def __init__(self, settings: StoreSettings, *, disk: Disk, now_s: float) -> None:
+    def __init__(self, settings: ShelfSettings, *, disk: Disk, now_s: float) -> None:
         """Open. Raises: ConfigError, SnapshotError; see `Shelf`."""
         self.shelf = Shelf(settings, disk=disk)
         try:

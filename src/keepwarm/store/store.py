@@ -25,10 +25,9 @@ from keepwarm.store.catalog import namespaces_of
 from keepwarm.store.checks import integrity, verify_extent
 from keepwarm.store.disk import Disk
 from keepwarm.store.intake import Why
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.snapshots import Snapshots
 from keepwarm.store.types import (
-    Finding,
     Forgotten,
     Hit,
     Imported,
@@ -40,6 +39,7 @@ from keepwarm.store.types import (
     Ready,
     Removed,
     Saved,
+    StoreFinding,
     StoreStats,
     Verified,
 )
@@ -75,7 +75,7 @@ class Store:
     @classmethod
     async def open(
         cls,
-        settings: StoreSettings,
+        settings: ShelfSettings,
         *,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
@@ -106,7 +106,7 @@ class Store:
         return cls(snapshots, worker, clock)
 
     @property
-    def settings(self) -> StoreSettings:
+    def settings(self) -> ShelfSettings:
         """What it was opened with."""
         return self._snapshots.shelf.settings
 
@@ -297,7 +297,7 @@ class Store:
         """
         ids = await self._run(self._snapshots.extent_ids)
         read_bytes = 0
-        findings: list[Finding] = []
+        findings: list[StoreFinding] = []
         for done, extent_id in enumerate(ids, 1):
             size, found = await self._run(verify_extent, self._snapshots, extent_id)
             read_bytes += size
@@ -327,7 +327,7 @@ class Store:
             self._snapshots.import_, path, namespace=namespace, now_s=self._clock()
         )
 
-    async def check_integrity(self) -> tuple[Finding, ...]:
+    async def check_integrity(self) -> tuple[StoreFinding, ...]:
         """Compare index, directory and memory, without reading payloads. Empty if all agree."""
         return await self._run(integrity, self._snapshots)
 

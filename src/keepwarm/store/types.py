@@ -178,7 +178,7 @@ class OpenReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class StoreFinding:
     """One thing that is wrong: `what` (bounded words) and the file or extent it is about."""
 
     what: str
@@ -191,7 +191,7 @@ class Verified:
 
     extents: int
     read_bytes: int
-    findings: tuple[Finding, ...]
+    findings: tuple[StoreFinding, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from keepwarm.errors import SnapshotError
 from keepwarm.store.disk import Disk, disk_errors
 from keepwarm.store.places import UNSAVED
-from keepwarm.store.shelf import StoreSettings
+from keepwarm.store.shelf import ShelfSettings
 from keepwarm.store.snapshots import Snapshots
 
 log = logging.getLogger("keepwarm.store")
@@ -25,7 +25,7 @@ log = logging.getLogger("keepwarm.store")
 class Unsaved(Snapshots):
     """See the module. `why` is for people."""
 
-    def __init__(self, settings: StoreSettings, *, why: str, disk: Disk, now_s: float) -> None:
+    def __init__(self, settings: ShelfSettings, *, why: str, disk: Disk, now_s: float) -> None:
         """Begin it. Raises: SnapshotError if the staging directory can't be used, either."""
         with disk_errors("beginning a store in the staging directory"):
             settings.staging.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class Unsaved(Snapshots):
 
 
 def open_or_do_without(
-    settings: StoreSettings, *, disk: Disk, now_s: float, must_last: bool
+    settings: ShelfSettings, *, disk: Disk, now_s: float, must_last: bool
 ) -> Snapshots:
     """The store, or one for this life if it can't be used now and needn't last.
 
