@@ -123,6 +123,9 @@ def ask(served: Served, question: Question, *, stream: bool) -> list[str]:
         reply = connection.getresponse()
         if reply.status != 200:
             raise CutError(f"{reply.status} {reply.read()[:300]!r}", begun=False)
+        if not reply.getheader("X-Keepwarm-Request-Id"):
+            # Ports are chosen before they are listened on: an engine may have got this one.
+            raise CutError("it isn't Keepwarm that answers at its port", begun=False)
         if not stream:
             choice = json.loads(reply.read())["choices"][0]
             return [token.text for token in _tokens(choice)]

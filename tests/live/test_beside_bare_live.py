@@ -19,7 +19,6 @@ import pytest
 
 from bareengine import end_engine, start_engine
 from served import Served
-from tinymodels import small_model
 
 pytestmark = pytest.mark.live
 
@@ -61,8 +60,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, small_tiers: Path) -> Iterator[Pair]:
-    root, model = tmp_path_factory.mktemp("beside"), small_model()
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, small_tiers: Path, quick_model: Path
+) -> Iterator[Pair]:
+    root, model = tmp_path_factory.mktemp("beside"), quick_model
     (root / "slots").mkdir()
     bare = start_engine(
         model,

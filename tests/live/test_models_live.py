@@ -159,7 +159,7 @@ def test_who_waits_hears_pings_and_who_hangs_up_has_nothing_loaded(
     assert model(served, "h")["waiting"] == 1
     gone.hang_up()
     served.until(lambda: model(served, "h")["waiting"] == 0)
-    assert states(served) == {"p": "loaded", "h": "unloaded"}
+    served.until(lambda: states(served) == {"p": "loaded", "h": "unloaded"})
     waits = served.stream({"messages": [NEXT], "model": "h", "max_tokens": 4})
     lines = []
     for line in waits.response:
@@ -189,6 +189,8 @@ def test_models_are_loaded_unloaded_and_pinned_by_hand_and_go_when_unused(
     assert run("unpin", "h").returncode == 0
     served.until(lambda: states(served)["h"] == "unloaded", seconds=10)
     assert served.get("/health")["status"] == "ok"
+    assert served.get("/slots") == [], "who looks loads nothing"
+    assert states(served)["h"] == "unloaded"
     listed = run("ls")
     assert "unloaded" in listed.stdout
     assert {m["id"] for m in served.get("/v1/models")["data"]} >= {"p", "h:minimal", "standard"}

@@ -232,6 +232,22 @@ class Life:
             if model.is_open and model.deployment is deployment:
                 return Stay(model, deployment, is_batch=is_batch)
 
+    async def glanced(self) -> Stay | None:
+        """A stay of somebody who only looks at what is loaded; None if nothing is.
+
+        It loads nothing, and keeps nothing loaded behind it.
+
+        Raises: as `admitted`.
+        """
+        model = next((one for one in self.models if one.is_open), None)
+        deployment = model.deployment if model else None
+        if model is None or deployment is None:
+            return None
+        await deployment.admitted()
+        if not model.is_open or model.deployment is not deployment:
+            return None
+        return Stay(model, deployment, is_batch=False, is_glance=True)
+
     def check_model(self, name: object) -> None:
         """Refuse a model that isn't here, where the settings say so.
 

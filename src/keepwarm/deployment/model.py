@@ -149,13 +149,20 @@ class Model:
 
 
 class Stay:
-    """A request at a deployment, which stays loaded as long: `with stay as deployment`."""
+    """A request at a deployment, which stays loaded as long: `with stay as deployment`.
 
-    __slots__ = ("_is_batch", "deployment", "model")
+    `is_glance`: whoever only looks at it doesn't use it.
+    """
 
-    def __init__(self, model: Model, deployment: Deployment, *, is_batch: bool) -> None:
+    __slots__ = ("_is_batch", "_is_glance", "deployment", "model")
+
+    def __init__(
+        self, model: Model, deployment: Deployment, *, is_batch: bool, is_glance: bool = False
+    ) -> None:
         """Come."""
-        self.model, self.deployment, self._is_batch = model, deployment, is_batch
+        self.model, self.deployment = model, deployment
+        self._is_batch, self._is_glance = is_batch or is_glance, is_glance
+        is_batch = self._is_batch
         if is_batch:
             model.batch_users += 1
         else:
@@ -168,7 +175,8 @@ class Stay:
             model.batch_users -= 1
         else:
             model.users -= 1
-        model.ended_s = time.monotonic()
+        if not self._is_glance:
+            model.ended_s = time.monotonic()
 
     def __enter__(self) -> Deployment:
         """What serves the request."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -109,8 +110,10 @@ class _Site:
         life = self._life
         if life.models.several:
             return _json(listed_models(life))
-        with await life.admitted() as deployment:
-            body = await deployment.client.models()
+        body: dict[str, Any] = {"object": "list"}
+        if stay := await life.glanced():
+            with stay as deployment:
+                body = await deployment.client.models()
         body.setdefault("data", []).extend(listed_tiers(life))
         return _json(body)
 
@@ -153,7 +156,10 @@ class _Site:
 
     async def engine_slots(self, request: web.Request) -> web.StreamResponse:
         """The engine's `/slots`; of them only which are at work, where others' are among them."""
-        with await self._life.admitted() as deployment:
+        stay = await self._life.glanced()
+        if stay is None:
+            return _json([])
+        with stay as deployment:
             slots = await deployment.client.slots()
         if not self._life.keys.sees_all(namespace_of(request)):
             shown = ("id", "n_ctx", "speculative", "is_processing")

@@ -473,7 +473,9 @@ class Proxy:
     async def pass_through(self, request: web.Request) -> web.StreamResponse:
         """Forward a request that touches no slot, body and reply as they are."""
         body = await read_body(request) if request.body_exists else None
-        with await self._life.admitted(self._meant(request, body)) as deployment:
+        meant = self._meant(request, body)
+        stay = await self._life.glanced() if meant is None else None
+        with stay or await self._life.admitted(meant) as deployment:
             return await self._passed(request, body, deployment)
 
     def _meant(self, request: web.Request, body: bytes | None) -> Model | None:
