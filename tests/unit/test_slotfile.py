@@ -198,6 +198,11 @@ class TestPartedPositions:
         assert [c.end_tokens for c in found.checkpoints] == ([4] if hybrid else [])
         whole = read(plain.to_bytes(), HYBRID if hybrid else PLAIN)
         assert found.rows(0, 5) == whole.rows(0, 5)
+        if hybrid:
+            early = spec.appendix.replace(
+                struct.pack("<qii", 4, 0, 3), struct.pack("<qii", 5, 0, 3)
+            )
+            assert refused(replace(spec, appendix=early).to_bytes(), HYBRID) == "checkpoints"
         moved = replace(spec, rows=replace(spec.rows, positions=[0, 1, 2, 3, 4, 4, 5, 5, 7, 8]))
         assert refused(moved.to_bytes(), HYBRID if hybrid else PLAIN) == "position"
 

@@ -137,7 +137,7 @@ def parse(buffer: Buffer, *, kind: MemoryKind, max_tokens: int) -> SlotFile:
     checkpoints: tuple[Checkpoint, ...] = ()
     if end is not None and cursor.starts_with(APPENDIX_MAGIC):
         checkpoints = tuple(
-            _checked(found, end, tokens=at, is_parted=is_parted)
+            _checked(found, end, tokens=at, is_exact=not is_parted or at <= len(tokens))
             for at, found in read_checkpoints(cursor, kind)
         )
     if cursor.left:
@@ -226,10 +226,10 @@ def _rows_order(cells: CellBlock, *, tokens: Ints, held: int) -> NDArray[np.intp
     return None if np.array_equal(order[:count], expected[:count]) else order
 
 
-def _checked(found: Boundary, end: Boundary, *, tokens: int, is_parted: bool) -> Checkpoint:
+def _checked(found: Boundary, end: Boundary, *, tokens: int, is_exact: bool) -> Checkpoint:
     if (found.window, found.recurrent) != (end.window, end.recurrent):
         raise SlotFileError("a checkpoint of another layout", reason="checkpoints")
-    if tokens != found.end_tokens and not is_parted:
+    if tokens != found.end_tokens and is_exact:
         raise SlotFileError("a checkpoint holds another state", reason="checkpoints")
     if found.end_tokens > end.end_tokens:
         raise SlotFileError("a checkpoint from after the end", reason="checkpoints")
