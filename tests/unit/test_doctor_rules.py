@@ -283,3 +283,23 @@ def test_unset_threads_count_the_machines_cores_which_a_container_may_not_use() 
 def test_a_load_of_twice_the_cores_is_a_warning() -> None:
     process = replace(GOOD.process, load=8.0)
     _only(replace(GOOD, process=process), "busy_machine")
+
+
+def test_agents_whose_prompts_change_in_front_are_named_with_what_they_would_gain() -> None:
+    agents = ("claude-cli/2.1.332", "codex_exec/0.171.0", "pi/1.6.0")
+    what = _only(replace(KEEPWARM, agents=agents), "agents_change").what
+    assert "claude-cli/2.1.332 (another directory: 20,535 tokens" in what
+    assert "pi/1.6.0" in what
+    assert "codex" not in what
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(KEEPWARM, agents=("claude-cli/2.1.332",), hygiene=("move-known",)),
+        replace(KEEPWARM, agents=("codex_exec/0.171.0", "pip/1.0")),
+    ],
+    ids=["the rule is on", "nothing to gain"],
+)
+def test_agents_with_nothing_to_gain_are_no_finding(facts: ServerFacts) -> None:
+    assert diagnose(facts) == []

@@ -117,9 +117,17 @@ def _identified(
         memory=header.memory if header else None,
         window_tokens=header.window_tokens if header else 0,
         bytes_a_token=max(sizes, default=None),
+        agents=_agents(status or {}),
+        hygiene=tuple(map(str, (status or {}).get("hygiene", ()))),
         slot_dir=_slot_dir(asked, flags, is_keepwarm=status is not None),
         process=_machine(asked, pid, flags),
     )
+
+
+def _agents(status: dict[str, Any]) -> tuple[str, ...]:
+    """The coding agents among what was learned, by the names of kept prefixes."""
+    names = (str(warmed.get("name", "")).partition("~")[2] for warmed in status.get("warmed", ()))
+    return tuple(sorted({name for name in names if name}))
 
 
 def _without_server(facts: ServerFacts, asked: Target) -> ServerFacts:

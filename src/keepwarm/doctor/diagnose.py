@@ -26,6 +26,7 @@ RULES: tuple[Callable[[ServerFacts], Finding | None], ...] = (
     prompts.template_drops_tools,
     prompts.template_changes,
     prompts.volatile_tiers,
+    prompts.agents_change,
     machine.slot_dir_full,
     machine.slot_dir_slow,
     machine.slot_dir_forgets,

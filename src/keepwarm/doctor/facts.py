@@ -76,7 +76,8 @@ class ServerFacts:
     `flags` None: the command line can't be seen. `keeps_idle` is what a small experiment found: a
     slot still holds its tokens after another one has worked; None for `untried`'s reason.
     `build` is what the engine calls itself.
-    `rendered` is a short conversation through the model's template.
+    `rendered` is a short conversation through the model's template. `agents` are the coding agents
+    whose prompts were learned, as they call themselves; `hygiene` names the rules that are on.
     """
 
     url: str
@@ -102,6 +103,8 @@ class ServerFacts:
     slot_dir: DiskFacts | None = None
     store: StoreFacts | None = None
     process: ProcessFacts = field(default_factory=ProcessFacts)
+    agents: tuple[str, ...] = ()
+    hygiene: tuple[str, ...] = ()
 
     @property
     def largest_tier(self) -> TierFacts | None:

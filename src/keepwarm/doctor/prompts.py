@@ -8,6 +8,14 @@ from keepwarm.core.volatile import find_volatile
 from keepwarm.doctor.facts import ServerFacts
 from keepwarm.doctor.finding import Finding, Severity
 
+# By what an agent calls itself: tokens of the first request without the rule and with it, on
+# recorded sessions (docs/use-with.md, "The block that changes").
+_AGENTS = {
+    "claude-cli": "(another directory: 20,535 tokens of 21,062; with the rule 1,814)",
+    "opencode": "(another directory: 5,977 tokens of 8,023; with the rule 143)",
+    "pi/": "(another directory: 902 tokens of 1,559; with the rule 26)",
+    "qwencode": "(its memory of the project stands in front of its tools)",
+}
 _CLOCK = re.compile(r"\bstrftime_now\b|\bdate_string\b")
 
 
@@ -103,4 +111,25 @@ def volatile_tiers(facts: ServerFacts) -> Finding | None:
         "The tiers hold what changes with the day, the machine or the run: "
         f"{'; '.join(shown)}{more}. When it changes, everything below it is prefilled again.",
         "Move it into the request, or to the very end of the largest tier.",
+    )
+
+
+def agents_change(facts: ServerFacts) -> Finding | None:
+    """Coding agents ask here whose prompts change in front, and nothing is done about it."""
+    told = {
+        agent: gain
+        for agent in facts.agents
+        for name, gain in _AGENTS.items()
+        if agent.startswith(name)
+    }
+    if not told or "move-known" in facts.hygiene:
+        return None
+    which = "; ".join(f"{agent} {gain}" for agent, gain in told.items())
+    return Finding(
+        "agents_change",
+        Severity.WARNING,
+        "Coding agents ask here that tell the directory, the day or the repository's status in "
+        f"front of their tools, so a new one prefills what stands behind it again: {which}.",
+        'Name the rule in keepwarm.toml: hygiene.rules = ["move-known"]; docs/use-with.md tells '
+        "what it moves. A gateway that `keepwarm run` starts has it.",
     )

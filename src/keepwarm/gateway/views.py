@@ -114,6 +114,7 @@ def status_now(life: Life, namespace: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "state": life.state.value,
         "status": life.status,
+        "hygiene": list(life.settings.hygiene.rules),
         "engine_pid": deployment.engine_pid,
         "engine_url": deployment.client.base_url if deployment.is_open else None,
         "warmed": [
