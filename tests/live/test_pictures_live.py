@@ -34,9 +34,10 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 SLOTS, CONTEXT = 2, 4096
 RULES = {"role": "system", "content": "Look at each picture and name what is to be seen. " * 30}
+# So long that it is worth a save at any machine's speed.
 TALK = [
     RULES,
-    {"role": "user", "content": "I'll show you the garden. " * 20},
+    {"role": "user", "content": "I'll show you the garden. " * 200},
     {"role": "assistant", "content": "I shall look at it closely. " * 12},
 ]
 ROUNDING = 0.02  # in a logprob; forty times what was seen
