@@ -123,10 +123,11 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_not_an_export_is_refused(tmp_path: Path) -> None:
     store = other_store(tmp_path)
-    path = tmp_path / "strange"
     with refused("missing"):
-        store.import_(path, namespace="", now_s=0.0)
+        store.import_(tmp_path / "strange", namespace="", now_s=0.0)
     for content, reason in ((b"", "truncated"), (b"GGUF", "truncated"), (b"GGUF" * 99, "format")):
+        # A file for each: what is written to while the last error still maps it waits for that.
+        path = tmp_path / f"strange {len(content)}"
         path.write_bytes(content)
         with refused(reason):
             store.import_(path, namespace="", now_s=0.0)
