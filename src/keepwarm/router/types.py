@@ -106,12 +106,12 @@ class MissCosts:
     without tools. docs/router.md tells how the shares were measured.
     """
 
-    tools_s: float = 24.0
+    tools_s: float = 25.0
     context_s: float = 10.0
     depth_s: float = 2.0
     tools_told: float = 0.6
     context_told: float = 0.3
-    spoiled: float = 0.125
+    spoiled: float = 0.128
 
 
 @dataclass(frozen=True, slots=True)
